@@ -1,0 +1,223 @@
+"""The one configuration: what a user may set, its bounds and its help.
+
+Field names are the command line's flags (`dist_init_addr` is `--dist-init-addr`) and the keys of a
+YAML file's `args:`. This file must not know what any field makes the engine do, nor import JAX.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from engine.errors import ConfigError
+
+PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class EngineConfig(BaseModel):
+    """What one engine (a gang of hosts holding one model) is and how it serves.
+
+    Frozen: "auto" values (None) are resolved once, into a new object.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_path: str = Field(
+        description="Name on the Hugging Face hub, or a directory with config.json and safetensors."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit on the hub. Default: the repository's main branch."
+    )
+    tokenizer_path: str | None = Field(
+        None, description="Where the tokenizer lies, if not beside the model."
+    )
+    served_model_name: str | None = Field(
+        None, description="Name that clients use. Default: --model-path; its last part works too."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Accepted for compatibility; code from a checkpoint is never run, because every "
+        "supported family is built in.",
+    )
+    load_format: Literal["auto", "safetensors", "dummy"] = Field(
+        "auto", description="dummy: random weights from config.json alone, for benchmarks."
+    )
+    download_dir: str | None = Field(
+        None, description="Where hub downloads are kept. Default: the hub's own cache."
+    )
+
+    device: Literal["auto", "tpu", "cpu", "gpu"] = Field(
+        "auto", description="auto: tpu where the cluster has one, else gpu, else cpu."
+    )
+    tp_size: int = Field(
+        1, ge=1, le=1024, description="Devices that share the model, over all hosts (tensor parallel)."
+    )
+    nnodes: int = Field(1, ge=1, le=256, description="Hosts that share the model.")
+    node_rank: int = Field(0, ge=0, description="This host's rank, 0 to nnodes - 1.")
+    dist_init_addr: str | None = Field(
+        None,
+        description="host:port of rank 0, where the cluster forms; 0.0.0.0 only with one node.",
+    )
+    dist_timeout_s: float = Field(
+        300.0, gt=0, description="Seconds that a rank may take to join jax.distributed."
+    )
+    start_timeout_s: float = Field(
+        3600.0, gt=0, description="Seconds that weights and compilation may take at start, per rank."
+    )
+    host_timeout_s: float = Field(
+        5.0, gt=0, description="Seconds of silence after which a host counts as dead."
+    )
+
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: the checkpoint's own, with float16 read as bfloat16."
+    )
+    random_seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of dummy weights and of requests that bring no seed."
+    )
+    attention_backend: Literal["auto", "fa", "xla", "dense"] = Field(
+        "auto",
+        description="fa: flash attention, the best kernel of the platform. xla: the flash loop in "
+        "XLA. dense: the whole score matrix, slow, for debugging.",
+    )
+    page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = Field(
+        16, description="Tokens in a page of the KV cache."
+    )
+    context_length: int | None = Field(
+        None, ge=1, description="Longest prompt plus output. Default: what the checkpoint allows."
+    )
+    mem_fraction_static: float = Field(
+        0.88,
+        gt=0,
+        le=1,
+        description="Share of device memory for weights and KV pages together (on CPU: of host "
+        "memory, divided by the ranks on that host).",
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=1, description="Tokens that the KV cache holds. Default: from --mem-fraction-static."
+    )
+    max_running_requests: int = Field(
+        64, ge=1, le=4096, description="Requests that decode together in one step."
+    )
+    max_queued_requests: int = Field(
+        1024, ge=1, description="Requests that may wait; one more is refused with HTTP 429."
+    )
+    max_prefill_tokens: int = Field(
+        8192, ge=1, description="Most prompt tokens that one step computes."
+    )
+    chunked_prefill_size: int | None = Field(
+        None,
+        ge=1,
+        description="Longer prompts are computed in chunks of this many tokens, so that decodes go "
+        "on between them. Default: min(2048, --max-prefill-tokens).",
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Keep pages of finished requests for prompts that begin alike."
+    )
+    disable_overlap_schedule: bool = Field(
+        False, description="Plan a step only after the step before has ended (for debugging)."
+    )
+    jax_precompile_prefill_token_paddings: tuple[int, ...] = Field(
+        (),
+        description="Prefill sizes to compile at start beside the computed ones.",
+    )
+    skip_server_warmup: bool = Field(
+        False, description="Skip the request that the engine sends itself before it reports ready."
+    )
+    jax_compilation_cache_dir: str | None = Field(
+        None,
+        description="Where compiled programs are kept. Default: JAX_COMPILATION_CACHE_DIR, else the "
+        "user's cache folder.",
+    )
+
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template to use in place of the checkpoint's."
+    )
+    api_key_file: str | None = Field(
+        None, description="File with one SHA-256 hash of an API key per line. Default: no keys."
+    )
+    hold_timeout_s: float = Field(
+        60.0, gt=0, description="Seconds that a request waits for an engine that is starting."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="How much is logged."
+    )
+
+    @field_validator("jax_precompile_prefill_token_paddings", mode="before")
+    @classmethod
+    def _one_padding_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.node_rank >= self.nnodes:
+            raise ValueError(
+                f"--node-rank={self.node_rank} is not below --nnodes={self.nnodes}. "
+                f"Ranks run from 0 to {self.nnodes - 1}."
+            )
+        if self.tp_size % self.nnodes:
+            raise ValueError(
+                f"--tp-size={self.tp_size} does not divide over --nnodes={self.nnodes} hosts. "
+                f"Use a multiple of {self.nnodes}."
+            )
+        if self.dist_init_addr is not None:
+            host, _, port = self.dist_init_addr.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ValueError(
+                    f"--dist-init-addr={self.dist_init_addr} is not host:port, as in 10.0.0.2:10011."
+                )
+            if host == "0.0.0.0" and self.nnodes > 1:
+                raise ValueError(
+                    "--dist-init-addr=0.0.0.0 works with --nnodes=1 only: the other hosts must know "
+                    "where rank 0 is. Give rank 0's own address."
+                )
+        if any(padding < 1 for padding in self.jax_precompile_prefill_token_paddings):
+            raise ValueError(
+                "--jax-precompile-prefill-token-paddings must be positive, got "
+                f"{list(self.jax_precompile_prefill_token_paddings)}."
+            )
+        return self
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names a client may use, the one reported by /v1/models first."""
+        names = [self.served_model_name or self.model_path, self.model_path]
+        names.append(PurePath(self.model_path).name)
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def devices_per_host(self) -> int:
+        return self.tp_size // self.nnodes
+
+    @property
+    def prefill_chunk_tokens(self) -> int:
+        """Most tokens of prompts that one step computes: the resolved `chunked_prefill_size`."""
+        chunk = self.chunked_prefill_size or 2048
+        return min(chunk, self.max_prefill_tokens)
+
+
+def parse_config(args: Mapping[str, Any]) -> EngineConfig:
+    """Make an `EngineConfig` of a mapping that a user wrote.
+
+    Raises:
+        ConfigError: With one line per fault; an unknown key names its nearest valid one.
+    """
+    try:
+        return EngineConfig.model_validate(dict(args))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    flag = "--" + name.replace("_", "-")
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, EngineConfig.model_fields, n=1)
+        return f"Unknown flag {flag}." + (f" Did you mean --{near[0].replace('_', '-')}?" if near else "")
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if not name:
+        return message
+    if fault["type"] == "missing":
+        return f"{flag} is required: {EngineConfig.model_fields[name].description}"
+    return f"{flag}={fault['input']!r}: {message}."

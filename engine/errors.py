@@ -1,0 +1,76 @@
+"""Everything this project raises on purpose; knows nothing of what raises it.
+
+    QwenOnRayError
+    ├── ConfigError                a flag, a field or a combination of them that cannot work
+    ├── CheckpointError            a checkpoint that is missing, unsupported or misshapen
+    ├── CapacityError              too little device memory, or too few devices
+    ├── RequestError               a request that can never be served as it stands (HTTP 400)
+    │   ├── ContextLengthError     prompt and requested output exceed the context
+    │   └── ModelNotFoundError     a model name that is not served here (HTTP 404)
+    └── EngineError                the engine cannot serve this request at present (HTTP 503)
+        ├── EngineNotReadyError    still starting, or rebuilding its gang
+        └── EngineDiedError        a host died while the request ran
+
+Messages say what was got, what is allowed and what to do, with the real flag.
+"""
+
+
+class QwenOnRayError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class ConfigError(QwenOnRayError):
+    """A flag, a field, or a combination of them, that cannot work."""
+
+
+class CheckpointError(QwenOnRayError):
+    """A checkpoint that is missing, unsupported or misshapen."""
+
+
+class CapacityError(QwenOnRayError):
+    """Too little device memory, or too few devices, for what was asked."""
+
+
+class RequestError(QwenOnRayError):
+    """A request that can never be served as it stands.
+
+    Attributes:
+        param: The OpenAI field at fault, or None.
+        code: OpenAI's machine-readable code, or None.
+        status: The HTTP status that says the same.
+    """
+
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or prompt and requested output together, exceed the context."""
+
+    def __init__(self, message: str, *, param: str | None = "messages") -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class ModelNotFoundError(RequestError):
+    """A model name that is not served here."""
+
+    status = 404
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model", code="model_not_found")
+
+
+class EngineError(QwenOnRayError):
+    """The engine cannot serve this request at present; the same request may work later."""
+
+
+class EngineNotReadyError(EngineError):
+    """The engine is still starting, or is rebuilding its gang."""
+
+
+class EngineDiedError(EngineError):
+    """A host of the engine died while the request ran."""

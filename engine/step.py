@@ -1,0 +1,238 @@
+"""What passes between the leader and its hosts: plans down, results up.
+
+A plan is self-sufficient and holds only what changed: a host applies it to the state that it kept
+from the plans before, so that its size does not grow with the context. No JAX here: the leader
+makes plans without it. Plans and results travel as msgpack; arrays as little-endian bytes.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from engine.errors import EngineError
+
+
+class Bucket(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Shape of a compiled program.
+
+    A program computes `num_seqs` decode rows of one token each, and `num_chunk_tokens` tokens of
+    prefill chunks in at most `num_chunks` chunks; either part may be padding.
+    """
+
+    num_seqs: int
+    num_chunk_tokens: int = 0
+    num_chunks: int = 0
+
+
+class SlotParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a host must know of a request while it holds a slot; sent once, at admission.
+
+    Attributes:
+        slot: 0 to max_running_requests - 1.
+        output_start: Position of the first output token (the original prompt's length).
+        seed: Any 64-bit integer, as unsigned.
+        choice_index: Folded into the random key beside the seed and the position.
+        min_tokens: `end_token_ids` cannot be sampled at positions before output_start + this.
+        logit_bias_ids, logit_bias: Parallel lists.
+        token_ids: With penalties, prompt and known output from position 0, to seed the counts;
+            else empty.
+        rope_alpha: Factor on the rope base (models without it ignore it).
+    """
+
+    slot: int
+    output_start: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    choice_index: int
+    min_tokens: int
+    end_token_ids: np.ndarray
+    logit_bias_ids: np.ndarray
+    logit_bias: tuple[float, ...]
+    token_ids: np.ndarray
+    rope_alpha: float = 1.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return len(self.token_ids) > 0
+
+
+class PageUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """Pages appended to a slot's page table from entry `first` on."""
+
+    slot: int
+    first: int
+    pages: np.ndarray
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive tokens of one request's prompt (or of its recomputation).
+
+    `is_last` says that the token after the chunk is to be sampled.
+    """
+
+    slot: int
+    start: int
+    token_ids: np.ndarray
+    is_last: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One step for every host: the same plan on each gives the same tokens on each.
+
+    Rows are numbered: decodes first, chunks after them.
+
+    Attributes:
+        step: Counts up by one from 0 within an epoch.
+        bucket: The compiled program to run.
+        admissions: Requests that enter a slot with this step, before anything else is applied.
+        page_updates: New page-table entries.
+        decode_slots: int32, slots that decode; the input is the slot's last sampled token, which
+            only the device need know.
+        decode_positions: int32, position of that input token.
+        chunks: Prefill chunks.
+        has_logprobs: Whether log probabilities of this step's tokens are wanted.
+    """
+
+    step: int
+    bucket: Bucket
+    admissions: tuple[SlotParams, ...] = ()
+    page_updates: tuple[PageUpdate, ...] = ()
+    decode_slots: np.ndarray
+    decode_positions: np.ndarray
+    chunks: tuple[Chunk, ...] = ()
+    has_logprobs: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.decode_slots) + len(self.chunks)
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What rank 0 read back of a step.
+
+    Attributes:
+        step: The plan's.
+        token_ids: int32 [num_rows]; rows of chunks that are not last are meaningless.
+        logprobs: float32 [num_rows], or empty if not wanted.
+        top_token_ids: int32 [num_rows * 20], likeliest first, or empty.
+        top_logprobs: float32 [num_rows * 20], or empty.
+        device_ms: From dispatch to the tokens' arrival on the host.
+    """
+
+    step: int
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    top_token_ids: np.ndarray
+    top_logprobs: np.ndarray
+    device_ms: float = 0.0
+
+
+class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the executor found out while starting; the scheduler lives within it.
+
+    Attributes:
+        num_pages: Pages of the KV pool, page 0 excluded from use (padding is written there).
+        page_size: Tokens in a page.
+        context_length: Longest prompt plus output.
+        max_running_requests: Slots.
+        buckets: Compiled programs.
+        vocab_size: Token ids are below it.
+        model_fingerprint: Stands for weights' identity, dtype and tp size in `system_fingerprint`.
+    """
+
+    num_pages: int
+    page_size: int
+    context_length: int
+    max_running_requests: int
+    buckets: tuple[Bucket, ...]
+    vocab_size: int
+    model_fingerprint: str = ""
+
+
+class StartProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a start has come: `phase` is one of placement, rendezvous, weights, compile, warmup.
+
+    `done` of `total` counts hosts, bytes or programs, by the phase.
+    """
+
+    phase: str
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+
+ProgressCallback = Callable[[StartProgress], None]
+
+
+class Executor(Protocol):
+    """Runs plans on all hosts. The only seam between planning and computing."""
+
+    async def start(self, on_progress: ProgressCallback) -> EngineLimits:
+        """Load, compile and report what was found.
+
+        Raises:
+            CheckpointError, CapacityError, ConfigError: Naming what to change.
+            EngineError: A host failed; carries that host's own traceback.
+        """
+        ...
+
+    def execute(self, plan: StepPlan) -> Awaitable[StepResult]:
+        """Start a step; at most two may be under way. Results come in order.
+
+        The awaitable raises EngineError if a host dies; the executor is then of no more use.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End all processes and threads; safe to call twice."""
+        ...
+
+
+_DTYPES = {b"i": np.dtype("<i4"), b"f": np.dtype("<f4")}
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.str in ("<i4", "<f4"):
+        # The kind stands behind the numbers, so that these stay where msgpack put them.
+        return value.tobytes() + value.dtype.kind.encode()
+    raise TypeError(f"cannot send {type(value).__name__} {value!r}")
+
+
+def _decode_array(kind: type, value: Any) -> Any:
+    if kind is np.ndarray and isinstance(value, bytes) and value[-1:] in _DTYPES:
+        return np.frombuffer(value[:-1], _DTYPES[value[-1:]])
+    raise TypeError(f"cannot receive {kind.__name__}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
+_plan_decoder = msgspec.msgpack.Decoder(StepPlan, dec_hook=_decode_array)
+_result_decoder = msgspec.msgpack.Decoder(StepResult, dec_hook=_decode_array)
+
+
+def encode(message: StepPlan | StepResult) -> bytes:
+    """Encode as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_plan(data: bytes | memoryview) -> StepPlan:
+    """Decode a plan. Raises EngineError for bytes that are none."""
+    try:
+        return _plan_decoder.decode(data)
+    except (msgspec.DecodeError, TypeError, ValueError) as error:
+        raise EngineError(f"a host received a step plan that it cannot read: {error}") from error
+
+
+def decode_result(data: bytes | memoryview) -> StepResult:
+    """Decode a result. Raises EngineError for bytes that are none."""
+    try:
+        return _result_decoder.decode(data)
+    except (msgspec.DecodeError, TypeError, ValueError) as error:
+        raise EngineError(f"the leader received a result that it cannot read: {error}") from error
