@@ -1,0 +1,141 @@
+"""What the HTTP world asks of an engine and gets back, in token ids.
+
+The routes code against `EngineClient`; the one over Ray Serve and a test's fake both implement it.
+Knows neither Ray nor text nor HTTP.
+"""
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.request import FinishReason, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRequest:
+    """One sequence to generate.
+
+    Attributes:
+        prompt_token_ids: Not empty, and shorter than the context.
+        sampling: Its `max_tokens` is set; its `seed` is None if the client gave none.
+        sample_index: Which of the n choices of its own prompt: part of the random key, beside the
+            seed, so that equal prompts with equal seeds give equal choices.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    sample_index: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """All sequences of one client request: every prompt's n choices.
+
+    Attributes:
+        request_id: Unique among all routers, as the client sees it (chatcmpl-…).
+        choices: In OpenAI's order of `index`; the position here is what `generate` yields.
+        cache_salt: Prompts share cached pages only under an equal salt.
+    """
+
+    request_id: str
+    choices: tuple[ChoiceRequest, ...]
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New tokens of one choice: those of one step, or of several if the router lags.
+
+    Attributes:
+        token_ids: An end token that stopped the choice is among them, as the last one.
+        logprobs: One per token, or empty if not asked for.
+        finish_reason: Set on the choice's last delta, which may have no tokens.
+        stop_token_id: The end token that stopped it, if one did.
+        num_cached_tokens: Prompt tokens that the prefix cache held; the same in each delta.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStatus:
+    """One host of an engine, as `/health/ready` shows it.
+
+    Attributes:
+        rank: 0 to nnodes - 1.
+        state: A word: placing, joining, loading, compiling, warming, ready, dead.
+        note: What a person wants to know beside it ("weights 3.1 of 15.2 GB", a host, an error).
+        seconds_since_answer: Age of its last sign of life, or None if it never gave one.
+    """
+
+    rank: int
+    state: str
+    note: str = ""
+    seconds_since_answer: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the routes must know of the engine.
+
+    Attributes:
+        is_ready: Every rank of some engine answered lately and can take requests.
+        status: One line for people: what is being waited for, or why it cannot serve.
+        context_length: Longest prompt plus output; 0 until an engine was ready once.
+        vocab_size: Token ids are below it; 0 until an engine was ready once.
+        eos_token_ids: The model's own end tokens.
+        generation_defaults: Names of `SamplingParams` to values of generation_config.json, used
+            where the client gives nothing.
+        fingerprint: Reported as `system_fingerprint`.
+        ranks: Of all engines, one after the other.
+    """
+
+    is_ready: bool
+    status: str = ""
+    context_length: int = 0
+    vocab_size: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: Mapping[str, float | int] = field(default_factory=dict)
+    fingerprint: str = ""
+    ranks: tuple[RankStatus, ...] = ()
+
+
+class EngineClient(Protocol):
+    """A way to an engine. Used from one event loop."""
+
+    async def engine_info(self) -> EngineInfo:
+        """Say at once how the engine is; never raises for an engine that is not ready."""
+        ...
+
+    async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
+        """Hold the caller until an engine can take requests (at once, if one can already).
+
+        Raises:
+            EngineNotReadyError: After `timeout_s`, saying what was waited for.
+        """
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        """Generate all choices; yields (index in `request.choices`, delta) as tokens come.
+
+        Ends after every choice that was not aborted had its `finish_reason`. Closing the iterator
+        early (`aclose`, or cancelling the task that waits on it) aborts what still runs and frees
+        its pages.
+
+        Raises:
+            RequestError: The engine can never serve this request.
+            EngineNotReadyError: No engine took it.
+            EngineDiedError: The engine died meanwhile.
+        """
+        ...
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        """End one choice early (a stop string was found); the others go on. Never blocks.
+
+        Deltas of that choice that are still under way are dropped by the caller.
+        """
+        ...
