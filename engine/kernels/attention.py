@@ -1,0 +1,99 @@
+"""Ragged paged attention as the models see it: the interface, and who implements it.
+
+Each implementation owns the layout of its KV cache; to everyone else the cache is an opaque pytree
+that goes in donated and comes out. This file must not know any layout, nor what a request is.
+"""
+
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
+
+from engine.errors import ConfigError
+from engine.kernels.attention_dense import DenseAttention
+from engine.kernels.attention_xla import XlaFlashAttention
+from engine.kernels.metadata import AttentionMetadata, Cache
+
+__all__ = ["AttentionBackend", "AttentionMetadata", "Cache", "make_attention"]
+
+
+class AttentionBackend(Protocol):
+    """One implementation of attention over a paged KV cache, for one mesh."""
+
+    def init_cache(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: DTypeLike,
+    ) -> Cache:
+        """Make the zeroed cache of all layers, sharded by kv heads over mesh axis "tp".
+
+        Page 0 takes what padding tokens write; hand out pages from 1 on.
+        """
+        ...
+
+    def cache_bytes_per_page(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: DTypeLike,
+    ) -> int:
+        """Bytes that one page takes on one device, all layers together."""
+        ...
+
+    def attend(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: ArrayLike,
+        metadata: AttentionMetadata,
+        *,
+        sm_scale: float,
+        sliding_window: int | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Store this step's keys and values, then attend each token to its sequence, causally.
+
+        Args:
+            q_TNH: Queries; N is K times the group size, kv head k serves queries k*G to k*G+G-1.
+            k_TKH: Keys of this step's tokens, rotated already.
+            v_TKH: Their values.
+            cache: As `init_cache` or the previous call returned it; donated in effect.
+            layer: Which layer's pages: an int where layers are unrolled, traced in a scan.
+            metadata: The step's.
+            sm_scale: Factor on the scores, usually `H ** -0.5`.
+            sliding_window: Attend to that many latest positions, the token's own included.
+
+        Returns:
+            [T, N, H] in the dtype of `q_TNH`, zero for padding tokens; and the cache.
+        """
+        ...
+
+
+def make_attention(platform: str, flag: str, mesh: Mesh) -> AttentionBackend:
+    """Choose an implementation.
+
+    Args:
+        platform: "cpu", "tpu" or "gpu", as JAX names it.
+        flag: The value of --attention-backend.
+        mesh: Has the axis "tp", over which heads are sharded.
+
+    Raises:
+        ConfigError: No such implementation.
+    """
+    if flag in ("auto", "fa", "xla"):
+        return XlaFlashAttention(mesh)
+    if flag == "dense":
+        return DenseAttention(mesh)
+    raise ConfigError(
+        f"--attention-backend={flag} is unknown. Use auto, fa, xla or dense (platform {platform})."
+    )
