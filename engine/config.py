@@ -38,8 +38,8 @@ class EngineConfig(BaseModel):
     )
     trust_remote_code: bool = Field(
         False,
-        description="Accepted for compatibility; code from a checkpoint is never run, because every "
-        "supported family is built in.",
+        description="Accepted for compatibility; code from a checkpoint is never run, because "
+        "every supported family is built in.",
     )
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone, for benchmarks."
@@ -52,7 +52,10 @@ class EngineConfig(BaseModel):
         "auto", description="auto: tpu where the cluster has one, else gpu, else cpu."
     )
     tp_size: int = Field(
-        1, ge=1, le=1024, description="Devices that share the model, over all hosts (tensor parallel)."
+        1,
+        ge=1,
+        le=1024,
+        description="Devices that share the model, over all hosts (tensor parallel).",
     )
     nnodes: int = Field(1, ge=1, le=256, description="Hosts that share the model.")
     node_rank: int = Field(0, ge=0, description="This host's rank, 0 to nnodes - 1.")
@@ -64,7 +67,9 @@ class EngineConfig(BaseModel):
         300.0, gt=0, description="Seconds that a rank may take to join jax.distributed."
     )
     start_timeout_s: float = Field(
-        3600.0, gt=0, description="Seconds that weights and compilation may take at start, per rank."
+        3600.0,
+        gt=0,
+        description="Seconds that weights and compilation may take at start.",
     )
     host_timeout_s: float = Field(
         5.0, gt=0, description="Seconds of silence after which a host counts as dead."
@@ -95,7 +100,9 @@ class EngineConfig(BaseModel):
         "memory, divided by the ranks on that host).",
     )
     max_total_tokens: int | None = Field(
-        None, ge=1, description="Tokens that the KV cache holds. Default: from --mem-fraction-static."
+        None,
+        ge=1,
+        description="Tokens that the KV cache holds. Default: from --mem-fraction-static.",
     )
     max_running_requests: int = Field(
         64, ge=1, le=4096, description="Requests that decode together in one step."
@@ -127,8 +134,8 @@ class EngineConfig(BaseModel):
     )
     jax_compilation_cache_dir: str | None = Field(
         None,
-        description="Where compiled programs are kept. Default: JAX_COMPILATION_CACHE_DIR, else the "
-        "user's cache folder.",
+        description="Where compiled programs are kept. Default: JAX_COMPILATION_CACHE_DIR, else "
+        "the user's cache folder.",
     )
 
     chat_template: str | None = Field(
@@ -165,12 +172,13 @@ class EngineConfig(BaseModel):
             host, _, port = self.dist_init_addr.rpartition(":")
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise ValueError(
-                    f"--dist-init-addr={self.dist_init_addr} is not host:port, as in 10.0.0.2:10011."
+                    f"--dist-init-addr={self.dist_init_addr} is not host:port, "
+                    "as in 10.0.0.2:10011."
                 )
             if host == "0.0.0.0" and self.nnodes > 1:
                 raise ValueError(
-                    "--dist-init-addr=0.0.0.0 works with --nnodes=1 only: the other hosts must know "
-                    "where rank 0 is. Give rank 0's own address."
+                    "--dist-init-addr=0.0.0.0 works with --nnodes=1 only: the other hosts must "
+                    "know where rank 0 is. Give rank 0's own address."
                 )
         if any(padding < 1 for padding in self.jax_precompile_prefill_token_paddings):
             raise ValueError(
@@ -214,7 +222,9 @@ def _explain(fault: Mapping[str, Any]) -> str:
     flag = "--" + name.replace("_", "-")
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, EngineConfig.model_fields, n=1)
-        return f"Unknown flag {flag}." + (f" Did you mean --{near[0].replace('_', '-')}?" if near else "")
+        return f"Unknown flag {flag}." + (
+            f" Did you mean --{near[0].replace('_', '-')}?" if near else ""
+        )
     message = str(fault["msg"]).removeprefix("Value error, ")
     if not name:
         return message

@@ -153,6 +153,10 @@ class Request:
     """Tokens sampled by planned steps whose results are not in `output_token_ids` yet."""
     num_inflight_steps: int = 0
     num_preemptions: int = 0
+    is_decoding: bool = False
+    """Its next input is the token that its slot sampled last, on the device."""
+    max_len: int = 0
+    """Prompt and output together never exceed this; set at admission to the queue."""
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,9 @@ import numpy as np
 
 from engine.errors import EngineError
 
+MAX_TOP_LOGPROBS = 20
+"""Alternatives that a step reports for each row, however many a request wants."""
+
 
 class Bucket(msgspec.Struct, frozen=True, array_like=True, order=True):
     """Shape of a compiled program.
@@ -122,8 +125,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         step: The plan's.
         token_ids: int32 [num_rows]; rows of chunks that are not last are meaningless.
         logprobs: float32 [num_rows], or empty if not wanted.
-        top_token_ids: int32 [num_rows * 20], likeliest first, or empty.
-        top_logprobs: float32 [num_rows * 20], or empty.
+        top_token_ids: int32 [num_rows * MAX_TOP_LOGPROBS], likeliest first, or empty.
+        top_logprobs: float32 [num_rows * MAX_TOP_LOGPROBS], or empty.
         device_ms: From dispatch to the tokens' arrival on the host.
     """
 

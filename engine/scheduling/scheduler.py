@@ -1,0 +1,326 @@
+"""Queues → plans: which requests run in the next step, on which pages.
+
+Every step, all running requests decode one token, and what is left of the token budget goes to
+chunks of prompts. When pages run out, the request that came last gives its own back and is computed
+anew later. Knows no arrays and no processes; runs the same whether its plans are executed or not.
+"""
+
+from collections import deque
+
+from engine.errors import ContextLengthError
+from engine.request import FinishReason, Request, RequestOutput, RequestState, TokenLogprobs
+from engine.scheduling.page_pool import PagePool
+from engine.scheduling.prefix_cache import PrefixCache, page_key, root_key
+from engine.scheduling.step_builder import ScheduledStep, StepBuilder
+from engine.step import MAX_TOP_LOGPROBS, EngineLimits, StepResult
+
+
+class Scheduler:
+    """Owns every request from `add` until it is finished and no step computes it any longer.
+
+    At most two steps may be scheduled and not applied: results of step N may come after step N+1
+    was scheduled. What N+1 does with a request that turns out to have ended in N is dropped, and
+    its pages are kept until N+1's result.
+
+    Invariants:
+        running is ordered by admission, and the first of it is never preempted: it always ends.
+        A request holds a slot exactly while it is in running.
+        KV of positions below num_computed_tokens is written, or will be before any later step.
+    """
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        *,
+        max_chunk_tokens: int,
+        enable_prefix_caching: bool,
+    ) -> None:
+        self.limits = limits
+        self.page_size = limits.page_size
+        self.pool = PagePool(limits.num_pages, PrefixCache())
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._enable_prefix_caching = enable_prefix_caching
+        self._max_chunk_tokens = min(
+            max_chunk_tokens, max(bucket.num_chunk_tokens for bucket in limits.buckets)
+        )
+        self._max_chunks = max(bucket.num_chunks for bucket in limits.buckets)
+        self._free_slots = list(range(limits.max_running_requests - 1, -1, -1))
+        self._next_step = 0
+        # Ended requests whose pages a step under way still writes to.
+        self._ending: dict[str, Request] = {}
+
+    @property
+    def max_len(self) -> int:
+        """Longest prompt plus output: the context, or all of a small pool."""
+        return min(self.limits.context_length, self.pool.num_usable * self.page_size)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ContextLengthError: The prompt leaves no room for a single token.
+        """
+        prompt_len = len(request.prompt_token_ids)
+        if prompt_len >= self.max_len:
+            raise ContextLengthError(
+                f"The prompt has {prompt_len} tokens; the context has room for {self.max_len}, "
+                "output included."
+            )
+        output_start = prompt_len - request.num_prompt_output_tokens
+        max_tokens = request.sampling.max_tokens
+        wanted = self.max_len if max_tokens is None else output_start + max_tokens
+        request.max_len = min(self.max_len, wanted)
+        self.waiting.append(request)
+
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
+        """End a request at once; no step planned from here on computes it."""
+        if request.state is not RequestState.FINISHED:
+            self._finish(request, reason)
+
+    def plan(self) -> ScheduledStep | None:
+        """Schedule the next step, or return None if nothing can run before a result is applied."""
+        builder = StepBuilder()
+        num_preemptions = self.num_preemptions
+        self._plan_running(builder)
+        if self.num_preemptions == num_preemptions:
+            # Else whoever is admitted would take the very pages that were just given back.
+            self._plan_admissions(builder)
+        if builder.is_empty:
+            return None
+        step = builder.build(self._next_step, self.limits.buckets)
+        self._next_step += 1
+        for row in step.rows:
+            row.request.num_inflight_steps += 1
+            row.request.num_inflight_tokens += row.samples
+        return step
+
+    def apply(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
+        """Take in a step's tokens: what each request got, and which have ended."""
+        outputs = []
+        token_ids = result.token_ids.tolist()
+        for index, row in enumerate(step.rows):
+            request = row.request
+            request.num_inflight_steps -= 1
+            request.num_inflight_tokens -= row.samples
+            if request.state is RequestState.FINISHED:
+                self._release_if_idle(request)
+                continue
+            if row.samples:
+                request.output_token_ids.append(token_ids[index])
+            if request.state is RequestState.RUNNING:
+                # Preempted and admitted anew meanwhile, it may hold less than this row wrote.
+                self._publish(request, min(row.end, request.num_computed_tokens))
+            if row.samples:
+                logprobs = _logprobs(request, result, index) if len(result.logprobs) else ()
+                outputs.append(self._output(request, token_ids[index], logprobs))
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where an invariant does not hold."""
+        holders = [*self.running, *self._ending.values()]
+        self.pool.check_integrity(request.pages for request in holders)
+        slots = [request.slot for request in self.running] + self._free_slots
+        assert sorted(slots) == list(range(self.limits.max_running_requests)), "a slot leaked"
+        for request in self.waiting:
+            assert not request.pages, f"{request.request_id} waits with pages"
+
+    # Planning ----------------------------------------------------------------------------------
+
+    def _plan_running(self, builder: StepBuilder) -> None:
+        # Oldest first, while pages are taken from the latest: no row that stands is ever undone.
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            if not request.is_decoding:
+                self._plan_chunk(request, builder)
+            elif request.num_computed_tokens + 1 < request.max_len:
+                # Else its last token is under way already.
+                self._plan_decode(request, builder)
+            # A request that was preempted itself has left its index to its successor.
+            index += request.state is RequestState.RUNNING
+
+    def _plan_admissions(self, builder: StepBuilder) -> None:
+        while builder.num_chunk_tokens < self._max_chunk_tokens:
+            if len(builder.chunks) == self._max_chunks:
+                return
+            request = self._admit(builder)
+            if request is None:
+                return
+            self._plan_chunk(request, builder)
+
+    def _plan_decode(self, request: Request, builder: StepBuilder) -> None:
+        position = request.num_computed_tokens
+        if self._grow(request, position + 1, builder):
+            builder.add_decode(request, position)
+            request.num_computed_tokens += 1
+
+    def _plan_chunk(self, request: Request, builder: StepBuilder) -> None:
+        budget = self._max_chunk_tokens - builder.num_chunk_tokens
+        if budget == 0 or len(builder.chunks) == self._max_chunks:
+            return
+        start = request.num_computed_tokens
+        end = min(request.num_tokens, start + budget)
+        if not self._grow(request, end, builder):
+            return
+        is_last = end == request.num_tokens
+        builder.add_chunk(request, start, request.token_ids_from(start, end), end, is_last)
+        request.num_computed_tokens = end
+        request.is_decoding = is_last
+        # A later step runs after this one, so it may read these pages; this same step may not.
+        first_published = len(request.page_keys)
+        self._publish(request, end)
+        builder.keys_computed.update(request.page_keys[first_published:])
+
+    def _admit(self, builder: StepBuilder) -> Request | None:
+        if not self.waiting or not self._free_slots:
+            return None
+        request = self.waiting[0]
+        if request.num_inflight_tokens:
+            return None  # Preempted a moment ago: its last token is not known yet.
+        keys, pages = self._find_prefix(request)
+        if builder.keys_computed.intersection(keys):
+            return None  # Its prefix is computed in this very step: one step later it is a hit.
+        for page in pages:
+            self.pool.acquire(page)
+        num_cached = len(pages) * self.page_size
+        first_chunk = min(request.num_tokens - num_cached, self._max_chunk_tokens)
+        if self._num_pages(num_cached + first_chunk) - len(pages) > self.pool.num_available:
+            self.pool.release(pages)
+            return None
+        self.waiting.popleft()
+        request.state = RequestState.RUNNING
+        request.slot = self._free_slots.pop()
+        request.pages, request.page_keys = pages, keys
+        request.num_computed_tokens = num_cached
+        if not request.num_preemptions:
+            request.num_cached_tokens = num_cached
+        self.running.append(request)
+        builder.admit(request)
+        return request
+
+    def _find_prefix(self, request: Request) -> tuple[list[bytes], list[int]]:
+        """Published pages of the request's tokens; at least one token is left to compute."""
+        keys: list[bytes] = []
+        pages: list[int] = []
+        if not self._enable_prefix_caching:
+            return keys, pages
+        key = root_key(request.cache_salt, request.rope_alpha)
+        size = self.page_size
+        for index in range((request.num_tokens - 1) // size):
+            key = page_key(key, request.token_ids_from(index * size, (index + 1) * size))
+            page = self.pool.prefix_cache.find(key)
+            if page is None:
+                break
+            keys.append(key)
+            pages.append(page)
+        return keys, pages
+
+    def _publish(self, request: Request, end: int) -> None:
+        """Offer the pages that are full of known tokens below `end` to other requests."""
+        if not self._enable_prefix_caching:
+            return
+        size = self.page_size
+        for index in range(len(request.page_keys), min(end, request.num_tokens) // size):
+            previous = (
+                request.page_keys[-1]
+                if request.page_keys
+                else root_key(request.cache_salt, request.rope_alpha)
+            )
+            key = page_key(previous, request.token_ids_from(index * size, (index + 1) * size))
+            request.page_keys.append(key)
+            self.pool.prefix_cache.publish(key, request.pages[index])
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _grow(self, request: Request, end: int, builder: StepBuilder) -> bool:
+        """Give a request pages up to position `end`, taking them from later ones if need be.
+
+        Returns:
+            False if the request itself had to give its pages back.
+        """
+        missing = self._num_pages(end) - len(request.pages)
+        if missing <= 0:
+            return True
+        while (pages := self.pool.allocate(missing)) is None:
+            latest = self.running[-1]
+            self._preempt(latest)
+            if latest is request:
+                return False
+        builder.add_pages(request, len(request.pages), pages)
+        request.pages.extend(pages)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        # Steps run in order, so the next step may already overwrite these pages: a step under way
+        # has read them by then.
+        self.running.remove(request)
+        self._free_slots.append(request.slot)
+        self.pool.release(request.pages)
+        request.state = RequestState.WAITING
+        request.slot = -1
+        request.pages, request.page_keys = [], []
+        request.num_computed_tokens = 0
+        request.is_decoding = False
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    # Results -----------------------------------------------------------------------------------
+
+    def _output(
+        self, request: Request, token_id: int, logprobs: tuple[TokenLogprobs, ...]
+    ) -> RequestOutput:
+        first_index = request.num_prompt_output_tokens + len(request.output_token_ids) - 1
+        is_end = token_id in request.sampling.stop_token_ids or (
+            token_id in request.eos_token_ids and not request.sampling.ignore_eos
+        )
+        if is_end and first_index >= request.sampling.min_tokens:
+            self._finish(request, "stop")
+        elif request.num_tokens >= request.max_len:
+            self._finish(request, "length")
+        return RequestOutput(
+            request_id=request.request_id,
+            first_index=first_index,
+            token_ids=(token_id,),
+            logprobs=logprobs,
+            finish_reason=request.finish_reason,
+            stop_token_id=token_id if request.finish_reason == "stop" else None,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+            self._free_slots.append(request.slot)
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+        self._ending[request.request_id] = request
+        self._release_if_idle(request)
+
+    def _release_if_idle(self, request: Request) -> None:
+        if request.num_inflight_steps == 0 and self._ending.pop(request.request_id, None):
+            self.pool.release(request.pages)
+            request.pages = []
+
+
+def _logprobs(request: Request, result: StepResult, index: int) -> tuple[TokenLogprobs, ...]:
+    count = request.sampling.logprobs
+    if count is None:
+        return ()
+    first = index * MAX_TOP_LOGPROBS
+    return (
+        TokenLogprobs(
+            logprob=float(result.logprobs[index]),
+            top_token_ids=tuple(result.top_token_ids[first : first + count].tolist()),
+            top_logprobs=tuple(result.top_logprobs[first : first + count].tolist()),
+        ),
+    )
