@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from engine.errors import ConfigError
-from engine.kernels.attention_dense import DenseAttention
-from engine.kernels.attention_xla import XlaFlashAttention
+from engine.kernels.attention_dense import dense_attention
+from engine.kernels.attention_xla import flash_attention
+from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.metadata import AttentionMetadata, Cache
 
 __all__ = ["AttentionBackend", "AttentionMetadata", "Cache", "make_attention"]
@@ -91,9 +92,9 @@ def make_attention(platform: str, flag: str, mesh: Mesh) -> AttentionBackend:
         ConfigError: No such implementation.
     """
     if flag in ("auto", "fa", "xla"):
-        return XlaFlashAttention(mesh)
+        return HeadPagesAttention(mesh, flash_attention)
     if flag == "dense":
-        return DenseAttention(mesh)
+        return HeadPagesAttention(mesh, dense_attention)
     raise ConfigError(
         f"--attention-backend={flag} is unknown. Use auto, fa, xla or dense (platform {platform})."
     )

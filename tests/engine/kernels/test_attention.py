@@ -1,0 +1,337 @@
+import attention_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from engine.errors import ConfigError
+from engine.kernels import attention_xla
+from engine.kernels.attention import make_attention
+
+FLOAT32_TOLERANCE = 2e-5
+
+# XLA's float32 products on CPUs sum in an order that depends on the number of rows; its bfloat16
+# products do not.
+SHAPE_TOLERANCE = {"float32": 1e-6, "bfloat16": 0.0}
+
+
+def make_mesh(tp_size: int) -> Mesh:
+    return jax.make_mesh(
+        (tp_size,), ("tp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:tp_size]
+    )
+
+
+class Harness:
+    """A cache with garbage in it, shuffled pages, and steps run through one backend."""
+
+    def __init__(
+        self,
+        sequences: list[oracle.Sequence],
+        *,
+        flag: str = "xla",
+        page_size: int = 4,
+        tp_size: int = 1,
+        dtype: str = "float32",
+        sliding_window: int | None = None,
+        seed: int = 0,
+        max_len: int | None = None,
+        garbage: float = np.nan,
+    ) -> None:
+        self.sequences = sequences
+        self.page_size = page_size
+        self.dtype = dtype
+        self.sliding_window = sliding_window
+        _, num_kv_heads, self.head_dim = sequences[0].k_TKH.shape
+        pages_per_seq = -(-(max_len or max(s.length for s in sequences)) // page_size)
+        num_pages = 1 + pages_per_seq * len(sequences)
+        rng = np.random.default_rng(seed)
+        self.page_tables = 1 + rng.permutation(num_pages - 1).reshape(len(sequences), -1).astype(
+            np.int32
+        )
+        self.backend = make_attention("cpu", flag, make_mesh(tp_size))
+        cache = self.backend.init_cache(
+            num_layers=1,
+            num_kv_heads=num_kv_heads,
+            head_dim=self.head_dim,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=dtype,
+        )
+        self.cache = jax.tree.map(lambda pages: jnp.full_like(pages, garbage), cache)
+        self.attend = jax.jit(
+            lambda q, k, v, cache, metadata: self.backend.attend(
+                q,
+                k,
+                v,
+                cache,
+                0,
+                metadata,
+                sm_scale=self.head_dim**-0.5,
+                sliding_window=self.sliding_window,
+            )
+        )
+
+    def run(self, step: oracle.Step) -> dict[tuple[int, int], np.ndarray]:
+        """(sequence, position) → [N, H] of each token; checks that padding rows are zero."""
+        arrays = [
+            jnp.asarray(step.gather(self.sequences, name), self.dtype)
+            for name in ("q_TNH", "k_TKH", "v_TKH")
+        ]
+        metadata = step.metadata(self.page_tables, self.page_size)
+        out, self.cache = self.attend(*arrays, self.cache, metadata)
+        out_TNH = np.asarray(out.astype(jnp.float32))
+        tokens = step.tokens()
+        padding = np.ones(len(out_TNH), bool)
+        padding[[place for place, _, _ in tokens]] = False
+        assert not out_TNH[padding].any()
+        return {(seq, position): out_TNH[place] for place, seq, position in tokens}
+
+    def prefill(self, seq: int, start: int, length: int, bucket: int | None = None):
+        starts = [0] * len(self.sequences)
+        starts[seq] = start
+        return self.run(
+            oracle.Step(
+                decodes=[],
+                chunks=[(seq, length)],
+                starts=starts,
+                num_decode_rows=2,
+                num_chunk_tokens=bucket or length,
+                num_chunks=2,
+            )
+        )
+
+
+def random_schedule(rng: np.random.Generator, lengths: list[int]) -> list[oracle.Step]:
+    """Steps that compute all sequences: chunks of random sizes beside decodes of the others."""
+    starts = [0] * len(lengths)
+    prompts = [int(rng.integers(1, length + 1)) for length in lengths]
+    steps = []
+    while any(start < length for start, length in zip(starts, lengths, strict=True)):
+        decodes, chunks = [], []
+        for seq in rng.permutation(len(lengths)).tolist():
+            if starts[seq] >= lengths[seq] or rng.random() < 0.2:
+                continue
+            if starts[seq] >= prompts[seq]:
+                decodes.append(seq)
+            else:
+                chunks.append((seq, int(rng.integers(1, prompts[seq] - starts[seq] + 1))))
+        steps.append(
+            oracle.Step(
+                decodes=decodes,
+                chunks=chunks,
+                starts=list(starts),
+                num_decode_rows=4,
+                num_chunk_tokens=160,
+                num_chunks=4,
+            )
+        )
+        for seq in decodes:
+            starts[seq] += 1
+        for seq, length in chunks:
+            starts[seq] += length
+    return steps
+
+
+@pytest.mark.parametrize("flag", ["xla", "dense"])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window", "max_len"),
+    [
+        (6, 2, 16, 4, None, 40),
+        (4, 4, 32, 1, None, 30),
+        (4, 1, 64, 16, 9, 40),
+        (2, 2, 128, 128, None, 150),
+        (3, 1, 16, 8, 33, 40),
+    ],
+)
+def test_any_mix_of_chunks_and_decodes_equals_numpy(
+    flag, num_heads, num_kv_heads, head_dim, page_size, sliding_window, max_len
+):
+    rng = np.random.default_rng(head_dim + page_size)
+    lengths = [1, 7, max_len - 3, max_len // 2]
+    sequences = [oracle.random_sequence(rng, n, num_heads, num_kv_heads, head_dim) for n in lengths]
+    expected = [oracle.attend(sequence, sliding_window) for sequence in sequences]
+    harness = Harness(
+        sequences,
+        flag=flag,
+        page_size=page_size,
+        sliding_window=sliding_window,
+        max_len=max_len,
+    )
+    seen = 0
+    for step in random_schedule(rng, lengths):
+        for (seq, position), out_NH in harness.run(step).items():
+            np.testing.assert_allclose(out_NH, expected[seq][position], atol=FLOAT32_TOLERANCE)
+            seen += 1
+    assert seen == sum(lengths)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
+    rng = np.random.default_rng(5)
+    length = 2 * attention_xla.KV_BLOCK + 9
+    sequences = [oracle.random_sequence(rng, n, 2, 1, 16) for n in (length, 20)]
+    expected = [oracle.attend(sequence, sliding_window) for sequence in sequences]
+    harness = Harness(sequences, page_size=16, sliding_window=sliding_window)
+    prompt_len = length - 3
+    got = harness.prefill(0, 0, prompt_len)
+    got |= harness.prefill(1, 0, 18, bucket=32)
+    for step in range(2):
+        got |= harness.run(
+            oracle.Step(
+                decodes=[1, 0],
+                chunks=[],
+                starts=[prompt_len + step, 18 + step],
+                num_decode_rows=2,
+                num_chunk_tokens=0,
+                num_chunks=0,
+            )
+        )
+    for (seq, position), out_NH in got.items():
+        np.testing.assert_allclose(out_NH, expected[seq][position], atol=FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
+def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
+    rng = np.random.default_rng(1)
+    length = attention_xla.KV_BLOCK + 60
+    sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
+    whole = Harness(sequences, dtype=dtype, page_size=16).prefill(0, 0, length)
+    harness = Harness(sequences, dtype=dtype, page_size=16, seed=9)
+    chunked = {}
+    for start, stop in ((0, 5), (5, 130), (130, 131), (131, length)):
+        chunked |= harness.prefill(0, start, stop - start, bucket=256)
+    for key, out_NH in whole.items():
+        np.testing.assert_allclose(chunked[key], out_NH, rtol=0, atol=SHAPE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
+def test_decode_equals_prefill_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
+    rng = np.random.default_rng(2)
+    length = attention_xla.KV_BLOCK + 20
+    sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
+    whole = Harness(sequences, dtype=dtype).prefill(0, 0, length)
+    harness = Harness(sequences, dtype=dtype)
+    harness.prefill(0, 0, length - 40)
+    for position in range(length - 40, length):
+        got = harness.run(
+            oracle.Step(
+                decodes=[0],
+                chunks=[],
+                starts=[position],
+                num_decode_rows=2,
+                num_chunk_tokens=0,
+                num_chunks=0,
+            )
+        )
+        np.testing.assert_allclose(
+            got[0, position], whole[0, position], rtol=0, atol=SHAPE_TOLERANCE[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_alone_equals_in_any_batch_in_bfloat16_to_the_last_bit(dtype):
+    rng = np.random.default_rng(3)
+    lengths = [30, 300, 4, 77]
+    sequences = [oracle.random_sequence(rng, n, 6, 2, 64) for n in lengths]
+    alone = Harness(sequences, dtype=dtype)
+    expected = alone.prefill(0, 0, 29) | alone.run(
+        oracle.Step(
+            decodes=[0],
+            chunks=[],
+            starts=[29, 0, 0, 0],
+            num_decode_rows=2,
+            num_chunk_tokens=0,
+            num_chunks=0,
+        )
+    )
+    batch = Harness(sequences, dtype=dtype, seed=4)
+    got = batch.run(
+        oracle.Step(
+            decodes=[],
+            chunks=[(1, 299), (0, 29), (2, 3)],
+            starts=[0, 0, 0, 0],
+            num_decode_rows=8,
+            num_chunk_tokens=512,
+            num_chunks=4,
+        )
+    )
+    got |= batch.run(
+        oracle.Step(
+            decodes=[1, 2, 0],
+            chunks=[(3, 76)],
+            starts=[29, 299, 3, 0],
+            num_decode_rows=8,
+            num_chunk_tokens=128,
+            num_chunks=4,
+        )
+    )
+    for key, out_NH in expected.items():
+        np.testing.assert_allclose(got[key], out_NH, rtol=0, atol=SHAPE_TOLERANCE[dtype])
+
+
+def test_heads_spread_over_devices_give_the_same():
+    rng = np.random.default_rng(4)
+    sequences = [oracle.random_sequence(rng, 50, 8, 4, 16)]
+    expected = Harness(sequences).prefill(0, 0, 50)
+    for tp_size in (2, 4):
+        harness = Harness(sequences, tp_size=tp_size)
+        shards = jax.tree.leaves(harness.cache)[0].addressable_shards
+        assert {shard.data.shape[1] for shard in shards} == {4 // tp_size}
+        got = harness.prefill(0, 0, 50)
+        for key, out_NH in expected.items():
+            np.testing.assert_allclose(got[key], out_NH, atol=1e-6)
+
+
+def test_the_cache_is_updated_in_place():
+    rng = np.random.default_rng(6)
+    sequences = [oracle.random_sequence(rng, 32, 6, 2, 16)]
+    harness = Harness(sequences, page_size=16, dtype="bfloat16", max_len=1 << 17)
+    step = oracle.Step(
+        decodes=[0],
+        chunks=[(0, 20)],
+        starts=[0],
+        num_decode_rows=2,
+        num_chunk_tokens=32,
+        num_chunks=2,
+    )
+    arrays = [
+        jnp.asarray(step.gather(sequences, name), "bfloat16")
+        for name in ("q_TNH", "k_TKH", "v_TKH")
+    ]
+    metadata = step.metadata(harness.page_tables, 16)
+    program = (
+        jax.jit(harness.attend, donate_argnums=3).lower(*arrays, harness.cache, metadata).compile()
+    )
+    cache_bytes = sum(pages.nbytes for pages in jax.tree.leaves(harness.cache))
+    pages_shape = jax.tree.leaves(harness.cache)[0].shape
+    assert program.memory_analysis().alias_size_in_bytes == cache_bytes
+    assert program.memory_analysis().temp_size_in_bytes < cache_bytes / 2
+    whole_cache = f"bf16[{','.join(map(str, pages_shape))}]"
+    copies = [
+        line
+        for line in program.as_text().splitlines()
+        if whole_cache in line and (" copy(" in line or " convert(" in line)
+    ]
+    assert not copies
+
+
+def test_bytes_per_page_are_those_of_the_cache():
+    backend = make_attention("cpu", "auto", make_mesh(2))
+    numbers = {
+        "num_layers": 3,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+        "page_size": 8,
+        "dtype": "bfloat16",
+    }
+    cache = backend.init_cache(num_pages=10, **numbers)
+    on_one_device = sum(pages.addressable_shards[0].data.nbytes for pages in jax.tree.leaves(cache))
+    assert backend.cache_bytes_per_page(**numbers) * 10 == on_one_device
+
+
+def test_unknown_implementation_is_refused_by_name():
+    with pytest.raises(ConfigError, match="--attention-backend=magic"):
+        make_attention("cpu", "magic", make_mesh(1))
