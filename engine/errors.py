@@ -8,6 +8,7 @@
     │   ├── ContextLengthError     prompt and requested output exceed the context
     │   └── ModelNotFoundError     a model name that is not served here (HTTP 404)
     └── EngineError                the engine cannot serve this request at present (HTTP 503)
+        ├── EngineBusyError        too many requests wait already (HTTP 429)
         ├── EngineNotReadyError    still starting, or rebuilding its gang
         └── EngineDiedError        a host died while the request ran
 
@@ -66,6 +67,10 @@ class ModelNotFoundError(RequestError):
 
 class EngineError(QwenOnRayError):
     """The engine cannot serve this request at present; the same request may work later."""
+
+
+class EngineBusyError(EngineError):
+    """Too many requests wait already."""
 
 
 class EngineNotReadyError(EngineError):

@@ -5,7 +5,8 @@ from the plans before, so that its size does not grow with the context. No JAX h
 makes plans without it. Plans and results travel as msgpack; arrays as little-endian bytes.
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -163,13 +164,15 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
 class StartProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a start has come: `phase` is one of placement, rendezvous, weights, compile, warmup.
 
-    `done` of `total` counts hosts, bytes or programs, by the phase.
+    `done` of `total` counts hosts, bytes or programs, by the phase. `rank` is the host's that it
+    is about, None for the gang as a whole.
     """
 
     phase: str
     done: int = 0
     total: int = 0
     note: str = ""
+    rank: int | None = None
 
 
 ProgressCallback = Callable[[StartProgress], None]
@@ -187,10 +190,10 @@ class Executor(Protocol):
         """
         ...
 
-    def execute(self, plan: StepPlan) -> Awaitable[StepResult]:
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Start a step; at most two may be under way. Results come in order.
 
-        The awaitable raises EngineError if a host dies; the executor is then of no more use.
+        The future raises EngineError if a host dies; the executor is then of no more use.
         """
         ...
 

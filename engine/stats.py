@@ -1,0 +1,37 @@
+"""What an engine has done and is doing, in numbers. Knows nothing of where they are shown."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since start (`*_total`) and the state after the last step.
+
+    Attributes:
+        padding_tokens_total: Token rows that compiled programs computed and nobody wanted.
+        host_ms_total: Time in planning and in taking results in.
+        wait_ms_total: Time in which the leader waited for a result.
+        device_ms_total: From dispatch to result, as rank 0 measured it.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages_used: int = 0
+    num_pages: int = 0
+    steps_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    padding_tokens_total: int = 0
+    preemptions_total: int = 0
+    requests_total: int = 0
+    finished_total: int = 0
+    aborted_total: int = 0
+    host_ms_total: float = 0.0
+    wait_ms_total: float = 0.0
+    device_ms_total: float = 0.0
+
+    @property
+    def page_use(self) -> float:
+        """Share of the pages that running requests hold, 0 to 1."""
+        return self.num_pages_used / self.num_pages if self.num_pages else 0.0

@@ -1,0 +1,256 @@
+"""The core over a simulated device: whatever is scheduled, each request gets its own tokens."""
+
+import asyncio
+from collections import defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_device import VOCAB_SIZE, SimulatedDevice, expected_output
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import ContextLengthError, EngineBusyError, EngineDiedError, RequestError
+from engine.request import Request, RequestOutput, SamplingParams
+from engine.scheduling.buckets import bucket_table
+from engine.step import EngineLimits
+
+
+class Engine:
+    """A core, its simulated device, and what each request got."""
+
+    def __init__(self, *, num_pages: int = 64, context_length: int = 96, **overrides: object):
+        fields = {"page_size": 4, "max_running_requests": 4, "chunked_prefill_size": 8}
+        self.config = EngineConfig.model_validate({"model_path": "tiny", **fields, **overrides})
+        self.limits = EngineLimits(
+            num_pages=num_pages,
+            page_size=self.config.page_size,
+            context_length=context_length,
+            max_running_requests=self.config.max_running_requests,
+            buckets=bucket_table(self.config, context_length=context_length),
+            vocab_size=VOCAB_SIZE,
+        )
+        self.device = SimulatedDevice(self.limits)
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.finished: dict[str, RequestOutput] = {}
+        self.core = EngineCore(self.config, self.limits, self.device, self._take)
+        self._all_done = asyncio.Event()
+
+    def _take(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            assert output.first_index == len(self.tokens[output.request_id])
+            self.tokens[output.request_id].extend(output.token_ids)
+            if output.finish_reason:
+                self.finished[output.request_id] = output
+        if self.core.num_requests == 0:
+            self._all_done.set()
+
+    async def run_until_done(self) -> None:
+        run = asyncio.ensure_future(self.core.run())
+        done = asyncio.ensure_future(self._all_done.wait())
+        async with asyncio.timeout(20):
+            await asyncio.wait([run, done], return_when=asyncio.FIRST_COMPLETED)
+            if run.done():
+                run.result()
+            # A step that was planned with ended requests may still be under way.
+            while self.core._scheduler._ending:
+                await asyncio.sleep(0)
+        run.cancel()
+        done.cancel()
+        await asyncio.gather(run, done, return_exceptions=True)
+        self.core.check_integrity()
+
+
+def make_request(name: str, prompt: list[int], max_tokens: int = 6, **sampling: object) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, seed=1, **sampling)  # type: ignore[arg-type]
+    return Request(request_id=name, prompt_token_ids=prompt, sampling=params)
+
+
+workloads = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # which shared prefix
+        st.integers(0, 20),  # how much of it
+        st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12),
+        st.integers(1, 12),  # max_tokens
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    workload=workloads,
+    num_pages=st.integers(10, 40),
+    page_size=st.sampled_from([1, 4, 16]),
+    overlap=st.booleans(),
+    caching=st.booleans(),
+)
+def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
+    workload, num_pages, page_size, overlap, caching
+):
+    prefixes = [[7, 7, 7, 7] * 5, list(range(20)), [3] * 20]
+
+    async def scenario() -> None:
+        engine = Engine(
+            num_pages=max(num_pages, 48 // page_size + 2),
+            context_length=48,
+            page_size=page_size,
+            disable_overlap_schedule=not overlap,
+            enable_prefix_caching=caching,
+        )
+        prompts = {}
+        for index, (which, length, tail, max_tokens) in enumerate(workload):
+            prompts[str(index)] = (prefixes[which][:length] + tail, max_tokens)
+            engine.core.add(make_request(str(index), *prompts[str(index)]))
+        await engine.run_until_done()
+        for name, (prompt, max_tokens) in prompts.items():
+            assert engine.tokens[name] == expected_output(prompt, max_tokens), name
+            assert engine.finished[name].finish_reason == "length"
+
+    asyncio.run(scenario())
+
+
+async def test_preempted_requests_keep_their_tokens():
+    # 9 usable pages of 4 hold 36 tokens; four requests of 4 + 12 tokens want 64.
+    engine = Engine(num_pages=10, context_length=32)
+    for index in range(4):
+        engine.core.add(make_request(str(index), [index, 5, 6, 7], max_tokens=12))
+    await engine.run_until_done()
+    assert engine.core.stats.preemptions_total > 0
+    for index in range(4):
+        assert engine.tokens[str(index)] == expected_output([index, 5, 6, 7], 12)
+
+
+async def test_a_prompt_seen_before_is_computed_only_where_it_differs():
+    engine = Engine()
+    prompt = list(range(20))
+    engine.core.add(make_request("first", [*prompt, 1]))
+    await engine.run_until_done()
+    engine._all_done.clear()
+    engine.core.add(make_request("second", [*prompt, 2]))
+    await engine.run_until_done()
+    assert engine.finished["first"].num_cached_tokens == 0
+    assert engine.finished["second"].num_cached_tokens == 20
+    assert engine.tokens["second"] == expected_output([*prompt, 2], 6)
+
+
+async def test_prompts_with_different_salts_share_nothing():
+    engine = Engine()
+    for name, salt in (("mine", b"a"), ("theirs", b"b"), ("mine again", b"a")):
+        request = make_request(name, list(range(20)))
+        request.cache_salt = salt
+        engine.core.add(request)
+        engine._all_done.clear()
+        await engine.run_until_done()
+    assert engine.finished["theirs"].num_cached_tokens == 0
+    assert engine.finished["mine again"].num_cached_tokens == 16
+
+
+async def test_choices_of_one_prompt_compute_it_once():
+    engine = Engine()
+    prompt = list(range(30))
+    for choice in range(3):
+        engine.core.add(make_request(f"choice {choice}", prompt))
+    await engine.run_until_done()
+    cached = [engine.finished[f"choice {choice}"].num_cached_tokens for choice in range(3)]
+    assert cached == [0, 28, 28]
+
+
+async def test_decodes_go_on_while_a_long_prompt_is_computed():
+    engine = Engine()
+    engine.core.add(make_request("short", [1, 2], max_tokens=10))
+    engine.core.add(make_request("long", list(range(40)), max_tokens=2))
+    await engine.run_until_done()
+    mixed = [plan for plan in engine.device.plans if len(plan.decode_slots) and plan.chunks]
+    assert len(mixed) >= 4
+    assert all(len(chunk.token_ids) <= 8 for plan in mixed for chunk in plan.chunks)
+
+
+async def test_an_end_token_stops_a_request_and_what_was_planned_after_it_is_dropped():
+    prompt = [1, 2, 3]
+    expected = expected_output(prompt, 12)
+    end = expected[5]
+    engine = Engine()
+    request = make_request("r", prompt, max_tokens=12)
+    request.eos_token_ids = (end,)
+    engine.core.add(request)
+    await engine.run_until_done()
+    stop = expected.index(end) + 1
+    assert engine.tokens["r"] == expected[:stop]
+    assert engine.finished["r"].finish_reason == "stop"
+    assert engine.finished["r"].stop_token_id == end
+
+
+async def test_an_aborted_request_gives_its_pages_back_within_a_step():
+    engine = Engine()
+    engine.core.add(make_request("gone", list(range(30)), max_tokens=50))
+    engine.core.add(make_request("stays", [4], max_tokens=8))
+    steps = 0
+    take = engine._take
+
+    def abort_at_the_third_token(outputs: list[RequestOutput]) -> None:
+        nonlocal steps
+        take(outputs)
+        if len(engine.tokens["gone"]) == 3:
+            engine.core.abort("gone")
+
+    engine.core._on_outputs = abort_at_the_third_token
+    await engine.run_until_done()
+    assert engine.tokens["gone"] == expected_output(list(range(30)), 3)
+    assert engine.tokens["stays"] == expected_output([4], 8)
+    assert engine.core._scheduler.pool.num_used == 0
+
+
+async def test_a_request_continued_elsewhere_counts_its_earlier_output():
+    engine = Engine()
+    prompt, before = [9, 8, 7], expected_output([9, 8, 7], 4)
+    request = make_request("r", prompt + before, max_tokens=10)
+    request.num_prompt_output_tokens = 4
+    engine.core.add(request)
+    engine.tokens["r"] = list(before)
+    await engine.run_until_done()
+    assert engine.tokens["r"] == expected_output(prompt, 10)
+
+
+async def test_overlapped_and_serial_loops_give_the_same_tokens():
+    outputs = []
+    for serial in (False, True):
+        engine = Engine(num_pages=14, context_length=40, disable_overlap_schedule=serial)
+        for index in range(5):
+            engine.core.add(make_request(str(index), [index] * (3 + index), max_tokens=9))
+        await engine.run_until_done()
+        outputs.append(dict(engine.tokens))
+    assert outputs[0] == outputs[1]
+
+
+async def test_a_dead_host_ends_the_loop_with_its_error():
+    engine = Engine()
+    engine.core._executor = SimulatedDevice(engine.limits, dies_at_step=3)
+    engine.core.add(make_request("r", [1], max_tokens=20))
+    with pytest.raises(EngineDiedError, match="simulated host"):
+        await engine.core.run()
+
+
+async def test_requests_that_can_never_run_are_refused():
+    engine = Engine(context_length=32)
+    with pytest.raises(ContextLengthError, match=r"32 tokens.*room for 32"):
+        engine.core.add(make_request("long", [1] * 32))
+    with pytest.raises(RequestError, match="empty"):
+        engine.core.add(make_request("empty", []))
+    with pytest.raises(RequestError, match="token id 50"):
+        engine.core.add(make_request("alien", [50]))
+    engine.core.add(make_request("twice", [1]))
+    with pytest.raises(RequestError, match="in use"):
+        engine.core.add(make_request("twice", [1]))
+    await engine.run_until_done()
+    assert list(engine.finished) == ["twice"]
+
+
+async def test_one_request_more_than_may_wait_is_refused():
+    engine = Engine(max_queued_requests=2)
+    engine.core.add(make_request("a", [1]))
+    engine.core.add(make_request("b", [2]))
+    with pytest.raises(EngineBusyError, match="max-queued-requests=2"):
+        engine.core.add(make_request("c", [3]))
+    await engine.run_until_done()
