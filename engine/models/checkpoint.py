@@ -1,0 +1,281 @@
+"""A checkpoint's tensors → sharded arrays on this process's devices.
+
+Each process reads the slices of its own devices and no others. Knows files and parameter names, not
+what the parameters are for.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from engine.errors import CheckpointError
+from engine.models.config import ModelConfig
+from engine.models.hub import resolve_checkpoint
+from engine.models.names import CheckpointTensor
+from engine.models.registry import (
+    MODEL_FILES,
+    ParameterSpec,
+    Params,
+    model_layout,
+    parameter_specs,
+)
+from engine.models.safetensors_files import StoredTensor, find_tensors
+from engine.sharding import ShardLayout, named_sharding
+
+__all__ = ["OnBytes", "dummy_weights", "load_weights", "resolve_checkpoint"]
+
+OnBytes = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all, from any thread, one call at a time."""
+
+_NUM_READERS = 8
+_MAX_FAULTS = 20
+# Buffers that old conversions wrote although they follow from the configuration.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """One parameter, how it is sharded, and where it lies in the checkpoint."""
+
+    path: tuple[str | int, ...]
+    spec: ParameterSpec
+    sharding: NamedSharding
+    source: CheckpointTensor
+
+    @property
+    def source_name(self) -> str:
+        return self.source.name.replace("*", str(self.path[1]))
+
+
+def load_weights(
+    directory: Path,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    *,
+    on_progress: OnBytes = lambda done, total: None,
+) -> Params:
+    """Read a checkpoint's safetensors into sharded arrays.
+
+    Args:
+        directory: With model.safetensors, or several files and their index.
+        model_config: Of the same directory.
+        mesh: The model's; every process of it must call this.
+        dtype: To convert to.
+        on_progress: Told the bytes that are on this process's devices, and of how many.
+
+    Returns:
+        Nested dicts of arrays, as `Model` takes them.
+
+    Raises:
+        CheckpointError: No safetensors, or tensors that are missing, surplus or misshapen; all of
+            them are named.
+    """
+    layout = model_layout(model_config, mesh.size)
+    parameters = list(_parameters(model_config, mesh, dtype))
+    tensors = find_tensors(directory)
+    _check_tensors(directory, parameters, tensors, layout, model_config)
+    dtype = jnp.dtype(dtype)
+    progress = _Progress(
+        sum(_local_bytes(parameter, dtype) for parameter in parameters), on_progress
+    )
+
+    def load(parameter: _Parameter) -> jax.Array:
+        shards = _read_shards(parameter, tensors[parameter.source_name], layout, dtype)
+        array = jax.make_array_from_single_device_arrays(
+            parameter.spec.shape, parameter.sharding, shards
+        )
+        progress.add(_local_bytes(parameter, dtype))
+        return array
+
+    params: Params = {}
+    with ThreadPoolExecutor(_NUM_READERS, "weights") as pool:
+        for parameter, array in zip(parameters, pool.map(load, parameters), strict=True):
+            _put(params, parameter.path, array)
+    return _with_layer_list(params)
+
+
+def dummy_weights(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike, seed: int) -> Params:
+    """Make random weights of the model's shapes, for benchmarks and tests.
+
+    Each value follows from the seed, its parameter and its place in the unpadded parameter, so
+    that any tp size gives the same model. Norms are ones, biases zeros, the rest uniform with the
+    variance 1 / in.
+    """
+    layout = model_layout(model_config, mesh.size)
+    make = jax.jit(_random_matrix, static_argnames=("spec", "sharding", "num_columns", "dtype"))
+    params: Params = {}
+    for number, parameter in enumerate(_parameters(model_config, mesh, dtype)):
+        spec, sharding = parameter.spec, parameter.sharding
+        if len(spec.shape) == 1:
+            fill = jnp.zeros if parameter.path[-1] == "bias" else jnp.ones
+            array = fill(spec.shape, dtype, device=sharding)
+        else:
+            array = make(
+                *(layout.rows[axis].astype(np.int32) for axis in spec.axes),
+                np.uint32((seed * 0x9E3779B1 + number) % 2**32),
+                spec=spec,
+                sharding=sharding,
+                num_columns=layout.sizes[spec.axes[1]],
+                dtype=jnp.dtype(dtype),
+            )
+        _put(params, parameter.path, array)
+    return _with_layer_list(params)
+
+
+def _random_matrix(
+    rows: jax.Array,
+    columns: jax.Array,
+    seed: jax.Array,
+    *,
+    spec: ParameterSpec,
+    sharding: NamedSharding,
+    num_columns: int,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    rows, columns = rows[:, None], columns[None, :]
+    place = rows.astype(jnp.uint32) * jnp.uint32(num_columns) + columns.astype(jnp.uint32)
+    bits = _mix(_mix(place) ^ _mix(seed))
+    uniform = bits.astype(jnp.float32) * 2.0**-31 - 1.0
+    values = jnp.where((rows >= 0) & (columns >= 0), uniform * (3.0 / num_columns) ** 0.5, 0.0)
+    return jax.lax.with_sharding_constraint(values.astype(dtype), sharding)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """Scramble uint32 so that each bit of the result depends on all (MurmurHash3's last step)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def _parameters(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike) -> Iterator[_Parameter]:
+    names = MODEL_FILES[model_config.architecture].checkpoint_names
+    for path, spec in _flatten(parameter_specs(model_config, mesh, dtype)):
+        pattern = ".".join("*" if isinstance(key, int) else key for key in path)
+        yield _Parameter(path, spec, named_sharding(mesh, spec.axes), names[pattern])
+
+
+def _flatten(specs: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, ParameterSpec]]:
+    if isinstance(specs, ParameterSpec):
+        yield path, specs
+        return
+    items = enumerate(specs) if isinstance(specs, list) else specs.items()
+    for key, value in items:
+        yield from _flatten(value, (*path, key))
+
+
+def _put(params: Params, path: tuple[Any, ...], array: jax.Array) -> None:
+    for key in path[:-1]:
+        params = params.setdefault(key, {})
+    params[path[-1]] = array
+
+
+def _with_layer_list(params: Params) -> Params:
+    return params | {"layers": [params["layers"][number] for number in sorted(params["layers"])]}
+
+
+def _check_tensors(
+    directory: Path,
+    parameters: list[_Parameter],
+    tensors: dict[str, StoredTensor],
+    layout: ShardLayout,
+    model_config: ModelConfig,
+) -> None:
+    faults: dict[str, None] = {}
+    expected = {parameter.source_name for parameter in parameters}
+    for parameter in parameters:
+        name, source = parameter.source_name, parameter.source
+        shape = tuple(layout.sizes[axis] for axis in parameter.spec.axes)
+        shape = (shape[0] * source.num_parts, *shape[1:])
+        if name not in tensors:
+            faults[f"missing: {name} {list(shape)}"] = None
+        elif tensors[name].shape != shape:
+            faults[f"misshapen: {name} is {list(tensors[name].shape)}, not {list(shape)}"] = None
+    for name, tensor in tensors.items():
+        is_tied_copy = name == "lm_head.weight" and model_config.tie_word_embeddings
+        if name not in expected and not is_tied_copy and not name.endswith(_IGNORED_SUFFIXES):
+            faults[f"surplus: {name} {list(tensor.shape)}"] = None
+    if faults:
+        lines = list(faults)[:_MAX_FAULTS]
+        if len(faults) > _MAX_FAULTS:
+            lines.append(f"and {len(faults) - _MAX_FAULTS} more")
+        raise CheckpointError(
+            f"{len(faults)} tensors of {directory} do not fit its config.json "
+            f"({model_config.architecture}, {model_config.num_layers} layers):\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def _read_shards(
+    parameter: _Parameter, tensor: StoredTensor, layout: ShardLayout, dtype: jnp.dtype
+) -> list[jax.Array]:
+    """Read what this process's devices hold, each distinct slice once."""
+    source = tensor.map()
+    part_rows = tensor.shape[0] // parameter.source.num_parts
+    first_row = parameter.source.part * part_rows
+    source = source[first_row : first_row + part_rows]
+    indices = parameter.sharding.addressable_devices_indices_map(parameter.spec.shape)
+    read: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+    shards = []
+    for device, index in indices.items():
+        assert index is not None
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in read:
+            rows = [
+                layout.rows[axis][part]
+                for axis, part in zip(parameter.spec.axes, index, strict=True)
+            ]
+            read[key] = _gather(source, rows, dtype)
+        shards.append(jax.device_put(read[key], device))
+    return shards
+
+
+def _gather(source: np.ndarray, rows: list[np.ndarray], dtype: jnp.dtype) -> np.ndarray:
+    """Copy the given rows (and columns) of a mapped tensor; -1 gives zeros."""
+    result = np.zeros([len(axis_rows) for axis_rows in rows], dtype)
+    runs = [list(_runs(axis_rows)) for axis_rows in rows]
+    for to_rows, from_rows in runs[0]:
+        if len(rows) == 1:
+            result[to_rows] = source[from_rows]
+            continue
+        for to_columns, from_columns in runs[1]:
+            result[to_rows, to_columns] = source[from_rows, from_columns]
+    return result
+
+
+def _runs(rows: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Cut a row map into (where to, where from) slices, leaving out padding."""
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] < 0)) + 1
+    for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+        if rows[start] >= 0:
+            yield slice(start, stop), slice(rows[start], rows[start] + stop - start)
+
+
+def _local_bytes(parameter: _Parameter, dtype: jnp.dtype) -> int:
+    shard = parameter.sharding.shard_shape(parameter.spec.shape)
+    num_devices = len(parameter.sharding.addressable_devices)
+    return int(np.prod(shard)) * dtype.itemsize * num_devices
+
+
+class _Progress:
+    """Sums bytes over the reading threads."""
+
+    def __init__(self, total: int, on_progress: OnBytes) -> None:
+        self._total = total
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            self._on_progress(self._done, self._total)

@@ -1,0 +1,440 @@
+"""What a Hugging Face checkpoint says of itself: config.json read into a `ModelConfig`.
+
+The only file that knows the spellings of Hugging Face configurations. It must not import JAX: the
+leader and the routers read configurations too.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from engine.errors import CheckpointError
+
+Architecture = Literal["QWenLMHeadModel", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+
+SUPPORTED_ARCHITECTURES: tuple[Architecture, ...] = (
+    "QWenLMHeadModel",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+# Qwen's tokenizer puts its specials behind 151,643 byte pairs: <|endoftext|>, <|im_start|>,
+# <|im_end|>. A chat checkpoint of the first generation names only the first as its end, although
+# a turn ends with the last.
+QWEN1_IM_END_ID = 151645
+
+_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+_GENERATION_DEFAULTS = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """How positions turn queries and keys.
+
+    Attributes:
+        theta: Base of the wavelengths.
+        yarn: Stretched by YaRN (arXiv:2309.00071), or None.
+        dynamic_ntk_len: Prompts longer than this raise the base (Qwen1), or None.
+        log_n_len: Queries at positions past this are scaled by log_len(position + 1) (Qwen1), or
+            None.
+    """
+
+    theta: float
+    yarn: "YarnConfig | None" = None
+    dynamic_ntk_len: int | None = None
+    log_n_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnConfig:
+    """YaRN's parameters.
+
+    Attributes:
+        factor: How many times longer the context is than the trained one.
+        original_len: Context that the model was trained with.
+        beta_fast: Wavelengths that turn more often than this in `original_len` stay.
+        beta_slow: Wavelengths that turn less often than this are stretched by `factor`.
+        attention_factor: Factor on cosines and sines.
+        truncate: Whether the bounds between them are rounded outwards to whole dimensions.
+    """
+
+    factor: float
+    original_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Everything that the engine needs to know of a model, in one spelling.
+
+    Attributes:
+        architecture: The class name in config.json, a key of the registry.
+        intermediate_size: Width of the gated MLP (of one of its two branches).
+        sliding_windows: Per layer, how many latest positions a token attends to, its own
+            included; None for all.
+        context_length: Longest prompt plus output.
+        dtype: "float32" or "bfloat16"; float16 checkpoints are computed in bfloat16, which has
+            the range that their activations need.
+        eos_token_ids: Any of these ends a sequence.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    context_length: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    def rope_alpha(self, prompt_len: int) -> float:
+        """Return the factor on the rope base for a prompt of that many tokens.
+
+        Fixed at admission for the whole request. It is 1 for every model but Qwen1, which was
+        published with dynamic NTK scaling: 2 ** ceil(log2(prompt_len / trained) + 1) - 1.
+        """
+        trained_len = self.rope.dynamic_ntk_len
+        if trained_len is None or prompt_len <= trained_len:
+            return 1.0
+        return float(2 ** math.ceil(math.log2(prompt_len / trained_len) + 1) - 1)
+
+
+def load_model_config(directory: Path) -> ModelConfig:
+    """Read config.json, and generation_config.json for the end tokens.
+
+    Raises:
+        CheckpointError: The file is missing or malformed, or the model is not supported; names
+            what is at fault and what is supported.
+    """
+    fields = _Fields(directory / "config.json", _read_json(directory / "config.json"))
+    generation = _read_generation_config(directory)
+    architecture = _checked_architecture(fields)
+    _refuse_unsupported(fields)
+    if architecture == "QWenLMHeadModel":
+        return _qwen1_config(fields, generation)
+    return _qwen2_or_3_config(fields, generation, architecture)
+
+
+def load_generation_defaults(directory: Path) -> dict[str, float | int]:
+    """Read the sampling defaults that the checkpoint recommends.
+
+    Returns:
+        The subset of temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens that
+        generation_config.json sets; temperature 0 where it turns sampling off.
+
+    Raises:
+        CheckpointError: The file is malformed.
+    """
+    generation = _read_generation_config(directory)
+    defaults: dict[str, float | int] = {}
+    for name, kind in _GENERATION_DEFAULTS.items():
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{directory / 'generation_config.json'}: {name} is {value!r}, not a number."
+            )
+        defaults[name] = kind(value)
+    if generation.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+class _Fields:
+    """A JSON object whose values are read by type; a fault names the file and the key."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def integer(self, *names: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._first(names, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self._fault(names, value, f"an integer, at least {minimum}")
+        return value
+
+    def number(self, *names: str, default: float | None = None) -> float:
+        value = self._first(names, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._fault(names, value, "a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._first((name,), default)
+        if not isinstance(value, bool):
+            raise self._fault((name,), value, "true or false")
+        return value
+
+    def mapping(self, name: str) -> "_Fields":
+        """Return a nested object, empty where it is absent or null."""
+        value = self.values.get(name) or {}
+        if not isinstance(value, dict):
+            raise self._fault((name,), value, "an object")
+        return _Fields(self.path, value)
+
+    def _first(self, names: tuple[str, ...], default: Any) -> Any:
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        if default is None:
+            raise CheckpointError(
+                f"{self.path} lacks {' (or '.join(names)}{')' * (len(names) - 1)}."
+            )
+        return default
+
+    def _fault(self, names: tuple[str, ...], value: Any, wanted: str) -> CheckpointError:
+        name = next((name for name in names if name in self.values), names[0])
+        return CheckpointError(f"{self.path}: {name} is {value!r}; it must be {wanted}.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}. --model-path must be a directory with config.json "
+            "and safetensors, or a name on the Hugging Face hub."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {type(values).__name__}, not a JSON object.")
+    return values
+
+
+def _read_generation_config(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    return _read_json(path) if path.exists() else {}
+
+
+def _checked_architecture(fields: _Fields) -> Architecture:
+    names = fields.values.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"{fields.path} lacks architectures. Supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    name = names[0]
+    if any(key in fields.values for key in ("vision_config", "visual")) or "VL" in name:
+        raise CheckpointError(
+            f"{fields.path} describes {name}, a vision model; only text models are supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    if "Moe" in name or "num_experts" in fields.values:
+        raise CheckpointError(
+            f"{fields.path} describes {name}, a mixture of experts; only dense models are "
+            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    if name not in SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(
+            f"{fields.path} describes {name}, which is unknown here. Supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    return cast(Architecture, name)
+
+
+def _refuse_unsupported(fields: _Fields) -> None:
+    quantization = fields.values.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
+        raise CheckpointError(
+            f"{fields.path} has a quantization_config ({str(method).upper()}): quantized "
+            "checkpoints are not supported. Use the float16 or bfloat16 release of the model."
+        )
+    if fields.values.get("dual_chunk_attention_config"):
+        raise CheckpointError(
+            f"{fields.path} has a dual_chunk_attention_config: dual-chunk attention (the 1M-token "
+            "releases) is not supported. Use the release of the model without it."
+        )
+    activation = fields.values.get("hidden_act", "silu")
+    if activation != "silu":
+        raise CheckpointError(
+            f"{fields.path}: hidden_act is {activation!r}; only silu is supported."
+        )
+    if fields.values.get("attention_bias"):
+        raise CheckpointError(
+            f"{fields.path}: attention_bias is true, which puts a bias on o_proj too; only biases "
+            "on q_proj, k_proj and v_proj are supported."
+        )
+
+
+def _qwen1_config(fields: _Fields, generation: dict[str, Any]) -> ModelConfig:
+    if not fields.flag("no_bias", True):
+        raise CheckpointError(
+            f"{fields.path}: no_bias is false; only models with biases on c_attn alone are supported."
+        )
+    if fields.number("rotary_pct", default=1.0) != 1.0:
+        raise CheckpointError(f"{fields.path}: rotary_pct must be 1.")
+    num_heads = fields.integer("num_attention_heads", "n_head")
+    hidden_size = fields.integer("hidden_size", "n_embd")
+    num_layers = fields.integer("num_hidden_layers", "n_layer")
+    trained_len = fields.integer("seq_length")
+    has_dynamic_ntk = fields.flag("use_dynamic_ntk", True)
+    vocab_size = fields.integer("vocab_size", "padded_vocab_size")
+    eos_token_ids = _eos_token_ids(fields, generation)
+    if generation.get("chat_format") == "chatml" and vocab_size > QWEN1_IM_END_ID:
+        eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, QWEN1_IM_END_ID)))
+    return ModelConfig(
+        architecture="QWenLMHeadModel",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        # The checkpoint counts both branches of the gated MLP.
+        intermediate_size=fields.integer("intermediate_size", "ffn_hidden_size") // 2,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=fields.integer("kv_channels", default=hidden_size // num_heads),
+        rms_norm_eps=fields.number("layer_norm_epsilon", default=1e-6),
+        rope=RopeConfig(
+            theta=fields.number("rotary_emb_base", default=10000.0),
+            dynamic_ntk_len=trained_len if has_dynamic_ntk else None,
+            log_n_len=trained_len if fields.flag("use_logn_attn", True) else None,
+        ),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        has_qkv_bias=True,
+        has_qk_norm=False,
+        sliding_windows=(None,) * num_layers,
+        context_length=(
+            fields.integer("max_position_embeddings", "n_positions")
+            if has_dynamic_ntk
+            else trained_len
+        ),
+        dtype=_dtype(fields),
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def _qwen2_or_3_config(
+    fields: _Fields, generation: dict[str, Any], architecture: Architecture
+) -> ModelConfig:
+    num_heads = fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
+    num_layers = fields.integer("num_hidden_layers")
+    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{fields.path}: num_attention_heads {num_heads} is not a multiple of "
+            f"num_key_value_heads {num_kv_heads}."
+        )
+    max_position = fields.integer("max_position_embeddings")
+    rope = _rope_config(fields, max_position)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=fields.integer("head_dim", default=hidden_size // num_heads),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
+        rope=rope,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        has_qkv_bias=architecture == "Qwen2ForCausalLM",
+        has_qk_norm=architecture == "Qwen3ForCausalLM",
+        sliding_windows=_sliding_windows(fields, num_layers),
+        context_length=(
+            int(rope.yarn.factor * rope.yarn.original_len) if rope.yarn else max_position
+        ),
+        dtype=_dtype(fields),
+        eos_token_ids=_eos_token_ids(fields, generation),
+    )
+
+
+def _rope_config(fields: _Fields, max_position: int) -> RopeConfig:
+    # transformers 5 writes one object, rope_parameters; before, rope_theta stood at the top level
+    # and rope_scaling held the rest, its kind called "type" in the oldest.
+    rope = fields.mapping("rope_parameters")
+    if not rope.values:
+        rope = fields.mapping("rope_scaling")
+    theta = rope.values.get("rope_theta") or fields.values.get("rope_theta") or 10000.0
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise CheckpointError(f"{fields.path}: rope_theta is {theta!r}; it must be a number.")
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta=float(theta))
+    if kind != "yarn":
+        raise CheckpointError(
+            f"{fields.path}: rope scaling {kind!r} is not supported. Supported: default, yarn."
+        )
+    original_len = rope.integer("original_max_position_embeddings", default=max_position)
+    factor = rope.number("factor", default=max_position / original_len)
+    if factor < 1:
+        raise CheckpointError(f"{fields.path}: YaRN's factor is {factor}; it must be at least 1.")
+    return RopeConfig(
+        theta=float(theta),
+        yarn=YarnConfig(
+            factor=factor,
+            original_len=original_len,
+            beta_fast=rope.number("beta_fast", default=32.0),
+            beta_slow=rope.number("beta_slow", default=1.0),
+            attention_factor=rope.number("attention_factor", default=0.1 * math.log(factor) + 1.0),
+            truncate=rope.flag("truncate", True),
+        ),
+    )
+
+
+def _sliding_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
+    if not fields.flag("use_sliding_window", False) or fields.values.get("sliding_window") is None:
+        return (None,) * num_layers
+    window = fields.integer("sliding_window")
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        first = fields.integer("max_window_layers", default=28, minimum=0)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise CheckpointError(
+            f"{fields.path}: layer_types must name one kind for each of {num_layers} layers."
+        )
+    windows = {"sliding_attention": window, "full_attention": None}
+    unknown = sorted({str(kind) for kind in kinds} - windows.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{fields.path}: layer_types has {', '.join(unknown)}. Supported: {', '.join(windows)}."
+        )
+    return tuple(windows[kind] for kind in kinds)
+
+
+def _dtype(fields: _Fields) -> str:
+    name = fields.values.get("dtype") or fields.values.get("torch_dtype") or "bfloat16"
+    if name not in _DTYPES:
+        raise CheckpointError(
+            f"{fields.path}: dtype is {name!r}. Supported: {', '.join(_DTYPES)} (float16 is "
+            "computed in bfloat16)."
+        )
+    return _DTYPES[name]
+
+
+def _eos_token_ids(fields: _Fields, generation: dict[str, Any]) -> tuple[int, ...]:
+    value = generation.get("eos_token_id")
+    if value is None:
+        value = fields.values.get("eos_token_id")
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise CheckpointError(f"{fields.path}: eos_token_id is {value!r}; it must be integers.")
+    return tuple(ids)

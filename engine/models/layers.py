@@ -1,0 +1,215 @@
+"""What the architectures are built of: linear maps, norms, the gated MLP, the frame of a layer.
+
+Modules hold shapes while a model is put together, and arrays only inside a traced step, where
+`Model` merges them with the step's parameters. Weights lie as in the checkpoint, [out, in]: XLA's
+fast bfloat16 matmul on the CPU wants that order, the TPU takes either.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
+from engine.models.config import ModelConfig
+from engine.models.rope import rotate
+from engine.sharding import ShardLayout, named_sharding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What every module needs to know when it is made.
+
+    Attributes:
+        config: The model's.
+        layout: Padded sizes.
+        mesh: Where activations are sharded to.
+        dtype: Of parameters and activations.
+    """
+
+    config: ModelConfig
+    layout: ShardLayout
+    mesh: Mesh
+    dtype: jnp.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What all layers of one step share.
+
+    Attributes:
+        attention: The kernel that owns the KV cache.
+        metadata: The step's tokens and pages.
+        cosines: float32 [T, head_dim / 2].
+        sines: float32 [T, head_dim / 2].
+        query_scale: float32 [T, 1, 1], or None: a factor on the rotated queries.
+    """
+
+    attention: AttentionBackend
+    metadata: AttentionMetadata
+    cosines: jax.Array
+    sines: jax.Array
+    query_scale: jax.Array | None
+
+
+def parameter(build: Build, *axes: str) -> nnx.Param:
+    """Declare a parameter by the meaning of its axes; it holds its padded shape."""
+    shape = tuple(build.layout.padded_size(axis) for axis in axes)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, build.dtype), logical_axes=axes)
+
+
+class Linear(nnx.Module):
+    """x W^T + b, with a weight of [out, in]."""
+
+    def __init__(
+        self, build: Build, out_axis: str, in_axis: str, *, has_bias: bool = False
+    ) -> None:
+        self.weight = parameter(build, out_axis, in_axis)
+        self.bias = parameter(build, out_axis) if has_bias else None
+        self._sharding = named_sharding(build.mesh, (None, out_axis))
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """Map [T, in] to [T, out], sharded as `out_axis` is."""
+        out = jnp.einsum("TD,FD->TF", x_TD, self.weight[...])
+        # The constraint stands before the bias: with `in_axis` sharded it is where partial sums
+        # of the devices are added up.
+        out = jax.lax.with_sharding_constraint(out, self._sharding)
+        return out if self.bias is None else out + self.bias[...][None, :]
+
+
+class Embedding(nnx.Module):
+    """Token id → row of the table; the table's rows are shared out over the devices."""
+
+    def __init__(self, build: Build) -> None:
+        self.weight = parameter(build, "vocab", "embed")
+        self._sharding = named_sharding(build.mesh, (None, "embed"))
+
+    def __call__(self, token_ids_T: jax.Array) -> jax.Array:
+        x_TD = self.weight[...][token_ids_T]
+        return jax.lax.with_sharding_constraint(x_TD, self._sharding)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, build: Build, axis: str) -> None:
+        self.weight = parameter(build, axis)
+        self._eps = build.config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # The mean of squares is taken in float32: in bfloat16 a sum over thousands of dimensions
+        # stops growing at 256 times its terms. Rounded before the weight, as the models were
+        # trained.
+        wide = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self._eps)
+        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse_rms).astype(x.dtype) * weight
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, build: Build) -> None:
+        self.gate_proj = Linear(build, "ffn", "embed")
+        self.up_proj = Linear(build, "ffn", "embed")
+        self.down_proj = Linear(build, "embed", "ffn")
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class SelfAttention(Protocol):
+    """The part of a layer that each architecture writes itself."""
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        cache: Cache,
+        layer: ArrayLike,
+        step: StepContext,
+        sliding_window: int | None,
+    ) -> tuple[jax.Array, Cache]:
+        """Return [T, D] and the cache with this step's keys and values in it."""
+        ...
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm transformer layer: attention, then MLP, each added to what came in."""
+
+    def __init__(self, build: Build, self_attn: SelfAttention) -> None:
+        self.input_layernorm = RMSNorm(build, "embed")
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(build, "embed")
+        self.mlp = GatedMLP(build)
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        cache: Cache,
+        layer: ArrayLike,
+        step: StepContext,
+        sliding_window: int | None,
+    ) -> tuple[jax.Array, Cache]:
+        with jax.named_scope("self_attn"):
+            attended_TD, cache = self.self_attn(
+                self.input_layernorm(x_TD), cache, layer, step, sliding_window
+            )
+            x_TD = x_TD + attended_TD
+        with jax.named_scope("mlp"):
+            x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD, cache
+
+
+class HeadAttention:
+    """Rotation, the kernel and the reshapes between them: what comes between the projections.
+
+    Holds no parameters, so that each architecture's attention shows its own projections and norms.
+    """
+
+    def __init__(self, build: Build) -> None:
+        self._num_heads = build.layout.num_heads
+        self._num_kv_heads = build.layout.num_kv_heads
+        self._head_dim = build.config.head_dim
+
+    def split_query(self, q: jax.Array) -> jax.Array:
+        """[T, N * H] → [T, N, H]."""
+        return q.reshape(q.shape[0], self._num_heads, self._head_dim)
+
+    def split_kv(self, kv: jax.Array) -> jax.Array:
+        """[T, K * H] → [T, K, H]."""
+        return kv.reshape(kv.shape[0], self._num_kv_heads, self._head_dim)
+
+    def __call__(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: ArrayLike,
+        step: StepContext,
+        sliding_window: int | None,
+    ) -> tuple[jax.Array, Cache]:
+        """Rotate, store, attend.
+
+        Returns:
+            [T, N * H] in the dtype of `q_TNH`, and the cache.
+        """
+        q_TNH = rotate(q_TNH, step.cosines, step.sines)
+        k_TKH = rotate(k_TKH, step.cosines, step.sines)
+        if step.query_scale is not None:
+            q_TNH = (q_TNH.astype(jnp.float32) * step.query_scale).astype(q_TNH.dtype)
+        out_TNH, cache = step.attention.attend(
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            cache,
+            layer,
+            step.metadata,
+            sm_scale=self._head_dim**-0.5,
+            sliding_window=sliding_window,
+        )
+        return out_TNH.reshape(out_TNH.shape[0], -1), cache

@@ -1,0 +1,219 @@
+"""Which file implements an architecture, and the model that a runner calls.
+
+A model is pure functions over a plain dict of arrays: the modules are merged with the parameters
+while a step is traced, so that dispatching a compiled step never walks them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
+from engine.models import qwen, qwen2, qwen3
+from engine.models.config import Architecture, ModelConfig
+from engine.models.layers import (
+    Build,
+    DecoderLayer,
+    Embedding,
+    Linear,
+    RMSNorm,
+    StepContext,
+)
+from engine.models.names import CheckpointTensor
+from engine.models.rope import log_n_scale, rope_tables
+from engine.sharding import ShardLayout, make_layout, named_sharding
+
+Params = dict[str, Any]
+"""embed_tokens, layers (a list with one dict per layer), norm and, unless tied, lm_head."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """What a model's file gives: the modules of a layer, and where parameters lie on disk."""
+
+    make_layer: Callable[[Build], DecoderLayer]
+    checkpoint_names: dict[str, CheckpointTensor]
+
+
+MODEL_FILES: dict[Architecture, ModelFile] = {
+    "QWenLMHeadModel": ModelFile(qwen.make_layer, qwen.CHECKPOINT_NAMES),
+    "Qwen2ForCausalLM": ModelFile(qwen2.make_layer, qwen2.CHECKPOINT_NAMES),
+    "Qwen3ForCausalLM": ModelFile(qwen3.make_layer, qwen3.CHECKPOINT_NAMES),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """A parameter's padded shape and what its axes mean."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+class Model:
+    """One architecture put together for one mesh. Holds no arrays.
+
+    Attributes:
+        config: The model's.
+        layout: Sizes after padding: `num_heads` and `num_kv_heads` are what the kernel sees.
+    """
+
+    def __init__(self, build: Build, attention: AttentionBackend) -> None:
+        self.config = build.config
+        self.layout = build.layout
+        self._attention = attention
+        parts, layer = _make_modules(build)
+        self._parts = {name: nnx.graphdef(module) for name, module in parts.items()}
+        self._layer = nnx.graphdef(layer)
+        self._logits_sharding = named_sharding(build.mesh, (None, "vocab"))
+
+    def forward(
+        self,
+        params: Params,
+        token_ids_T: jax.Array,
+        rope_alpha_T: jax.Array,
+        cache: Cache,
+        metadata: AttentionMetadata,
+    ) -> tuple[jax.Array, Cache]:
+        """Run all layers over one step's tokens.
+
+        Args:
+            params: As `load_weights` made them.
+            token_ids_T: int32; any valid id for padding.
+            rope_alpha_T: float32, each token's `ModelConfig.rope_alpha`; models without dynamic NTK
+                do not read it.
+            cache: The attention backend's; donate it.
+            metadata: The step's.
+
+        Returns:
+            Normalised hidden states [T, D], for `logits`; and the cache.
+        """
+        config = self.config
+        position_T = metadata.position_T
+        cosines, sines = rope_tables(config.rope, config.head_dim, position_T, rope_alpha_T)
+        query_scale = None
+        if config.rope.log_n_len is not None:
+            query_scale = log_n_scale(position_T, config.rope.log_n_len)[:, None, None]
+        step = StepContext(
+            attention=self._attention,
+            metadata=metadata,
+            cosines=cosines,
+            sines=sines,
+            query_scale=query_scale,
+        )
+        with jax.named_scope("embed_tokens"):
+            x_TD = self._part("embed_tokens", params)(token_ids_T)
+        x_TD, cache = self._run_layers(params["layers"], x_TD, cache, step)
+        with jax.named_scope("norm"):
+            return self._part("norm", params)(x_TD), cache
+
+    def logits(self, params: Params, hidden_RD: jax.Array) -> jax.Array:
+        """Project hidden states to the vocabulary.
+
+        Returns:
+            float32 [R, V] over the real vocabulary, sharded over it where tp divides it.
+        """
+        head = "embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        with jax.named_scope("lm_head"):
+            # Sums are accumulated in float32 anyway; rounding them to bfloat16 would tie tokens
+            # whose logits differ by less than 1 in 256.
+            logits_RV = jnp.einsum(
+                "RD,VD->RV",
+                hidden_RD,
+                params[head]["weight"],
+                preferred_element_type=jnp.float32,
+            )
+            logits_RV = jax.lax.with_sharding_constraint(logits_RV, self._logits_sharding)
+            return logits_RV[:, : self.config.vocab_size]
+
+    def _run_layers(
+        self, layers: list[Params], x_TD: jax.Array, cache: Cache, step: StepContext
+    ) -> tuple[jax.Array, Cache]:
+        # Unrolled: XLA prefetches a layer's weights during the one before. A scan would carry
+        # (x_TD, cache) and take stacked parameters and layer numbers as its xs.
+        for layer, layer_params in enumerate(layers):
+            with jax.named_scope(f"layers.{layer}"):
+                module = nnx.merge(self._layer, layer_params)
+                x_TD, cache = module(x_TD, cache, layer, step, self.config.sliding_windows[layer])
+        return x_TD, cache
+
+    def _part(self, name: str, params: Params) -> Any:
+        return nnx.merge(self._parts[name], params[name])
+
+
+def make_model(
+    model_config: ModelConfig,
+    mesh: Mesh,
+    attention: AttentionBackend,
+    dtype: DTypeLike | None = None,
+) -> Model:
+    """Put a model together.
+
+    Args:
+        model_config: Says which architecture, and its sizes.
+        mesh: From `engine.sharding.make_mesh`.
+        attention: Stores keys and values, and attends.
+        dtype: Of weights and activations; by default the checkpoint's.
+    """
+    return Model(_make_build(model_config, mesh, dtype), attention)
+
+
+def parameter_specs(
+    model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike | None = None
+) -> Params:
+    """Return the parameters in the form of `Params`, with a `ParameterSpec` for each array."""
+    build = _make_build(model_config, mesh, dtype)
+    parts, layer = _make_modules(build)
+    specs: Params = {name: _specs(module) for name, module in parts.items()}
+    specs["layers"] = [_specs(layer)] * model_config.num_layers
+    return specs
+
+
+def _make_build(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike | None) -> Build:
+    return Build(
+        config=model_config,
+        layout=model_layout(model_config, mesh.size),
+        mesh=mesh,
+        dtype=jnp.dtype(dtype or model_config.dtype),
+    )
+
+
+def _make_modules(build: Build) -> tuple[dict[str, nnx.Module], DecoderLayer]:
+    parts: dict[str, nnx.Module] = {
+        "embed_tokens": Embedding(build),
+        "norm": RMSNorm(build, "embed"),
+    }
+    if not build.config.tie_word_embeddings:
+        parts["lm_head"] = Linear(build, "vocab", "embed")
+    return parts, MODEL_FILES[build.config.architecture].make_layer(build)
+
+
+def model_layout(model_config: ModelConfig, tp_size: int) -> ShardLayout:
+    """Pad the model's sizes for that many devices."""
+    return make_layout(
+        tp_size=tp_size,
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        hidden_size=model_config.hidden_size,
+        intermediate_size=model_config.intermediate_size,
+        vocab_size=model_config.vocab_size,
+    )
+
+
+def _specs(module: nnx.Module) -> Params:
+    specs: Params = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        parent = specs
+        for key in path[:-1]:
+            parent = parent.setdefault(key, {})
+        parent[path[-1]] = ParameterSpec(
+            tuple(variable.get_value().shape), variable.get_metadata()["logical_axes"]
+        )
+    return specs
