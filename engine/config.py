@@ -28,127 +28,140 @@ class EngineConfig(BaseModel):
         description="Name on the Hugging Face hub, or a directory with config.json and safetensors."
     )
     revision: str | None = Field(
-        None, description="Branch, tag or commit on the hub. Default: the repository's main branch."
+        default=None,
+        description="Branch, tag or commit on the hub. Default: the repository's main branch.",
     )
     tokenizer_path: str | None = Field(
-        None, description="Where the tokenizer lies, if not beside the model."
+        default=None, description="Where the tokenizer lies, if not beside the model."
     )
     served_model_name: str | None = Field(
-        None, description="Name that clients use. Default: --model-path; its last part works too."
+        default=None,
+        description="Name that clients use. Default: --model-path; its last part works too.",
     )
     trust_remote_code: bool = Field(
-        False,
+        default=False,
         description="Accepted for compatibility; code from a checkpoint is never run, because "
         "every supported family is built in.",
     )
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
-        "auto", description="dummy: random weights from config.json alone, for benchmarks."
+        default="auto", description="dummy: random weights from config.json alone, for benchmarks."
     )
     download_dir: str | None = Field(
-        None, description="Where hub downloads are kept. Default: the hub's own cache."
+        default=None, description="Where hub downloads are kept. Default: the hub's own cache."
     )
 
     device: Literal["auto", "tpu", "cpu", "gpu"] = Field(
-        "auto", description="auto: tpu where the cluster has one, else gpu, else cpu."
+        default="auto", description="auto: tpu where the cluster has one, else gpu, else cpu."
     )
     tp_size: int = Field(
-        1,
+        default=1,
         ge=1,
         le=1024,
         description="Devices that share the model, over all hosts (tensor parallel).",
     )
-    nnodes: int = Field(1, ge=1, le=256, description="Hosts that share the model.")
-    node_rank: int = Field(0, ge=0, description="This host's rank, 0 to nnodes - 1.")
+    nnodes: int = Field(default=1, ge=1, le=256, description="Hosts that share the model.")
+    node_rank: int = Field(default=0, ge=0, description="This host's rank, 0 to nnodes - 1.")
     dist_init_addr: str | None = Field(
-        None,
+        default=None,
         description="host:port of rank 0, where the cluster forms; 0.0.0.0 only with one node.",
     )
     dist_timeout_s: float = Field(
-        300.0, gt=0, description="Seconds that a rank may take to join jax.distributed."
+        default=300.0, gt=0, description="Seconds that a rank may take to join jax.distributed."
     )
     start_timeout_s: float = Field(
-        3600.0,
+        default=3600.0,
         gt=0,
         description="Seconds that weights and compilation may take at start.",
     )
     host_timeout_s: float = Field(
-        5.0, gt=0, description="Seconds of silence after which a host counts as dead."
+        default=5.0, gt=0, description="Seconds of silence after which a host counts as dead."
     )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="auto: the checkpoint's own, with float16 read as bfloat16."
+        default="auto", description="auto: the checkpoint's own, with float16 read as bfloat16."
     )
     random_seed: int = Field(
-        0, ge=0, lt=2**63, description="Seed of dummy weights and of requests that bring no seed."
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Seed of dummy weights and of requests that bring no seed.",
     )
     attention_backend: Literal["auto", "fa", "xla", "dense"] = Field(
-        "auto",
+        default="auto",
         description="fa: flash attention, the best kernel of the platform. xla: the flash loop in "
         "XLA. dense: the whole score matrix, slow, for debugging.",
     )
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = Field(
-        16, description="Tokens in a page of the KV cache."
+        default=16, description="Tokens in a page of the KV cache."
     )
     context_length: int | None = Field(
-        None, ge=1, description="Longest prompt plus output. Default: what the checkpoint allows."
+        default=None,
+        ge=1,
+        description="Longest prompt plus output. Default: what the checkpoint allows.",
     )
     mem_fraction_static: float = Field(
-        0.88,
+        default=0.88,
         gt=0,
         le=1,
         description="Share of device memory for weights and KV pages together (on CPU: of host "
         "memory, divided by the ranks on that host).",
     )
     max_total_tokens: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Tokens that the KV cache holds. Default: from --mem-fraction-static.",
     )
     max_running_requests: int = Field(
-        64, ge=1, le=4096, description="Requests that decode together in one step."
+        default=64, ge=1, le=4096, description="Requests that decode together in one step."
     )
     max_queued_requests: int = Field(
-        1024, ge=1, description="Requests that may wait; one more is refused with HTTP 429."
+        default=1024, ge=1, description="Requests that may wait; one more is refused with HTTP 429."
     )
     max_prefill_tokens: int = Field(
-        8192, ge=1, description="Most prompt tokens that one step computes."
+        default=8192, ge=1, description="Most prompt tokens that one step computes."
     )
     chunked_prefill_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Longer prompts are computed in chunks of this many tokens, so that decodes go "
         "on between them. Default: min(2048, --max-prefill-tokens).",
     )
     enable_prefix_caching: bool = Field(
-        True, description="Keep pages of finished requests for prompts that begin alike."
+        default=True, description="Keep pages of finished requests for prompts that begin alike."
     )
     disable_overlap_schedule: bool = Field(
-        False, description="Plan a step only after the step before has ended (for debugging)."
+        default=False,
+        description="Plan a step only after the step before has ended (for debugging).",
     )
     jax_precompile_prefill_token_paddings: tuple[int, ...] = Field(
-        (),
+        default=(),
         description="Prefill sizes to compile at start beside the computed ones.",
     )
     skip_server_warmup: bool = Field(
-        False, description="Skip the request that the engine sends itself before it reports ready."
+        default=False,
+        description="Skip the request that the engine sends itself before it reports ready.",
     )
     jax_compilation_cache_dir: str | None = Field(
-        None,
+        default=None,
         description="Where compiled programs are kept. Default: JAX_COMPILATION_CACHE_DIR, else "
         "the user's cache folder.",
     )
 
     chat_template: str | None = Field(
-        None, description="File with a Jinja chat template to use in place of the checkpoint's."
+        default=None,
+        description="File with a Jinja chat template to use in place of the checkpoint's.",
     )
     api_key_file: str | None = Field(
-        None, description="File with one SHA-256 hash of an API key per line. Default: no keys."
+        default=None,
+        description="File with one SHA-256 hash of an API key per line. Default: no keys.",
     )
     hold_timeout_s: float = Field(
-        60.0, gt=0, description="Seconds that a request waits for an engine that is starting."
+        default=60.0,
+        gt=0,
+        description="Seconds that a request waits for an engine that is starting.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="How much is logged."
+        default="info", description="How much is logged."
     )
 
     @field_validator("jax_precompile_prefill_token_paddings", mode="before")
