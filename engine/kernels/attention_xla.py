@@ -144,7 +144,7 @@ class _KeyLoop:
 
     def _gather(self, pages: jax.Array, page_ids: jax.Array) -> jax.Array:
         """[B, n] page ids → [B, K, n * page_size, H]."""
-        num_pages, num_kv_heads, page_size, head_dim = pages.shape
+        _, num_kv_heads, _, head_dim = pages.shape
         gathered = pages.at[page_ids].get(mode="clip")
         return gathered.swapaxes(1, 2).reshape(
             page_ids.shape[0], num_kv_heads, self._block_len, head_dim

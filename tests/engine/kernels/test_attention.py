@@ -307,12 +307,15 @@ def test_the_cache_is_updated_in_place():
     )
     cache_bytes = sum(pages.nbytes for pages in jax.tree.leaves(harness.cache))
     pages_shape = jax.tree.leaves(harness.cache)[0].shape
-    assert program.memory_analysis().alias_size_in_bytes == cache_bytes
-    assert program.memory_analysis().temp_size_in_bytes < cache_bytes / 2
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None
+    assert text is not None
+    assert memory.alias_size_in_bytes == cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
     whole_cache = f"bf16[{','.join(map(str, pages_shape))}]"
     copies = [
         line
-        for line in program.as_text().splitlines()
+        for line in text.splitlines()
         if whole_cache in line and (" copy(" in line or " convert(" in line)
     ]
     assert not copies

@@ -1,0 +1,322 @@
+"""Choosing the next tokens on the device: logits in, token ids and log probabilities out.
+
+The order is: logits, + logit_bias, end tokens banned below min_tokens, penalties, / temperature,
+then min_p, top_k and top_p, each on what the one before left. Equally likely tokens at a limit all
+stay, so that what stays does not depend on the order of ids. A row's result does not depend on the
+other rows, and what no row uses costs nothing.
+
+Nothing sorts the vocabulary (190 ms for 8 rows of 152k tokens on a 2-core CPU): limits are found
+among the likeliest few hundred tokens, or else by bisection.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
+
+from engine.request import MAX_LOGPROBS
+from engine.runner.slot_state import IN_PROMPT, ONE_OUTPUT, SlotState
+
+NUM_CANDIDATES = 256
+"""Likeliest tokens that are sorted; limits beyond them are found by bisection."""
+
+CANDIDATE_BLOCK = 64
+CDF_BLOCK = 512
+
+NEVER = -1e30
+"""Logit of a banned token; finite, because infinities subtracted are not numbers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingInputs:
+    """How each row of a step samples; arrays [R].
+
+    Attributes:
+        slot: int32, where `SlotState` holds the row's request; num_slots for rows that do not
+            sample.
+        temperature: float32, 0 = likeliest token.
+        top_k: int32, 0 = all.
+        top_p, min_p: float32.
+        presence_penalty, frequency_penalty, repetition_penalty: float32.
+        has_penalties, has_logit_bias, bans_end_tokens: bool.
+        seed: uint32 [R, 2], high and low half.
+        choice_index: int32.
+        position: int32, position in its sequence of the token to sample.
+        has_logprobs: bool [], whether any row wants log probabilities.
+    """
+
+    slot: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    repetition_penalty: jax.Array
+    has_penalties: jax.Array
+    has_logit_bias: jax.Array
+    bans_end_tokens: jax.Array
+    seed: jax.Array
+    choice_index: jax.Array
+    position: jax.Array
+    has_logprobs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a step sampled; the log probabilities are zeros unless asked for.
+
+    Attributes:
+        token_ids: int32 [R].
+        logprobs: float32 [R], natural, of the model's own distribution.
+        top_token_ids: int32 [R, MAX_LOGPROBS], likeliest first.
+        top_logprobs: float32 [R, MAX_LOGPROBS].
+    """
+
+    token_ids: jax.Array
+    logprobs: jax.Array
+    top_token_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def sample(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> Sampled:
+    """Choose one token per row.
+
+    Args:
+        logits_RV: float32, of the model.
+        inputs: How to choose.
+        state: Counts, biases and end tokens by slot.
+    """
+    with jax.named_scope("sample"):
+        changed_RV = _adjust(logits_RV, inputs, state)
+        likeliest_R = _argmax(changed_RV)
+        token_R = jax.lax.cond(
+            jnp.any(inputs.temperature > 0),
+            lambda: jnp.where(inputs.temperature > 0, _draw(changed_RV, inputs), likeliest_R),
+            lambda: likeliest_R,
+        )
+    with jax.named_scope("logprobs"):
+        return jax.lax.cond(
+            inputs.has_logprobs,
+            lambda: _with_logprobs(logits_RV, token_R),
+            lambda: _without_logprobs(token_R),
+        )
+
+
+def _adjust(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> jax.Array:
+    row_R1 = jnp.arange(logits_RV.shape[0])[:, None]
+
+    def bias() -> jax.Array:
+        value = jnp.where(inputs.has_logit_bias[:, None], state.bias_values[inputs.slot], 0.0)
+        biased_RV = logits_RV.at[row_R1, state.bias_ids[inputs.slot]].add(value, mode="drop")
+        end_ids = jnp.where(
+            inputs.bans_end_tokens[:, None],
+            state.end_token_ids[inputs.slot],
+            logits_RV.shape[1],
+        )
+        return biased_RV.at[row_R1, end_ids].set(NEVER, mode="drop")
+
+    changed_RV = jax.lax.cond(
+        jnp.any(inputs.has_logit_bias | inputs.bans_end_tokens), bias, lambda: logits_RV
+    )
+
+    def penalize() -> jax.Array:
+        counts_RV = state.token_counts[inputs.slot]
+        outputs_RV = (counts_RV // ONE_OUTPUT).astype(jnp.float32)
+        was_output_RV = outputs_RV > 0
+        was_seen_RV = was_output_RV | ((counts_RV & IN_PROMPT) > 0)
+        factor_R1 = inputs.repetition_penalty[:, None]
+        repeated_RV = jnp.where(changed_RV > 0, changed_RV / factor_R1, changed_RV * factor_R1)
+        penalized_RV = jnp.where(was_seen_RV, repeated_RV, changed_RV)
+        penalized_RV -= inputs.frequency_penalty[:, None] * outputs_RV
+        penalized_RV -= inputs.presence_penalty[:, None] * was_output_RV
+        return jnp.where(inputs.has_penalties[:, None], penalized_RV, changed_RV)
+
+    return jax.lax.cond(jnp.any(inputs.has_penalties), penalize, lambda: changed_RV)
+
+
+def _argmax(logits_RV: jax.Array) -> jax.Array:
+    """The lowest of the likeliest ids: 0.6 ms where XLA's own argmax takes 2.9 ms on the CPU."""
+    best_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+    vocab_size = logits_RV.shape[-1]
+    id_RV = jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
+    lowest_R = jnp.min(jnp.where(logits_RV == best_R1, id_RV, vocab_size), axis=-1)
+    # Logits that are not numbers equal nothing; a valid id keeps them from spoiling other rows.
+    return jnp.minimum(lowest_R, vocab_size - 1)
+
+
+def _draw(logits_RV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Draw from the limited distribution by one uniform number and the inverse of its CDF."""
+    temperature_R1 = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+    # Scores are differences to the likeliest token: 0 for it, negative for all others.
+    score_RV = (logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True)) / temperature_R1
+    is_limited_R = (inputs.min_p > 0) | (inputs.top_k > 0) | (inputs.top_p < 1)
+    is_limited_R &= inputs.temperature > 0
+    lowest_R = jax.lax.cond(
+        jnp.any(is_limited_R),
+        lambda: jnp.where(is_limited_R, _lowest_score(score_RV, inputs), NEVER),
+        lambda: jnp.full_like(inputs.top_p, NEVER),
+    )
+    weight_RV = jnp.where(score_RV >= lowest_R[:, None], jnp.exp(score_RV), 0.0)
+    return _invert_cdf(weight_RV, _uniform(inputs))
+
+
+def _uniform(inputs: SamplingInputs) -> jax.Array:
+    """One number in (0, 1) per (seed, choice index, position), whatever else is in the batch."""
+
+    def draw_bits(seed: jax.Array, choice_index: jax.Array, position: jax.Array) -> jax.Array:
+        count = jnp.stack([choice_index, position]).astype(jnp.uint32)
+        return threefry_2x32(seed, count)[0]
+
+    bits_R = jax.vmap(draw_bits)(inputs.seed, inputs.choice_index, inputs.position)
+    return ((bits_R >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+
+
+def _lowest_score(score_RV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """The lowest score that min_p, top_k and top_p let through, per row."""
+    vocab_size = score_RV.shape[-1]
+    num_candidates = min(NUM_CANDIDATES, vocab_size)
+    top_k_R = jnp.where(inputs.top_k > 0, jnp.minimum(inputs.top_k, vocab_size), vocab_size)
+    top_p_R = inputs.top_p
+    floor_R = jnp.where(inputs.min_p > 0, jnp.log(jnp.maximum(inputs.min_p, 1e-30)), NEVER)
+
+    candidate_RC, _ = top_scores(score_RV, num_candidates)
+    kth_R = jnp.take_along_axis(
+        candidate_RC, jnp.minimum(top_k_R, num_candidates)[:, None] - 1, axis=1
+    )[:, 0]
+    has_kth_R = top_k_R <= num_candidates
+    is_bisecting_k_R = ~has_kth_R & (top_k_R < vocab_size)
+    kth_R = jnp.where(has_kth_R, kth_R, NEVER)
+    kth_R = jax.lax.cond(
+        jnp.any(is_bisecting_k_R),
+        lambda: jnp.where(
+            is_bisecting_k_R,
+            _bisect(score_RV, jnp.ones_like(score_RV), top_k_R.astype(jnp.float32)),
+            kth_R,
+        ),
+        lambda: kth_R,
+    )
+    floor_R = jnp.maximum(floor_R, kth_R)
+
+    weight_RV = jnp.where(score_RV >= floor_R[:, None], jnp.exp(score_RV), 0.0)
+    wanted_R = top_p_R * jnp.sum(weight_RV, axis=-1)
+    candidate_weight_RC = jnp.where(candidate_RC >= floor_R[:, None], jnp.exp(candidate_RC), 0.0)
+    sum_RC = jnp.cumsum(candidate_weight_RC, axis=-1)
+    is_enough_RC = sum_RC >= wanted_R[:, None]
+    has_top_p_R = top_p_R < 1
+    is_within_R = is_enough_RC[:, -1] | (num_candidates == vocab_size)
+    # Rounding may keep the sum of all just below what is wanted.
+    last_R = jnp.minimum(jnp.sum(~is_enough_RC, axis=-1), num_candidates - 1)
+    nucleus_R = jnp.take_along_axis(candidate_RC, last_R[:, None], axis=1)[:, 0]
+    is_bisecting_p_R = has_top_p_R & ~is_within_R
+    nucleus_R = jax.lax.cond(
+        jnp.any(is_bisecting_p_R),
+        lambda: jnp.where(is_bisecting_p_R, _bisect(score_RV, weight_RV, wanted_R), nucleus_R),
+        lambda: nucleus_R,
+    )
+    return jnp.where(has_top_p_R, jnp.maximum(floor_R, nucleus_R), floor_R)
+
+
+def top_scores(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` highest scores of each row, highest first, and their ids.
+
+    The highest `count` numbers lie in the `count` blocks with the highest maxima: only those
+    blocks are sorted through.
+    """
+    R, V = score_RV.shape
+    num_blocks = -(-V // CANDIDATE_BLOCK)
+    if num_blocks <= count:
+        return jax.lax.top_k(score_RV, count)
+    padded_RV = jnp.pad(
+        score_RV, ((0, 0), (0, num_blocks * CANDIDATE_BLOCK - V)), constant_values=-jnp.inf
+    )
+    blocks = padded_RV.reshape(R, num_blocks, CANDIDATE_BLOCK)
+    _, block_ids = jax.lax.top_k(jnp.max(blocks, axis=-1), count)
+    # In the order of ids, so that equal scores come in that order too.
+    block_ids = jnp.sort(block_ids, axis=-1)
+    chosen = jnp.take_along_axis(blocks, block_ids[:, :, None], axis=1)
+    scores_RC, places = jax.lax.top_k(chosen.reshape(R, count * CANDIDATE_BLOCK), count)
+    chosen_block = jnp.take_along_axis(block_ids, places // CANDIDATE_BLOCK, axis=1)
+    return scores_RC, chosen_block * CANDIDATE_BLOCK + places % CANDIDATE_BLOCK
+
+
+def _bisect(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> jax.Array:
+    """The highest score at and above which the weights sum to `wanted_R`, per row.
+
+    Scores are not positive, and the bits of positive floats, read as integers, are in the order of
+    the floats: 31 halvings of that range find the score exactly.
+    """
+    depth_RV = jax.lax.bitcast_convert_type(jnp.abs(score_RV), jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_R, high_R = bounds
+        middle_R = low_R + (high_R - low_R) // 2
+        sum_R = jnp.sum(jnp.where(depth_RV <= middle_R[:, None], weight_RV, 0.0), axis=-1)
+        is_enough_R = sum_R >= wanted_R
+        return jnp.where(is_enough_R, low_R, middle_R + 1), jnp.where(is_enough_R, middle_R, high_R)
+
+    start = jnp.zeros(wanted_R.shape, jnp.int32), jnp.max(depth_RV, axis=-1)
+    _, depth_R = jax.lax.fori_loop(0, 31, halve, start)
+    return -jax.lax.bitcast_convert_type(depth_R, jnp.float32)
+
+
+def _invert_cdf(weight_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
+    """The id where the running sum of weights passes `uniform_R` of the total.
+
+    Sums of blocks come first, so that a running sum is made over one block only.
+    """
+    R, V = weight_RV.shape
+    num_blocks = -(-V // CDF_BLOCK)
+    blocks = jnp.pad(weight_RV, ((0, 0), (0, num_blocks * CDF_BLOCK - V)))
+    blocks = blocks.reshape(R, num_blocks, CDF_BLOCK)
+    block_sum = jnp.sum(blocks, axis=-1)
+    cdf = jnp.cumsum(block_sum, axis=-1)
+    target_R = uniform_R * cdf[:, -1]
+    block_R, before_R = _first_above(block_sum, cdf, target_R)
+    inside = jnp.take_along_axis(blocks, block_R[:, None, None], axis=1)[:, 0]
+    id_R, _ = _first_above(inside, jnp.cumsum(inside, axis=-1), target_R - before_R)
+    return jnp.minimum(block_R * CDF_BLOCK + id_R, V - 1).astype(jnp.int32)
+
+
+def _first_above(
+    weight: jax.Array, cdf: jax.Array, target_R: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """First entry with weight whose running sum exceeds the target, else the last with weight.
+
+    Returns the entry and the running sum before it.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, weight.shape, 1)
+    has_weight = weight > 0
+    is_above = has_weight & (cdf > target_R[:, None])
+    first_R = jnp.min(jnp.where(is_above, index, weight.shape[1]), axis=-1)
+    last_R = jnp.max(jnp.where(has_weight, index, 0), axis=-1)
+    chosen_R = jnp.minimum(first_R, last_R)
+    before_R = jnp.take_along_axis(cdf, jnp.maximum(chosen_R - 1, 0)[:, None], axis=1)[:, 0]
+    return chosen_R, jnp.where(chosen_R > 0, before_R, 0.0)
+
+
+def _with_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> Sampled:
+    total_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+    num_top = min(MAX_LOGPROBS, logits_RV.shape[1])
+    top_logit, top_id = top_scores(logits_RV, num_top)
+    chosen_R1 = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)
+    missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
+    return Sampled(
+        token_ids=token_R,
+        logprobs=(chosen_R1 - total_R1)[:, 0],
+        top_token_ids=jnp.pad(top_id, missing),
+        top_logprobs=jnp.pad(top_logit - total_R1, missing, constant_values=NEVER),
+    )
+
+
+def _without_logprobs(token_R: jax.Array) -> Sampled:
+    shape = (token_R.shape[0], MAX_LOGPROBS)
+    return Sampled(
+        token_ids=token_R,
+        logprobs=jnp.zeros(token_R.shape, jnp.float32),
+        top_token_ids=jnp.zeros(shape, jnp.int32),
+        top_logprobs=jnp.zeros(shape, jnp.float32),
+    )

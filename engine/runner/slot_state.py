@@ -1,0 +1,179 @@
+"""What the device remembers of each slot between steps, and how a request's admission sets it.
+
+Last tokens stay on the device so that a step can be planned before its input tokens are known.
+Token counts and biases stay there because they are large. Everything else that sampling needs comes
+with each step.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+from engine.step import SlotParams
+
+MAX_END_TOKENS = MAX_STOP_TOKENS + 16
+"""End tokens of a request and of its model together."""
+
+ADMISSION_TOKENS = 4096
+"""Tokens that one call of the admission program counts."""
+
+IN_PROMPT = 1
+"""Bit of a token's count that says it stands in the prompt; the output's count is above it."""
+
+ONE_OUTPUT = 2
+
+_MOST_OUTPUTS = 0xFFFF - 4097
+"""Counts stop growing here, below what 16 bits hold, so that no further step makes them wrap."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotState:
+    """Arrays indexed by slot; the row after the last slot takes what padding rows write.
+
+    Attributes:
+        last_token: int32 [num_slots + 1], the token sampled last.
+        token_counts: uint16 [num_slots + 1, V], see `IN_PROMPT` and `ONE_OUTPUT`.
+        bias_ids: int32 [num_slots + 1, MAX_LOGIT_BIAS], V where unused.
+        bias_values: float32, the same shape.
+        end_token_ids: int32 [num_slots + 1, MAX_END_TOKENS], V where unused.
+    """
+
+    last_token: jax.Array
+    token_counts: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    end_token_ids: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """One call of the admission program.
+
+    Attributes:
+        slot: int32 [].
+        is_first: bool [], whether to forget what the slot held.
+        token_ids: int32 [ADMISSION_TOKENS], V where unused.
+        num_prompt_tokens: int32 [], how many of `token_ids` belong to the prompt.
+        bias_ids, bias_values, end_token_ids: As in `SlotState`, of this slot.
+    """
+
+    slot: jax.Array
+    is_first: jax.Array
+    token_ids: jax.Array
+    num_prompt_tokens: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    end_token_ids: jax.Array
+
+
+def init_slot_state(num_slots: int, vocab_size: int) -> SlotState:
+    """Make the state of an engine without requests."""
+    rows = num_slots + 1
+    return SlotState(
+        last_token=jnp.zeros(rows, jnp.int32),
+        token_counts=jnp.zeros((rows, vocab_size), jnp.uint16),
+        bias_ids=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
+        bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
+        end_token_ids=jnp.full((rows, MAX_END_TOKENS), vocab_size, jnp.int32),
+    )
+
+
+def slot_state_bytes(num_slots: int, vocab_size: int) -> int:
+    """Bytes that `init_slot_state` takes."""
+    row = 4 + 2 * vocab_size + 8 * MAX_LOGIT_BIAS + 4 * MAX_END_TOKENS
+    return (num_slots + 1) * row
+
+
+def needs_admission(params: SlotParams) -> bool:
+    """Whether a request uses anything that lies on the device by slot."""
+    return params.has_penalties or len(params.logit_bias) > 0 or params.min_tokens > 0
+
+
+def make_admissions(params: SlotParams, vocab_size: int) -> list[Admission]:
+    """Split a request's admission into calls of the admission program, the first one first."""
+    chunks = [
+        params.token_ids[start : start + ADMISSION_TOKENS]
+        for start in range(0, max(1, len(params.token_ids)), ADMISSION_TOKENS)
+    ]
+    bias_ids = np.asarray(params.logit_bias_ids, np.int32)
+    return [
+        _as_device_tree(
+            slot=np.int32(params.slot),
+            is_first=np.bool_(index == 0),
+            token_ids=_padded(chunk, ADMISSION_TOKENS, vocab_size, np.int32),
+            num_prompt_tokens=np.int32(
+                np.clip(params.output_start - index * ADMISSION_TOKENS, 0, len(chunk))
+            ),
+            bias_ids=_padded(bias_ids, MAX_LOGIT_BIAS, vocab_size, np.int32),
+            bias_values=_padded(params.logit_bias, MAX_LOGIT_BIAS, 0, np.float32),
+            end_token_ids=_padded(params.end_token_ids, MAX_END_TOKENS, vocab_size, np.int32),
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def admit(state: SlotState, admission: Admission) -> SlotState:
+    """Set what the device holds of one slot. Meant to be compiled, with `state` donated."""
+    slot = admission.slot
+    counts_V = state.token_counts[slot]
+    counts_V = jnp.where(admission.is_first, jnp.zeros_like(counts_V), counts_V)
+    is_prompt = jnp.arange(ADMISSION_TOKENS) < admission.num_prompt_tokens
+    vocab_size = counts_V.shape[0]
+    # Ids of V are out of range, and what is written out of range is dropped.
+    prompt_ids = jnp.where(is_prompt, admission.token_ids, vocab_size)
+    output_ids = jnp.where(is_prompt, vocab_size, admission.token_ids)
+    in_prompt_V = jnp.zeros_like(counts_V).at[prompt_ids].set(IN_PROMPT, mode="drop")
+    counts_V = jnp.minimum(counts_V, _MOST_OUTPUTS) | in_prompt_V
+    counts_V = counts_V.at[output_ids].add(ONE_OUTPUT, mode="drop")
+    return SlotState(
+        last_token=state.last_token,
+        token_counts=state.token_counts.at[slot].set(counts_V),
+        bias_ids=state.bias_ids.at[slot].set(admission.bias_ids),
+        bias_values=state.bias_values.at[slot].set(admission.bias_values),
+        end_token_ids=state.end_token_ids.at[slot].set(admission.end_token_ids),
+    )
+
+
+def record_tokens(
+    state: SlotState, slot_R: jax.Array, token_R: jax.Array, has_penalties_R: jax.Array
+) -> SlotState:
+    """Remember the tokens that a step sampled.
+
+    Args:
+        state: Before the step.
+        slot_R: int32, slot of each row; num_slots for rows that did not sample.
+        token_R: int32, sampled tokens.
+        has_penalties_R: bool, rows whose tokens are counted.
+    """
+
+    def count(token_counts: jax.Array) -> jax.Array:
+        row_R = jnp.where(has_penalties_R, slot_R, token_counts.shape[0])
+        before_R = token_counts.at[row_R, token_R].get(mode="fill", fill_value=0)
+        after_R = jnp.where(before_R < _MOST_OUTPUTS, before_R + ONE_OUTPUT, before_R)
+        return token_counts.at[row_R, token_R].set(after_R.astype(jnp.uint16), mode="drop")
+
+    return SlotState(
+        last_token=state.last_token.at[slot_R].set(token_R),
+        token_counts=count(state.token_counts),
+        bias_ids=state.bias_ids,
+        bias_values=state.bias_values,
+        end_token_ids=state.end_token_ids,
+    )
+
+
+def _padded(values: object, size: int, fill: float, dtype: type) -> np.ndarray:
+    padded = np.full(size, fill, dtype)
+    array = np.asarray(values, dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+def _as_device_tree(**arrays: object) -> Admission:
+    """Host arrays where the compiled program takes device arrays: it copies them itself."""
+    return Admission(**cast("dict[str, jax.Array]", arrays))
