@@ -1,0 +1,186 @@
+"""The wire between a gang's leader and its hosts: plans down; beats, progress and results up.
+
+Knows frames, keys and epochs, and not what a plan means. Every message is a list of byte strings
+
+    leader → host:  [epoch, kind, payload]      host → leader:  [rank, epoch, kind, payload]
+
+over sockets encrypted and authenticated by CURVE. The leader makes fresh keys for each epoch and
+hands them out through Ray, so a host of an epoch that is over is refused at the handshake.
+"""
+
+import contextlib
+import enum
+import threading
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from engine.errors import EngineDiedError
+
+
+class MessageKind(enum.Enum):
+    """What a message carries; the value is its bytes on the wire."""
+
+    BEAT = b"beat"
+    HELLO = b"hello"
+    """A host's plan socket is connected."""
+    PROGRESS = b"progress"
+    READY = b"ready"
+    PLAN = b"plan"
+    RESULT = b"result"
+
+
+class HostMessage(NamedTuple):
+    rank: int
+    kind: MessageKind
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GangInvitation:
+    """What a host needs to talk to its leader in one epoch; secret, so handed out through Ray."""
+
+    address: str
+    epoch: int
+    leader_public_key: bytes
+    host_public_key: bytes
+    host_secret_key: bytes = field(repr=False)
+
+
+class LeaderSocket:
+    """The leader's end: bound to one address of its own, for one epoch and its hosts.
+
+    Belongs to the event loop that it is made in.
+    """
+
+    def __init__(self, bind_host: str, epoch: int, num_hosts: int) -> None:
+        self._epoch = _epoch_bytes(epoch)
+        self._num_hosts = num_hosts
+        leader_public_key, leader_secret_key = zmq.curve_keypair()
+        host_public_key, host_secret_key = zmq.curve_keypair()
+        # A context of its own, because ZMQ asks one authenticator per context whom to let in.
+        self._context = zmq.asyncio.Context()
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(credentials_provider=_OnlyKey(host_public_key))
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_server = True
+        self._socket.curve_secretkey = leader_secret_key
+        self._socket.curve_publickey = leader_public_key
+        self._socket.router_mandatory = True
+        # A host whose connection broke and came back takes over from its dead one.
+        self._socket.router_handover = True
+        self._socket.linger = 0
+        self._socket.ipv6 = ":" in bind_host
+        bracketed = f"[{bind_host}]" if ":" in bind_host else bind_host
+        port = self._socket.bind_to_random_port(f"tcp://{bracketed}")
+        self.invitation = GangInvitation(
+            address=f"tcp://{bracketed}:{port}",
+            epoch=epoch,
+            leader_public_key=leader_public_key,
+            host_public_key=host_public_key,
+            host_secret_key=host_secret_key,
+        )
+
+    def broadcast(self, kind: MessageKind, payload: bytes = b"") -> None:
+        """Send to every host that said hello; returns at once.
+
+        Raises:
+            EngineDiedError: A host's connection is gone or no longer drained.
+        """
+        for rank in range(self._num_hosts):
+            sent = self._socket.send_multipart(
+                [_identity("plan", rank), self._epoch, kind.value, payload], zmq.DONTWAIT
+            )
+            # The future is done on return, unless the host reads so slowly that buffers are full.
+            if not sent.done():
+                sent.cancel()
+                raise EngineDiedError(f"rank {rank} does not read its plans")
+            error = sent.exception()
+            if error is not None:
+                raise EngineDiedError(f"the connection to rank {rank} is gone: {error}")
+
+    async def receive(self) -> HostMessage:
+        """Wait for a message of this epoch; others are dropped."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            if len(frames) != 4 or frames[1] != self._epoch:
+                continue
+            with contextlib.suppress(ValueError):
+                rank = int(frames[0].rpartition(b"-")[2])
+                if rank < self._num_hosts:
+                    return HostMessage(rank, MessageKind(frames[2]), frames[3])
+
+    def close(self) -> None:
+        self._authenticator.stop()
+        self._context.destroy(linger=0)
+
+
+class HostSocket:
+    """A host's end. `receive` belongs to one thread; `send` may be called from any.
+
+    Two connections, because a ZMQ socket must not be read and written by two threads at once.
+    """
+
+    def __init__(self, invitation: GangInvitation, rank: int) -> None:
+        self._epoch = _epoch_bytes(invitation.epoch)
+        self._context = zmq.Context()
+        self._plans = self._connect(invitation, _identity("plan", rank))
+        self._reports = self._connect(invitation, _identity("report", rank))
+        self._send_lock = threading.Lock()
+        self._is_closed = False
+        self._plans.send_multipart([self._epoch, MessageKind.HELLO.value, b""])
+
+    def _connect(self, invitation: GangInvitation, identity: bytes) -> zmq.Socket:
+        connection = self._context.socket(zmq.DEALER)
+        connection.curve_serverkey = invitation.leader_public_key
+        connection.curve_publickey = invitation.host_public_key
+        connection.curve_secretkey = invitation.host_secret_key
+        connection.identity = identity
+        connection.linger = 0
+        connection.ipv6 = "[" in invitation.address
+        connection.connect(invitation.address)
+        return connection
+
+    def receive(self, timeout_s: float) -> tuple[MessageKind, bytes] | None:
+        """Wait for a message from the leader; None if there is none in time."""
+        if not self._plans.poll(int(timeout_s * 1000)):
+            return None
+        frames = self._plans.recv_multipart()
+        if len(frames) != 3 or frames[0] != self._epoch:
+            return None
+        return MessageKind(frames[1]), frames[2]
+
+    def send(self, kind: MessageKind, payload: bytes = b"") -> None:
+        """Queue a message; returns at once. Beats into a full queue are dropped."""
+        with self._send_lock, contextlib.suppress(zmq.Again):
+            if self._is_closed:
+                return
+            self._reports.send_multipart([self._epoch, kind.value, payload], zmq.DONTWAIT)
+
+    def close(self) -> None:
+        """Drop both connections; call it in the thread that receives. Later sends do nothing."""
+        with self._send_lock:
+            self._is_closed = True
+            self._context.destroy(linger=0)
+
+
+class _OnlyKey:
+    """Lets in whoever holds the secret key that belongs to one public key."""
+
+    def __init__(self, public_key: bytes) -> None:
+        self._public_key = public_key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._public_key
+
+
+def _epoch_bytes(epoch: int) -> bytes:
+    return epoch.to_bytes(8, "big")
+
+
+def _identity(connection: str, rank: int) -> bytes:
+    return f"{connection}-{rank}".encode()

@@ -1,0 +1,257 @@
+"""What a gang needs of the cluster, whether the cluster can ever give it, and the claim on it.
+
+Knows nodes, resources and labels; must not know what runs in the bundles.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state as cluster_state
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from engine.config import EngineConfig
+from engine.errors import CapacityError, EngineError
+
+logger = logging.getLogger(__name__)
+
+CPUS_PER_HOST_PROCESS = 0.5
+"""On CPU hosts: a claim small enough that router, leader and two hosts fit a laptop's two cores."""
+
+NODE_RANK_LABEL = "qwen-on-ray/node-rank"
+"""Label of nodes that joined by the command line's --node-rank."""
+
+_TPU_WORKER_LABEL = "ray.io/tpu-worker-id"
+_TPU_SLICE_LABEL = "ray.io/tpu-slice-name"
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A living node.
+
+    Attributes:
+        resources: All that it has, used or not.
+    """
+
+    node_id: str
+    address: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that a gang's process on this node must take, if the node has one."""
+        for label in (_TPU_WORKER_LABEL, NODE_RANK_LABEL):
+            if self.labels.get(label, "").isdigit():
+                return int(self.labels[label])
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What a cluster is at one moment.
+
+    Attributes:
+        maxima: What its autoscaler may bring it to, by resource; empty without an autoscaler.
+    """
+
+    nodes: tuple[Node, ...]
+    maxima: Mapping[str, float]
+
+    def total(self, resource: str) -> float:
+        return sum(node.resources.get(resource, 0) for node in self.nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a gang asks for: `num_hosts` bundles, each of `bundle`."""
+
+    device: str
+    num_hosts: int
+    bundle: Mapping[str, float]
+
+    @property
+    def resource(self) -> str:
+        return {"tpu": "TPU", "gpu": "GPU", "cpu": "CPU"}[self.device]
+
+    def __str__(self) -> str:
+        amount = self.bundle[self.resource]
+        what = {"tpu": "TPU chips", "gpu": "GPUs", "cpu": "CPUs"}[self.device]
+        hosts = "1 host" if self.num_hosts == 1 else f"{self.num_hosts} hosts"
+        text = f"{hosts} with {amount:g} {what}{' each' if self.num_hosts > 1 else ''}"
+        if self.device == "tpu" and self.num_hosts > 1:
+            text += f" (one slice of {amount * self.num_hosts:g} chips)"
+        return text
+
+
+def read_cluster() -> Cluster:
+    """Ask Ray what the cluster is at present. Blocks for some milliseconds."""
+    nodes = tuple(
+        Node(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            resources=node["Resources"],
+            labels=node.get("Labels") or {},
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    maxima = cluster_state.get_max_resources_from_cluster_config() or {}
+    return Cluster(nodes=nodes, maxima={name: float(most) for name, most in maxima.items()})
+
+
+def resolve_device(config: EngineConfig, cluster: Cluster) -> EngineConfig:
+    """Replace device "auto" by what the cluster has, or may get from its autoscaler."""
+    if config.device != "auto":
+        return config
+    for device, resource in (("tpu", "TPU"), ("gpu", "GPU")):
+        if cluster.total(resource) + cluster.maxima.get(resource, 0) > 0:
+            return config.model_copy(update={"device": device})
+    return config.model_copy(update={"device": "cpu"})
+
+
+def need_of(config: EngineConfig) -> Need:
+    """What `config`, its device resolved, asks of the cluster."""
+    bundle = {
+        "tpu": {"TPU": float(config.devices_per_host), "CPU": 1.0},
+        "gpu": {"GPU": float(config.devices_per_host), "CPU": 1.0},
+        "cpu": {"CPU": CPUS_PER_HOST_PROCESS},
+    }[config.device]
+    return Need(device=config.device, num_hosts=config.nnodes, bundle=bundle)
+
+
+def check_capacity(need: Need, cluster: Cluster) -> None:
+    """Check that the cluster can give what is needed, now or after others have let go of it.
+
+    Raises:
+        CapacityError: It never can, however long one waits.
+    """
+    per_node = [_num_bundles(need, node.resources) for node in cluster.nodes]
+    # TPU and GPU hosts are distinct machines; processes on CPUs may share one.
+    possible = sum(per_node if need.device == "cpu" else (min(1, count) for count in per_node))
+    if possible >= need.num_hosts:
+        return
+    if _num_bundles(need, cluster.maxima) >= need.num_hosts:
+        return
+    what = {"tpu": "TPU chips", "gpu": "GPUs", "cpu": "CPUs"}[need.device]
+    num_nodes = len(cluster.nodes)
+    has = (
+        f"{cluster.total(need.resource):g} {what} on {num_nodes} "
+        f"{'node' if num_nodes == 1 else 'nodes'}"
+    )
+    if cluster.maxima:
+        has += f", and its autoscaler stops at {cluster.maxima.get(need.resource, 0):g}"
+    remedy = (
+        "Add CPUs to the cluster or lower --nnodes."
+        if need.device == "cpu"
+        else "Start a cluster that has them (`ray up configs/ray/…`), change --tp-size and "
+        "--nnodes, or set --device=cpu."
+    )
+    raise CapacityError(f"The model needs {need}; this cluster has {has}. {remedy}")
+
+
+def _num_bundles(need: Need, resources: Mapping[str, float]) -> int:
+    """How many of the bundles these resources hold."""
+    return min(
+        math.floor(resources.get(name, 0) / amount + 1e-6) for name, amount in need.bundle.items()
+    )
+
+
+def intact_slices(need: Need, cluster: Cluster) -> list[str]:
+    """Names of TPU slices that have all their hosts, in order of name.
+
+    A slice with a dead host is one host short and never appears.
+    """
+    members: dict[str, list[Node]] = {}
+    for node in cluster.nodes:
+        if _TPU_SLICE_LABEL in node.labels and _num_bundles(need, node.resources) > 0:
+            members.setdefault(node.labels[_TPU_SLICE_LABEL], []).append(node)
+    return sorted(name for name, nodes in members.items() if len(nodes) == need.num_hosts)
+
+
+class Claim:
+    """A placement group with one bundle per host; lives until `release`, or its creator's end."""
+
+    def __init__(self, need: Need, group: PlacementGroup) -> None:
+        self.need = need
+        self.group = group
+
+    def is_intact(self, cluster: Cluster) -> bool:
+        """Whether every bundle lies on a living node. A broken group never heals by itself."""
+        table = placement_group_table(self.group)
+        living = {node.node_id for node in cluster.nodes}
+        on_nodes = table.get("bundles_to_node_id", {}).values()
+        return table.get("state") == "CREATED" and living.issuperset(on_nodes)
+
+    def release(self) -> None:
+        remove_placement_group(self.group)
+
+
+async def claim_hosts(
+    config: EngineConfig, *, on_wait: Callable[[str], None], timeout_s: float
+) -> Claim:
+    """Wait for the hosts that `config` needs, and claim them.
+
+    Args:
+        on_wait: Told what is waited for, each time that it changes.
+
+    Raises:
+        CapacityError: The cluster can never give them.
+        EngineError: It did not within `timeout_s`.
+    """
+    need = need_of(config)
+    deadline_s = time.monotonic() + timeout_s
+    claim: Claim | None = None
+    tried: list[str] = []
+    said = ""
+    try:
+        while time.monotonic() < deadline_s:
+            cluster = await asyncio.to_thread(read_cluster)
+            check_capacity(need, cluster)
+            if claim is None:
+                claim, tried = await asyncio.to_thread(_propose, need, cluster, tried)
+            table = await asyncio.to_thread(placement_group_table, claim.group)
+            if table.get("state") == "CREATED":
+                granted, claim = claim, None
+                return granted
+            note = f"waiting for {need}: in use, or not started yet"
+            if note != said:
+                on_wait(note)
+                said = note
+            await asyncio.sleep(_POLL_S)
+    finally:
+        if claim is not None:
+            claim.release()
+    raise EngineError(
+        f"The cluster did not give {need} within {timeout_s:.0f} s: they are in use by others, or "
+        "its autoscaler has not started them. See `ray status`, or raise --start-timeout-s."
+    )
+
+
+def _propose(need: Need, cluster: Cluster, tried: list[str]) -> tuple[Claim, list[str]]:
+    """Ask Ray for a placement group; that it exists does not mean that it is granted."""
+    selector: list[dict[str, str]] | None = None
+    if need.device == "tpu" and need.num_hosts > 1:
+        # Ray itself would also pick a slice with a dead host, and wait there for ever.
+        names = intact_slices(need, cluster)
+        fresh = [name for name in names if name not in tried] or names
+        if fresh:
+            selector = [{_TPU_SLICE_LABEL: fresh[0]}] * need.num_hosts
+            tried = [*tried, fresh[0]]
+    group = placement_group(
+        [dict(need.bundle) for _ in range(need.num_hosts)],
+        # Spread where hosts are distinct; several processes on one node where it is alone.
+        strategy="SPREAD" if need.device == "cpu" else "STRICT_SPREAD",
+        bundle_label_selector=selector,
+    )
+    return Claim(need, group), tried

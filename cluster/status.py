@@ -1,0 +1,97 @@
+"""How far an engine's start has come, readable by any process that has joined the same Ray.
+
+A replica's own methods answer only after its constructor is done, which is too late to tell what it
+waits for; so the replica writes here, and the quickstart and /health/ready read. Knows Ray's
+key-value store, and no more of Ray.
+"""
+
+import json
+import time
+from typing import Any
+
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
+
+from engine.step import StartProgress
+
+_NAMESPACE = "qwen-on-ray-status"
+_WRITE_PERIOD_S = 0.2
+
+
+class StartStatus:
+    """One replica's status; written through, at most five times a second within a phase.
+
+    Args:
+        app: Name of the Serve application.
+        replica: Id of the replica, unique in the application.
+    """
+
+    def __init__(self, app: str, replica: str) -> None:
+        self._key = f"{app}/{replica}"
+        self._whole = StartProgress(phase="placement")
+        self._ranks: dict[int, StartProgress] = {}
+        self._written_s = 0.0
+        self._written_phase = ""
+
+    def update(self, progress: StartProgress) -> None:
+        """Take in what a host or the gang reports; fit for a `ProgressCallback`."""
+        if progress.rank is not None:
+            self._ranks[progress.rank] = progress
+        if progress.rank in (None, 0):
+            self._whole = progress
+        is_new_phase = progress.phase != self._written_phase or progress.done == progress.total
+        if is_new_phase or time.monotonic() - self._written_s > _WRITE_PERIOD_S:
+            self._write()
+
+    def ready(self) -> None:
+        """Say that the engine serves."""
+        self._whole = StartProgress(phase="ready")
+        self._write()
+
+    def failed(self, reason: str) -> None:
+        """Say that the start failed, and why."""
+        self._whole = StartProgress(phase="failed", note=reason)
+        self._write()
+
+    def clear(self) -> None:
+        """Forget this replica."""
+        _internal_kv_del(self._key, namespace=_NAMESPACE)
+
+    def _write(self) -> None:
+        self._written_s = time.monotonic()
+        self._written_phase = self._whole.phase
+        status = {
+            **_as_json(self._whole),
+            "ranks": [_as_json(self._ranks[rank]) for rank in sorted(self._ranks)],
+            "time": time.time(),
+        }
+        _internal_kv_put(self._key, json.dumps(status), overwrite=True, namespace=_NAMESPACE)
+
+
+def read_all(app: str) -> dict[str, dict[str, Any]]:
+    """Status of each replica of an application, by replica id.
+
+    Returns:
+        Values {phase, done, total, note, ranks: [{rank, phase, done, total, note}], time}, where
+        phase is one of `StartProgress`'s, or ready, or failed.
+    """
+    statuses = {}
+    for key in _internal_kv_list(f"{app}/", namespace=_NAMESPACE):
+        value = _internal_kv_get(key, namespace=_NAMESPACE)
+        if value is not None:
+            statuses[key.decode().partition("/")[2]] = json.loads(value)
+    return statuses
+
+
+def _as_json(progress: StartProgress) -> dict[str, Any]:
+    whole = {
+        "phase": progress.phase,
+        "done": progress.done,
+        "total": progress.total,
+        "note": progress.note,
+    }
+    return whole if progress.rank is None else {"rank": progress.rank, **whole}

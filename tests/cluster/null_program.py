@@ -1,0 +1,94 @@
+"""Host programs without a model, for tests of the gang alone: each step's token is its number."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cluster.host_worker import HostTask, Runner
+from engine.errors import CheckpointError
+from engine.step import (
+    Bucket,
+    EngineLimits,
+    ProgressCallback,
+    StartProgress,
+    StepPlan,
+    StepResult,
+)
+
+LIMITS = EngineLimits(
+    num_pages=8,
+    page_size=16,
+    context_length=64,
+    max_running_requests=4,
+    buckets=(Bucket(num_seqs=4),),
+    vocab_size=256,
+)
+
+
+class NullStep:
+    def __init__(self, plan: StepPlan, device_s: float) -> None:
+        self._plan = plan
+        self._device_s = device_s
+
+    def wait(self) -> StepResult:
+        time.sleep(self._device_s)
+        if self._plan.step == FAULTY_STEP:
+            raise RuntimeError("the device caught fire")
+        nothing = np.zeros(0, np.int32)
+        return StepResult(
+            step=self._plan.step,
+            token_ids=np.full(self._plan.num_rows, self._plan.step, np.int32),
+            logprobs=nothing.astype(np.float32),
+            top_token_ids=nothing,
+            top_logprobs=nothing.astype(np.float32),
+        )
+
+
+FAULTY_STEP = 13
+HANGING_STEP = 99
+
+
+class NullRunner:
+    """Writes the steps that it was given to `<model_path>/rank-<rank>`."""
+
+    def __init__(self, task: HostTask, limits: EngineLimits = LIMITS) -> None:
+        self._log = Path(task.config.model_path) / f"rank-{task.rank}"
+        self._limits = limits
+
+    def start(self, on_progress: ProgressCallback) -> EngineLimits:
+        on_progress(StartProgress(phase="compile", done=3, total=3))
+        self._log.write_text(f"pid {os.getpid()}\n")
+        return self._limits
+
+    def dispatch(self, plan: StepPlan) -> NullStep:
+        with self._log.open("a") as log:
+            log.write(f"step {plan.step}\n")
+        return NullStep(plan, device_s=3600.0 if plan.step == HANGING_STEP else 0.0)
+
+
+def start(task: HostTask, on_progress: ProgressCallback) -> Runner:
+    return NullRunner(task)
+
+
+def start_with_uneven_memory(task: HostTask, on_progress: ProgressCallback) -> Runner:
+    return NullRunner(task, EngineLimits(**{**_fields(LIMITS), "num_pages": 8 + task.rank}))
+
+
+def fail_on_rank_1(task: HostTask, on_progress: ProgressCallback) -> Runner:
+    if task.rank == 1:
+        raise ZeroDivisionError("rank 1 cannot count")
+    time.sleep(3600)
+    return NullRunner(task)
+
+
+def miss_weights_on_rank_1(task: HostTask, on_progress: ProgressCallback) -> Runner:
+    if task.rank == 1:
+        raise CheckpointError("model-00002.safetensors is missing")
+    time.sleep(3600)
+    return NullRunner(task)
+
+
+def _fields(limits: EngineLimits) -> dict[str, object]:
+    return {name: getattr(limits, name) for name in limits.__struct_fields__}
