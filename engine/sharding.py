@@ -5,7 +5,9 @@ and a `ShardLayout` says which row of the checkpoint each row of a padded axis h
 model: sizes come in as numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -119,19 +121,19 @@ def _head_rows(sources: list[int], head_dim: int) -> np.ndarray:
     return rows.reshape(-1)
 
 
-def make_mesh(tp_size: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Make the mesh with its one axis, "tp", over equally many devices of each process.
 
     Args:
         tp_size: Devices over all hosts.
-        devices: What to choose from; by default all that JAX sees.
+        devices: JAX devices to choose from; by default all that there are.
 
     Raises:
         ConfigError: The devices cannot be taken evenly from the processes.
         CapacityError: A process has too few devices.
     """
     devices = jax.devices() if devices is None else devices
-    by_process: dict[int, list[jax.Device]] = {}
+    by_process: dict[int, list[Any]] = {}
     for device in devices:
         by_process.setdefault(device.process_index, []).append(device)
     num_processes = len(by_process)

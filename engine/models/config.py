@@ -284,7 +284,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
 def _qwen1_config(fields: _Fields, generation: dict[str, Any]) -> ModelConfig:
     if not fields.flag("no_bias", True):
         raise CheckpointError(
-            f"{fields.path}: no_bias is false; only models with biases on c_attn alone are supported."
+            f"{fields.path}: no_bias is false; only models with biases on c_attn alone work."
         )
     if fields.number("rotary_pct", default=1.0) != 1.0:
         raise CheckpointError(f"{fields.path}: rotary_pct must be 1.")

@@ -1,4 +1,7 @@
-"""A model's name → a directory that holds it. Must not import JAX: leader and routers use it too."""
+"""A model's name → a directory that holds it.
+
+Must not import JAX: the leader and the routers resolve names too.
+"""
 
 import os
 from collections.abc import Callable

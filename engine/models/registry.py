@@ -212,8 +212,8 @@ def _specs(module: nnx.Module) -> Params:
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         parent = specs
         for key in path[:-1]:
-            parent = parent.setdefault(key, {})
-        parent[path[-1]] = ParameterSpec(
+            parent = parent.setdefault(str(key), {})
+        parent[str(path[-1])] = ParameterSpec(
             tuple(variable.get_value().shape), variable.get_metadata()["logical_axes"]
         )
     return specs

@@ -1,0 +1,125 @@
+"""Makes the references for sliding windows and YaRN with transformers, in float32.
+
+Each is a variation of a tiny checkpoint's config.json over the same weights, so that only the
+configuration and the expected numbers are kept. Run in an environment of its own, from this folder:
+
+    pip install torch transformers safetensors
+    python make_references.py [folder of the demo model]
+
+With the demo model's folder it also measures how far transformers in bfloat16 is from the float32
+top-5 log probabilities in smollm2_golden.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+HERE = Path(__file__).parent
+NUM_GREEDY = 24
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+VARIATIONS = {
+    "window-all-layers": (
+        "tiny-qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 3},
+    ),
+    "window-from-layer-1": (
+        "tiny-qwen2-tied",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "window-qwen3": (
+        "tiny-qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "yarn-qwen2": (
+        "tiny-qwen2",
+        {"rope_parameters": YARN | {"rope_theta": 10000.0}, "max_position_embeddings": 128},
+    ),
+    "yarn-qwen3": (
+        "tiny-qwen3",
+        {"rope_parameters": YARN | {"rope_theta": 1000000.0}, "max_position_embeddings": 128},
+    ),
+    "yarn-own-attention-factor": (
+        "tiny-qwen3",
+        {
+            "rope_parameters": YARN
+            | {
+                "rope_theta": 10000.0,
+                "factor": 2.5,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "attention_factor": 1.3,
+            },
+            "max_position_embeddings": 80,
+        },
+    ),
+}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for name, (base, changes) in VARIATIONS.items():
+        reference = make_reference(base, changes)
+        (HERE / "variations" / f"{name}.json").write_text(json.dumps(reference) + "\n")
+    if len(sys.argv) > 1:
+        errors = bfloat16_errors(Path(sys.argv[1]))
+        (HERE / "smollm2_bfloat16.json").write_text(json.dumps(errors, indent=1) + "\n")
+
+
+@torch.no_grad()
+def make_reference(base: str, changes: dict) -> dict:
+    values = json.loads((HERE / base / "config.json").read_text()) | changes
+    config = AutoConfig.for_model(**values)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.load_state_dict(load_file(HERE / base / "model.safetensors"), strict=False)
+    model.tie_weights()
+    model.eval()
+    prompt = torch.randint(0, config.vocab_size - 2, (48,)).tolist()
+    ids = list(prompt)
+    for _ in range(NUM_GREEDY):
+        # Without a cache: the plainest way, and the window's mask cannot go wrong with it.
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+        ids.append(int(logits[-1].argmax()))
+    logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
+    return {
+        "base": base,
+        "changes": changes,
+        "ids": prompt,
+        "logits_last": [round(value, 5) for value in logits[-1].tolist()],
+        "argmax": logits.argmax(-1).tolist(),
+        "greedy": ids[len(prompt) :],
+    }
+
+
+@torch.no_grad()
+def bfloat16_errors(directory: Path) -> dict[str, float]:
+    """Median and 99th percentile of |log probability - golden|, teacher-forced."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    errors = []
+    for item in json.loads((HERE / "smollm2_golden.json").read_text())["items"]:
+        ids = torch.tensor([item["prompt_ids"] + item["output_ids"][:-1]])
+        logits = model(ids).logits[0, len(item["prompt_ids"]) - 1 :].float()
+        logprobs = torch.log_softmax(logits, -1)
+        for row, expected in zip(logprobs, item["logprobs"], strict=True):
+            errors += [abs(float(row[token]) - logprob) for token, logprob in expected["top5"]]
+    quantiles = torch.tensor(errors).quantile(torch.tensor([0.5, 0.99])).tolist()
+    return {"median": round(quantiles[0], 4), "p99": round(quantiles[1], 4)}
+
+
+if __name__ == "__main__":
+    main()
