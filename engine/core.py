@@ -62,6 +62,8 @@ class EngineCore:
         self._seeds = random.Random(config.random_seed)
         self._requests: dict[str, Request] = {}
         self._has_work = asyncio.Event()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._scheduler = Scheduler(
             limits,
             max_chunk_tokens=config.prefill_chunk_tokens,
@@ -102,6 +104,7 @@ class EngineCore:
         self.stats.requests_total += 1
         self.stats.prompt_tokens_total += len(request.prompt_token_ids)
         self._has_work.set()
+        self._is_idle.clear()
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request and free its pages; one that has ended already is left alone."""
@@ -109,6 +112,11 @@ class EngineCore:
         if request is not None:
             self._scheduler.abort(request, reason)
             self.stats.aborted_total += 1
+            self._note_if_idle()
+
+    async def wait_until_idle(self) -> None:
+        """Wait until every request has finished or was aborted; the caller bounds the wait."""
+        await self._is_idle.wait()
 
     async def run(self) -> None:
         """Serve until cancelled.
@@ -194,7 +202,12 @@ class EngineCore:
         stats.device_ms_total += result.device_ms
         if outputs:
             self._on_outputs(outputs)
+        self._note_if_idle()
         stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
+
+    def _note_if_idle(self) -> None:
+        if not self._requests:
+            self._is_idle.set()
 
     def _check_token_ids(self, request: Request) -> None:
         vocab_size = self._limits.vocab_size

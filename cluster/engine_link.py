@@ -1,0 +1,216 @@
+"""The router's way to an engine: one Serve call per request, tokens over the router's own socket.
+
+Implements `EngineClient`. The call is the request's life (routing, back-pressure, cancellation and
+actor death come with it), the socket is its tokens: a yield through a Serve handle costs a
+millisecond of CPU, a message a tenth of that.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import msgspec
+import ray.exceptions
+from ray import serve
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from cluster.openai.engine_client import EngineInfo, GenerateRequest, RankStatus, TokenDelta
+from cluster.status import read_all
+from cluster.token_socket import (
+    CallError,
+    ChoiceCall,
+    ChoiceTokens,
+    GenerateCall,
+    GenerateEnd,
+    TokenReceiver,
+    TokenStream,
+)
+from engine import errors
+from engine.errors import EngineDiedError, EngineError, EngineNotReadyError
+
+logger = logging.getLogger(__name__)
+
+INFO_PERIOD_S = 1.0
+_INFO_TIMEOUT_S = 3.0
+_LATE_TOKENS_TIMEOUT_S = 5.0
+
+
+class EngineLink:
+    """Talks to the engine deployment behind a Serve handle. Belongs to one event loop."""
+
+    def __init__(
+        self, engine: DeploymentHandle, *, bind_host: str, silence_timeout_s: float
+    ) -> None:
+        """Open the token socket and begin to watch the engine.
+
+        Args:
+            engine: Handle of the `Engine` deployment.
+            bind_host: This node's own address.
+            silence_timeout_s: After so long without a sign of life, an engine's streams fail.
+        """
+        self._engine = engine
+        self._silence_timeout_s = silence_timeout_s
+        self._receiver = TokenReceiver(bind_host)
+        self._info = EngineInfo(is_ready=False, status="waiting for the engine to be placed")
+        self._info_changed = asyncio.Event()
+        self._calls: set[asyncio.Future[GenerateEnd]] = set()
+        self._watch = asyncio.create_task(self._watch_engine())
+
+    async def close(self) -> None:
+        for task in (self._watch, *self._calls):
+            task.cancel()
+        await asyncio.gather(self._watch, *self._calls, return_exceptions=True)
+        await self._receiver.close()
+
+    async def engine_info(self) -> EngineInfo:
+        return self._info
+
+    async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._info.is_ready:
+                    self._info_changed.clear()
+                    await self._info_changed.wait()
+        except TimeoutError:
+            raise EngineNotReadyError(
+                f"The engine was not ready within {timeout_s:.0f} s: {self._info.status}"
+            ) from None
+        return self._info
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        self._receiver.abort_choice(request_id, 0, index)
+
+    async def generate(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        attempt = 0
+        num_choices = len(request.choices)
+        stream = self._receiver.open_stream(request.request_id, attempt, num_choices)
+        call = GenerateCall(
+            request_id=request.request_id,
+            attempt=attempt,
+            choices=[
+                ChoiceCall(list(choice.prompt_token_ids), choice.sampling, choice.sample_index)
+                for choice in request.choices
+            ],
+            cache_salt=request.cache_salt,
+            reply_to=self._receiver.invitation,
+        )
+        response = self._engine.generate.remote(msgspec.msgpack.encode(call))
+        # It returns just after the last token; the client need not wait for that.
+        end = asyncio.ensure_future(_await_end(response))
+        self._calls.add(end)
+        end.add_done_callback(self._calls.discard)
+        try:
+            unfinished = set(range(num_choices))
+            while unfinished:
+                tokens = await self._next_tokens(stream, end)
+                if tokens.finish_reason is not None:
+                    unfinished.discard(tokens.choice)
+                yield tokens.choice, _delta(tokens)
+        except BaseException:
+            response.cancel()
+            raise
+        finally:
+            self._receiver.close_stream(request.request_id, attempt)
+
+    async def _next_tokens(
+        self, stream: TokenStream, end: "asyncio.Future[GenerateEnd]"
+    ) -> ChoiceTokens:
+        """Wait for tokens, for the call's end, or for a silence that is too long."""
+        tokens = stream.get_nowait()
+        if tokens is not None:
+            return tokens
+        getter = asyncio.ensure_future(stream.get())
+        try:
+            while not end.done():
+                await asyncio.wait(
+                    [getter, end],
+                    timeout=self._silence_timeout_s / 2,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if getter.done():
+                    return getter.result()
+                silence_s = time.monotonic() - stream.heard_s
+                if stream.leader is not None and silence_s > self._silence_timeout_s:
+                    raise EngineDiedError(f"The engine has been silent for {silence_s:.1f} s.")
+            _raise_if_failed(end.result())
+            # The call has returned, so what is missing is on its way over the socket.
+            async with asyncio.timeout(_LATE_TOKENS_TIMEOUT_S):
+                return await getter
+        except TimeoutError:
+            raise EngineDiedError("The engine's last tokens did not arrive.") from None
+        finally:
+            getter.cancel()
+
+    async def _watch_engine(self) -> None:
+        while True:
+            try:
+                response = self._engine.describe.remote()
+                payload = await asyncio.wait_for(response, _INFO_TIMEOUT_S)
+                info = msgspec.msgpack.decode(payload, type=EngineInfo)
+            except (TimeoutError, ray.exceptions.RayError, RequestCancelledError) as error:
+                logger.debug("the engine did not describe itself: %r", error)
+                info = await self._starting_info()
+            self._info = info
+            self._info_changed.set()
+            await asyncio.sleep(INFO_PERIOD_S)
+
+    async def _starting_info(self) -> EngineInfo:
+        """What an engine whose constructor has not returned says of itself, by way of Ray's GCS."""
+        app = serve.get_replica_context().app_name
+        replicas = await asyncio.to_thread(read_all, app)
+        if not replicas:
+            return EngineInfo(is_ready=False, status="waiting for a place for the engine's leader")
+        latest = max(replicas.values(), key=lambda replica: replica["time"])
+        ranks = tuple(
+            RankStatus(rank=rank["rank"], state=rank["phase"], note=_progress_line(rank))
+            for rank in latest["ranks"]
+        )
+        return EngineInfo(is_ready=False, status=_progress_line(latest), ranks=ranks)
+
+
+def _progress_line(progress: Mapping[str, Any]) -> str:
+    """A start's progress in words, as in "compile 7 of 12"."""
+    words = str(progress["phase"])
+    if progress["total"]:
+        words += f" {progress['done']} of {progress['total']}"
+    return f"{words}: {progress['note']}" if progress["note"] else words
+
+
+def _delta(tokens: ChoiceTokens) -> TokenDelta:
+    return TokenDelta(
+        token_ids=tokens.token_ids,
+        logprobs=tokens.logprobs,
+        finish_reason=tokens.finish_reason,
+        stop_token_id=tokens.stop_token_id,
+        num_cached_tokens=tokens.num_cached_tokens,
+    )
+
+
+async def _await_end(response: DeploymentResponse) -> GenerateEnd:
+    """The call's end, with every way in which Serve and Ray report a failure as an error of ours."""
+    try:
+        return msgspec.msgpack.decode(await response, type=GenerateEnd)
+    except ray.exceptions.RayActorError as error:
+        failure = CallError("EngineDiedError", f"The engine's leader died: {error}")
+    except BackPressureError as error:
+        failure = CallError("EngineBusyError", str(error))
+    except (ray.exceptions.RayError, RequestCancelledError) as error:
+        failure = CallError("EngineError", f"The engine failed: {error}")
+    return GenerateEnd(error=failure)
+
+
+def _raise_if_failed(end: GenerateEnd) -> None:
+    error = end.error
+    if error is None:
+        return
+    kind = getattr(errors, error.kind, EngineError)
+    if issubclass(kind, errors.RequestError):
+        raised = kind(error.message)
+        raised.param, raised.code = error.param, error.code
+        raise raised
+    raise kind(error.message)

@@ -1,0 +1,365 @@
+"""The engine's leader as a Serve deployment: owns the core and the gang of hosts.
+
+One replica is one engine. It turns calls into requests, sends each step's tokens to the routers
+that wait for them, and brings the gang back when a host dies. No text, no arrays, no JAX.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from ray import serve
+
+from cluster.host_group import HostGroup, HostStatus
+from cluster.openai.engine_client import EngineInfo, RankStatus
+from cluster.status import StartStatus
+from cluster.token_socket import (
+    AbortChoice,
+    CallError,
+    ChoiceTokens,
+    GenerateCall,
+    GenerateEnd,
+    RouterInvitation,
+    TokenSender,
+)
+from engine.config import EngineConfig, parse_config
+from engine.core import EngineCore
+from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, RequestError
+from engine.models.config import load_generation_defaults, load_model_config
+from engine.models.hub import resolve_checkpoint
+from engine.request import Request, RequestOutput, SamplingParams
+from engine.step import EngineLimits
+
+logger = logging.getLogger(__name__)
+
+_MONITOR_PERIOD_S = 1.0
+_WARM_UP_TIMEOUT_S = 600.0
+_RESTART_PAUSE_S = 1.0
+_MAX_RESTART_PAUSE_S = 30.0
+
+
+class _Call:
+    """A router's call: which requests it is, and what has been sent of each."""
+
+    def __init__(self, call: GenerateCall, sender: TokenSender) -> None:
+        self.request_id = call.request_id
+        self.attempt = call.attempt
+        self.sender = sender
+        self.num_tokens = [0] * len(call.choices)
+        self.request_ids = [
+            f"{call.request_id}/{call.attempt}/{index}" for index in range(len(call.choices))
+        ]
+        self.unfinished = set(range(len(call.choices)))
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def finish(self, choice: int) -> None:
+        self.unfinished.discard(choice)
+        if not self.unfinished and not self.ended.done():
+            self.ended.set_result(None)
+
+    def fail(self, error: QwenOnRayError) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
+class Engine:
+    """One engine. All state belongs to the replica's event loop.
+
+    Invariant: `_core` is set exactly while the gang can take steps.
+    """
+
+    async def __init__(self, config_fields: Mapping[str, Any]) -> None:
+        """Start the gang; returns when it serves, so that Serve counts it as running only then.
+
+        Raises:
+            CapacityError, CheckpointError, ConfigError: Naming what to change.
+        """
+        self._config: EngineConfig = parse_config(config_fields)
+        logging.getLogger("cluster").setLevel(self._config.log_level.upper())
+        logging.getLogger("engine").setLevel(self._config.log_level.upper())
+        context = serve.get_replica_context()
+        self._status = StartStatus(context.app_name, context.replica_id.unique_id)
+        self._group = HostGroup(self._config)
+        self._core: EngineCore | None = None
+        self._core_ready = asyncio.Event()
+        self._run: asyncio.Task[None] | None = None
+        self._calls: dict[str, tuple[_Call, int]] = {}
+        self._senders: dict[bytes, TokenSender] = {}
+        self._fatal: QwenOnRayError | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._limits: EngineLimits | None = None
+        try:
+            await self._load_model_facts()
+            await self._start_core()
+        except QwenOnRayError as error:
+            logger.error("The engine did not start. %s", error)
+            self._status.failed(str(error))
+            await self._group.stop()
+            raise
+        self._tasks = [
+            asyncio.create_task(self._supervise()),
+            asyncio.create_task(self._watch_routers()),
+        ]
+
+    async def __del__(self) -> None:
+        # Serve awaits this when the replica is to go, after its requests have drained.
+        tasks = [*self._tasks, *([self._run] if self._run else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sender in self._senders.values():
+            sender.close()
+        await self._group.stop()
+        self._status.clear()
+
+    def check_health(self) -> None:
+        """Raise where only a new replica can help; a gang that is rebuilt is not such a case."""
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def describe(self) -> bytes:
+        """How this engine is, as an encoded `EngineInfo`."""
+        ranks = tuple(self._rank_status(host) for host in self._group.hosts)
+        is_ready = self._core is not None and all(rank.state == "ready" for rank in ranks)
+        limits = self._limits
+        info = EngineInfo(
+            is_ready=is_ready,
+            status="ready" if is_ready else f"rebuilding its hosts, epoch {self._group.epoch}",
+            context_length=self._core.max_len if self._core else 0,
+            vocab_size=limits.vocab_size if limits else 0,
+            eos_token_ids=self._model.eos_token_ids,
+            generation_defaults=self._generation_defaults,
+            fingerprint=f"fp_{limits.model_fingerprint}" if limits else "",
+            ranks=ranks,
+        )
+        return msgspec.msgpack.encode(info)
+
+    async def generate(self, payload: bytes) -> bytes:
+        """Run a `GenerateCall` to its end; the tokens go to the router's socket meanwhile.
+
+        Cancelling it aborts the call's requests and frees their pages within a step.
+
+        Returns:
+            An encoded `GenerateEnd`, which carries the error where there was one.
+        """
+        call = msgspec.msgpack.decode(payload, type=GenerateCall)
+        try:
+            end = await self._run_call(call)
+        except RequestError as error:
+            failure = CallError(type(error).__name__, str(error), error.param, error.code)
+            end = GenerateEnd(error=failure)
+        except QwenOnRayError as error:
+            end = GenerateEnd(error=CallError(type(error).__name__, str(error)))
+        return msgspec.msgpack.encode(end)
+
+    async def _run_call(self, call: GenerateCall) -> GenerateEnd:
+        core = await self._wait_for_core()
+        running = _Call(call, self._sender(call.reply_to))
+        # Empty: tells the router that the call has arrived here, and from where tokens will come.
+        running.sender.send([ChoiceTokens(call.request_id, call.attempt, 0, 0, ())])
+        try:
+            for index, choice in enumerate(call.choices):
+                prompt_len = len(choice.prompt_token_ids)
+                request = Request(
+                    request_id=running.request_ids[index],
+                    prompt_token_ids=choice.prompt_token_ids,
+                    sampling=_with_seed(choice.sampling, core),
+                    choice_index=choice.sample_index,
+                    eos_token_ids=self._model.eos_token_ids,
+                    rope_alpha=self._model.rope_alpha(prompt_len),
+                    cache_salt=call.cache_salt,
+                )
+                core.add(request)
+                self._calls[request.request_id] = (running, index)
+            await running.ended
+        finally:
+            for request_id in running.request_ids:
+                self._calls.pop(request_id, None)
+                core.abort(request_id)
+        return GenerateEnd(running.num_tokens)
+
+    async def _wait_for_core(self) -> EngineCore:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.hold_timeout_s):
+                while self._core is None:
+                    await self._core_ready.wait()
+        if self._core is None:
+            raise EngineNotReadyError(
+                f"The engine is rebuilding its hosts (epoch {self._group.epoch}); it was not ready "
+                f"within --hold-timeout-s={self._config.hold_timeout_s:g}."
+            )
+        return self._core
+
+    # Tokens out, aborts in ---------------------------------------------------------------------
+
+    def _on_outputs(self, outputs: list[RequestOutput]) -> None:
+        batches: dict[TokenSender, list[ChoiceTokens]] = defaultdict(list)
+        ended: list[tuple[_Call, int]] = []
+        for output in outputs:
+            entry = self._calls.get(output.request_id)
+            if entry is None:
+                continue
+            call, choice = entry
+            call.num_tokens[choice] += len(output.token_ids)
+            batches[call.sender].append(
+                ChoiceTokens(
+                    call.request_id,
+                    call.attempt,
+                    choice,
+                    output.first_index,
+                    output.token_ids,
+                    output.finish_reason,
+                    output.stop_token_id,
+                    output.num_cached_tokens,
+                    output.logprobs,
+                )
+            )
+            if output.finish_reason is not None:
+                ended.append(entry)
+        for sender, tokens in batches.items():
+            if not sender.send(tokens):
+                self._drop_router(sender, "does not drain its connection")
+        for call, choice in ended:
+            call.finish(choice)
+
+    def _abort_choice(self, abort: AbortChoice) -> None:
+        entry = self._calls.get(f"{abort.request_id}/{abort.attempt}/{abort.choice}")
+        if entry is not None and self._core is not None:
+            call, choice = entry
+            self._core.abort(call.request_ids[choice])
+            call.finish(choice)
+
+    def _sender(self, invitation: RouterInvitation) -> TokenSender:
+        sender = self._senders.get(invitation.router_public_key)
+        if sender is None:
+            sender = TokenSender(invitation, self._abort_choice)
+            self._senders[invitation.router_public_key] = sender
+        if not any(call.sender is sender for call, _ in self._calls.values()):
+            sender.heard_s = time.monotonic()
+        return sender
+
+    def _drop_router(self, sender: TokenSender, reason: str) -> None:
+        logger.warning("A router %s: its requests are aborted.", reason)
+        for call, _ in list(self._calls.values()):
+            if call.sender is sender:
+                call.fail(EngineDiedError(f"the router {reason}"))
+
+    async def _watch_routers(self) -> None:
+        while True:
+            await asyncio.sleep(_MONITOR_PERIOD_S)
+            now_s = time.monotonic()
+            busy = {call.sender for call, _ in self._calls.values()}
+            for key, sender in list(self._senders.items()):
+                if now_s - sender.heard_s <= self._config.host_timeout_s:
+                    continue
+                if sender in busy:
+                    self._drop_router(sender, f"was silent for {now_s - sender.heard_s:.1f} s")
+                else:
+                    sender.close()
+                    del self._senders[key]
+
+    # Life and death of the gang ----------------------------------------------------------------
+
+    async def _load_model_facts(self) -> None:
+        directory = await asyncio.to_thread(
+            resolve_checkpoint,
+            self._config.model_path,
+            revision=self._config.revision,
+            download_dir=self._config.download_dir,
+            has_weights=False,
+        )
+        self._model = load_model_config(directory)
+        self._generation_defaults = load_generation_defaults(directory)
+
+    async def _start_core(self) -> None:
+        started_s = time.monotonic()
+        self._limits = await self._group.start(self._status.update)
+        core = EngineCore(self._config, self._limits, self._group, self._on_outputs)
+        self._run = asyncio.create_task(core.run())
+        if not self._config.skip_server_warmup:
+            await self._warm_up(core)
+        self._core = core
+        self._core_ready.set()
+        self._status.ready()
+        logger.info(
+            "Epoch %d serves after %.1f s: %d hosts, %d KV pages of %d tokens, context %d.",
+            self._group.epoch,
+            time.monotonic() - started_s,
+            self._config.nnodes,
+            self._limits.num_pages - 1,
+            self._limits.page_size,
+            core.max_len,
+        )
+
+    async def _warm_up(self, core: EngineCore) -> None:
+        sampling = SamplingParams(max_tokens=4, seed=0, temperature=0.0, ignore_eos=True)
+        core.add(Request(request_id="warm-up", prompt_token_ids=[0] * 8, sampling=sampling))
+        idle = asyncio.create_task(core.wait_until_idle())
+        try:
+            await asyncio.wait(
+                [idle, self._run],
+                timeout=_WARM_UP_TIMEOUT_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if self._run.done():
+                await self._run
+            if not idle.done():
+                raise EngineDiedError(
+                    f"The warm-up request took more than {_WARM_UP_TIMEOUT_S:.0f} s."
+                )
+        finally:
+            idle.cancel()
+
+    async def _supervise(self) -> None:
+        """Run the core; when its gang dies, fail what ran, start the next epoch, and go on."""
+        pause_s = _RESTART_PAUSE_S
+        while True:
+            if self._core is not None:
+                await self._run_until_failure()
+                pause_s = _RESTART_PAUSE_S
+            try:
+                await self._start_core()
+            except QwenOnRayError as error:
+                logger.error("The engine did not come back: %s", error)
+                self._status.failed(str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MAX_RESTART_PAUSE_S)
+
+    async def _run_until_failure(self) -> None:
+        failed = asyncio.create_task(self._group.failed())
+        try:
+            await asyncio.wait([self._run, failed], return_when=asyncio.FIRST_COMPLETED)
+            error = failed.result() if failed.done() else self._run.exception()
+            if not isinstance(error, QwenOnRayError):
+                # A fault of the engine itself: the requests fail, the next epoch starts clean.
+                logger.error("the engine's loop failed", exc_info=error)
+                error = EngineDiedError(f"The engine's loop failed: {error!r}")
+        finally:
+            self._run.cancel()
+            failed.cancel()
+            await asyncio.gather(self._run, failed, return_exceptions=True)
+        self._core = None
+        self._core_ready.clear()
+        num_calls = len({id(call) for call, _ in self._calls.values()})
+        logger.error("Epoch %d ended, %d calls fail: %s", self._group.epoch, num_calls, error)
+        for call, _ in list(self._calls.values()):
+            call.fail(EngineDiedError(str(error)))
+
+    def _rank_status(self, host: HostStatus) -> RankStatus:
+        age_s = time.monotonic() - host.heard_s
+        is_silent = age_s > self._config.host_timeout_s
+        state = "silent" if is_silent else "ready" if host.is_ready else host.progress.phase
+        return RankStatus(
+            rank=host.rank, state=state, note=host.name, seconds_since_answer=round(age_s, 1)
+        )
+
+
+def _with_seed(sampling: SamplingParams, core: EngineCore) -> SamplingParams:
+    if sampling.seed is not None:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=core.draw_seed())

@@ -1,0 +1,268 @@
+"""The wire between engines and routers: tokens up, aborts down, a beat both ways.
+
+A router binds one socket; each call that it makes to an engine carries an invitation to it. The
+engine's leader connects once per router and sends one message per step, with the new tokens of all
+that router's requests in it. Knows token ids, and neither text nor plans.
+
+    leader → router:  [TOKENS, ChoiceTokens...] or [BEAT]
+    router → leader:  [ABORT, AbortChoice]      or [BEAT]
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from cluster.curve import CurveKeys, admit_only
+from engine.request import FinishReason, SamplingParams, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+BEAT_PERIOD_S = 0.5
+_TOKENS, _BEAT, _ABORT = b"tokens", b"beat", b"abort"
+
+
+class RouterInvitation(msgspec.Struct, frozen=True, array_like=True):
+    """What a leader needs to send tokens to a router; secret, so handed out through Ray."""
+
+    address: str
+    router_public_key: bytes
+    leader_public_key: bytes
+    leader_secret_key: bytes
+
+
+class ChoiceCall(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence to generate; `sample_index` is part of its random key."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    sample_index: int
+
+
+class GenerateCall(msgspec.Struct, frozen=True, array_like=True):
+    """One client request; the reply goes over the socket, under (request_id, attempt)."""
+
+    request_id: str
+    attempt: int
+    choices: list[ChoiceCall]
+    cache_salt: bytes
+    reply_to: RouterInvitation
+
+
+class CallError(msgspec.Struct, frozen=True, array_like=True):
+    """Why an engine did not do what was asked; `kind` is a class name of engine.errors."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class GenerateEnd(msgspec.Struct, frozen=True, array_like=True):
+    """What a call returns when its request has ended: the number of tokens sent, per choice."""
+
+    num_tokens: list[int] = []
+    error: CallError | None = None
+
+
+class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave one choice."""
+
+    request_id: str
+    attempt: int
+    choice: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class AbortChoice(msgspec.Struct, frozen=True, array_like=True):
+    """End one choice; its tokens are no longer wanted."""
+
+    request_id: str
+    attempt: int
+    choice: int
+
+
+_tokens_decoder = msgspec.msgpack.Decoder(list[ChoiceTokens])
+_abort_decoder = msgspec.msgpack.Decoder(AbortChoice)
+
+
+class TokenStream:
+    """The router's end of one call: the choices' tokens in order, each index once.
+
+    Attributes:
+        num_tokens: Tokens received so far, per choice.
+        heard_s: When the engine was heard last (monotonic clock).
+    """
+
+    def __init__(self, num_choices: int) -> None:
+        self.num_tokens = [0] * num_choices
+        self.heard_s = time.monotonic()
+        self.leader: bytes | None = None
+        self._items: asyncio.Queue[ChoiceTokens] = asyncio.Queue()
+
+    def put(self, tokens: ChoiceTokens) -> None:
+        """Take in tokens; what was received before is dropped."""
+        known = self.num_tokens[tokens.choice] - tokens.first_index
+        if known > 0:
+            tokens = msgspec.structs.replace(
+                tokens, first_index=tokens.first_index + known, token_ids=tokens.token_ids[known:]
+            )
+        if not tokens.token_ids and tokens.finish_reason is None:
+            return  # Only says that the engine took the call.
+        self.num_tokens[tokens.choice] += len(tokens.token_ids)
+        self._items.put_nowait(tokens)
+
+    async def get(self) -> ChoiceTokens:
+        """Wait for the next tokens; the caller bounds or cancels the wait."""
+        return await self._items.get()
+
+    def get_nowait(self) -> ChoiceTokens | None:
+        """Tokens that have come already, or None."""
+        with contextlib.suppress(asyncio.QueueEmpty):
+            return self._items.get_nowait()
+        return None
+
+
+class TokenReceiver:
+    """A router's socket: hands the tokens that arrive to the streams that wait for them.
+
+    Belongs to the event loop that it is opened in.
+    """
+
+    def __init__(self, bind_host: str) -> None:
+        """Bind to a free port of one of this host's own addresses."""
+        router_keys, leader_keys = CurveKeys.generate(), CurveKeys.generate()
+        self._streams: dict[tuple[str, int], TokenStream] = {}
+        self._context = zmq.asyncio.Context()
+        self._authenticator = admit_only(self._context, leader_keys.public)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_server = True
+        self._socket.curve_publickey = router_keys.public
+        self._socket.curve_secretkey = router_keys.secret
+        self._socket.linger = 0
+        self._socket.ipv6 = ":" in bind_host
+        bracketed = f"[{bind_host}]" if ":" in bind_host else bind_host
+        port = self._socket.bind_to_random_port(f"tcp://{bracketed}")
+        self.invitation = RouterInvitation(
+            f"tcp://{bracketed}:{port}", router_keys.public, leader_keys.public, leader_keys.secret
+        )
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._beat())]
+
+    def open_stream(self, request_id: str, attempt: int, num_choices: int) -> TokenStream:
+        """Expect tokens of a call that is about to be made."""
+        stream = TokenStream(num_choices)
+        self._streams[request_id, attempt] = stream
+        return stream
+
+    def close_stream(self, request_id: str, attempt: int) -> None:
+        """Drop what still arrives for a call."""
+        self._streams.pop((request_id, attempt), None)
+
+    def abort_choice(self, request_id: str, attempt: int, choice: int) -> None:
+        """Tell the engine that a choice is no longer wanted; never blocks."""
+        stream = self._streams.get((request_id, attempt))
+        if stream is not None and stream.leader is not None:
+            payload = msgspec.msgpack.encode(AbortChoice(request_id, attempt, choice))
+            self._send(stream.leader, _ABORT, payload)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._authenticator.stop()
+        self._context.destroy(linger=0)
+
+    def _send(self, leader: bytes, *frames: bytes) -> None:
+        _send_at_once(self._socket, [leader, *frames])
+
+    async def _receive(self) -> None:
+        while True:
+            leader, kind, *payload = await self._socket.recv_multipart()
+            now_s = time.monotonic()
+            if kind == _BEAT:
+                for stream in self._streams.values():
+                    if stream.leader == leader:
+                        stream.heard_s = now_s
+                continue
+            for tokens in _tokens_decoder.decode(payload[0]):
+                stream = self._streams.get((tokens.request_id, tokens.attempt))
+                if stream is not None:
+                    stream.leader = leader
+                    stream.heard_s = now_s
+                    stream.put(tokens)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_PERIOD_S)
+            for leader in {stream.leader for stream in self._streams.values()}:
+                if leader is not None:
+                    self._send(leader, _BEAT)
+
+
+class TokenSender:
+    """A leader's connection to one router. Belongs to one event loop.
+
+    Attributes:
+        heard_s: When the router was heard last, or tokens were first sent to it (monotonic).
+    """
+
+    def __init__(
+        self, invitation: RouterInvitation, on_abort: Callable[[AbortChoice], None]
+    ) -> None:
+        """Connect; `on_abort` is called for each choice that the router no longer wants."""
+        self.heard_s = time.monotonic()
+        self._on_abort = on_abort
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.curve_serverkey = invitation.router_public_key
+        self._socket.curve_publickey = invitation.leader_public_key
+        self._socket.curve_secretkey = invitation.leader_secret_key
+        self._socket.linger = 1000
+        self._socket.ipv6 = "[" in invitation.address
+        self._socket.connect(invitation.address)
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._beat())]
+
+    def send(self, tokens: Sequence[ChoiceTokens]) -> bool:
+        """Send one step's tokens; False if the router does not drain its connection."""
+        return self._send(_TOKENS, msgspec.msgpack.encode(tokens))
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._context.destroy(linger=0)
+
+    def _send(self, *frames: bytes) -> bool:
+        return _send_at_once(self._socket, list(frames))
+
+    async def _receive(self) -> None:
+        while True:
+            kind, *payload = await self._socket.recv_multipart()
+            self.heard_s = time.monotonic()
+            if kind == _ABORT:
+                self._on_abort(_abort_decoder.decode(payload[0]))
+
+    async def _beat(self) -> None:
+        while True:
+            self._send(_BEAT)
+            await asyncio.sleep(BEAT_PERIOD_S)
+
+
+def _send_at_once(connection: zmq.asyncio.Socket, frames: list[bytes]) -> bool:
+    """Queue a message; False if the other side does not drain what was sent before."""
+    sent = cast("asyncio.Future[None]", connection.send_multipart(frames, zmq.DONTWAIT))
+    # The future is done on return, unless ZMQ's buffers are full.
+    if sent.done():
+        return sent.exception() is None
+    sent.cancel()
+    return False

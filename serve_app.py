@@ -1,0 +1,106 @@
+"""The composition root: the Serve application of a YAML file, and the seed's command line.
+
+`serve run configs/demo-cpu.yaml` calls `build` with the file's `args:`; `python -m serve_app` takes
+the same names as flags, forms the cluster by itself and serves until it is interrupted.
+"""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from cluster.router import Router
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
+from cluster.rendezvous import form_cluster
+from cluster.replica import Engine
+from engine.config import EngineConfig, parse_config
+from engine.errors import ConfigError, QwenOnRayError
+
+APP_NAME = "qwen"
+
+# Leader and routers wait far more than they compute; a whole CPU each would not fit two cores.
+_LEADER_CPUS = 0.2
+_ROUTER_CPUS = 0.2
+# Serve's own bound on requests in flight stands above ours, which answers in OpenAI's words.
+_CALLS_ABOVE_OURS = 1.25
+_HTTP_FIELDS = ("host", "port", "http_host", "http_port")
+
+
+def build(args: Mapping[str, Any]) -> serve.Application:
+    """Make the application that a YAML file's `args:` describe.
+
+    Args:
+        args: Names and values of `EngineConfig`'s fields.
+
+    Raises:
+        ConfigError: With one line per fault.
+    """
+    for name in _HTTP_FIELDS:
+        if name in args:
+            raise ConfigError(
+                f"{name} does not belong into args: HTTP's address stands in the YAML file's "
+                "http_options (host, port)."
+            )
+    config = parse_config(args)
+    fields = config.model_dump(exclude_unset=True)
+    max_calls = int((config.max_running_requests + config.max_queued_requests) * _CALLS_ABOVE_OURS)
+    engine = serve.deployment(
+        Engine,
+        name="Engine",
+        num_replicas=1,
+        max_ongoing_requests=max_calls,
+        ray_actor_options={"num_cpus": _LEADER_CPUS},
+        graceful_shutdown_timeout_s=30,
+    ).bind(fields)
+    router = Router.options(
+        max_ongoing_requests=max_calls, ray_actor_options={"num_cpus": _ROUTER_CPUS}
+    )
+    return router.bind(fields, engine)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve what the command line says until SIGINT or SIGTERM; the exit status."""
+    leave_no_key_in_the_process_list()
+    command = parse_command_line(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        level=command.config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        with form_cluster(command.config) as membership:
+            if membership.rank == 0:
+                _serve_until(stop, command.config, command.host, command.port)
+            else:
+                membership.wait(stop)
+    except QwenOnRayError as error:
+        print(f"qwen-on-ray: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: int) -> None:
+    serve.start(
+        http_options=HTTPOptions(host=host, port=port),
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    try:
+        serve.run(build(config.model_dump(exclude_unset=True)), name=APP_NAME, blocking=False)
+        print(f"Serving {config.model_names[0]} at http://{host}:{port}/v1 until Ctrl-C.")
+        while not stop.wait(1.0):
+            if not ray.is_initialized():
+                return
+    finally:
+        serve.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
