@@ -192,7 +192,7 @@ def _delta(tokens: ChoiceTokens) -> TokenDelta:
 
 
 async def _await_end(response: DeploymentResponse) -> GenerateEnd:
-    """The call's end, with every way in which Serve and Ray report a failure as an error of ours."""
+    """The call's end; each way in which Serve and Ray report a failure becomes an error of ours."""
     try:
         return msgspec.msgpack.decode(await response, type=GenerateEnd)
     except ray.exceptions.RayActorError as error:

@@ -282,7 +282,7 @@ class Engine:
         core = EngineCore(self._config, self._limits, self._group, self._on_outputs)
         self._run = asyncio.create_task(core.run())
         if not self._config.skip_server_warmup:
-            await self._warm_up(core)
+            await self._warm_up(core, self._run)
         self._core = core
         self._core_ready.set()
         self._status.ready()
@@ -296,18 +296,18 @@ class Engine:
             core.max_len,
         )
 
-    async def _warm_up(self, core: EngineCore) -> None:
+    async def _warm_up(self, core: EngineCore, run: "asyncio.Task[None]") -> None:
         sampling = SamplingParams(max_tokens=4, seed=0, temperature=0.0, ignore_eos=True)
         core.add(Request(request_id="warm-up", prompt_token_ids=[0] * 8, sampling=sampling))
         idle = asyncio.create_task(core.wait_until_idle())
         try:
             await asyncio.wait(
-                [idle, self._run],
+                [idle, run],
                 timeout=_WARM_UP_TIMEOUT_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if self._run.done():
-                await self._run
+            if run.done():
+                await run
             if not idle.done():
                 raise EngineDiedError(
                     f"The warm-up request took more than {_WARM_UP_TIMEOUT_S:.0f} s."
@@ -331,18 +331,20 @@ class Engine:
                 pause_s = min(2 * pause_s, _MAX_RESTART_PAUSE_S)
 
     async def _run_until_failure(self) -> None:
+        run = self._run
+        assert run is not None, "there is a core, so its loop was started"
         failed = asyncio.create_task(self._group.failed())
         try:
-            await asyncio.wait([self._run, failed], return_when=asyncio.FIRST_COMPLETED)
-            error = failed.result() if failed.done() else self._run.exception()
+            await asyncio.wait([run, failed], return_when=asyncio.FIRST_COMPLETED)
+            error = failed.result() if failed.done() else run.exception()
             if not isinstance(error, QwenOnRayError):
                 # A fault of the engine itself: the requests fail, the next epoch starts clean.
                 logger.error("the engine's loop failed", exc_info=error)
                 error = EngineDiedError(f"The engine's loop failed: {error!r}")
         finally:
-            self._run.cancel()
+            run.cancel()
             failed.cancel()
-            await asyncio.gather(self._run, failed, return_exceptions=True)
+            await asyncio.gather(run, failed, return_exceptions=True)
         self._core = None
         self._core_ready.clear()
         num_calls = len({id(call) for call, _ in self._calls.values()})

@@ -1,0 +1,139 @@
+"""Tokens from a leader to a router over real sockets on loopback."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from cluster.curve import CurveKeys
+from cluster.token_socket import (
+    AbortChoice,
+    ChoiceTokens,
+    TokenReceiver,
+    TokenSender,
+    TokenStream,
+)
+from engine.request import TokenLogprobs
+
+TIMEOUT_S = 20
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[TokenReceiver]:
+    receiver = TokenReceiver("127.0.0.1")
+    yield receiver
+    await receiver.close()
+
+
+class Leader:
+    """A sender and the aborts that it was told of."""
+
+    def __init__(self, receiver: TokenReceiver, **changes: bytes) -> None:
+        self.aborts: asyncio.Queue[AbortChoice] = asyncio.Queue()
+        invitation = msgspec.structs.replace(receiver.invitation, **changes)
+        self.sender = TokenSender(invitation, self.aborts.put_nowait)
+
+    def __enter__(self) -> "Leader":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.sender.close()
+
+
+def tokens(choice: int, first: int, *ids: int, attempt: int = 0, end: bool = False) -> ChoiceTokens:
+    return ChoiceTokens("r", attempt, choice, first, ids, "length" if end else None)
+
+
+async def receive(stream: TokenStream) -> ChoiceTokens:
+    return await asyncio.wait_for(stream.get(), TIMEOUT_S)
+
+
+async def test_one_message_carries_the_tokens_of_many_requests(receiver: TokenReceiver):
+    streams = {name: receiver.open_stream(name, 0, 1) for name in "abc"}
+    with Leader(receiver) as leader:
+        sent = [ChoiceTokens(name, 0, 0, 0, (index, 7)) for index, name in enumerate("abc")]
+        assert leader.sender.send(sent)
+        for expected, stream in zip(sent, streams.values(), strict=True):
+            assert await receive(stream) == expected
+
+
+async def test_log_probabilities_arrive_as_they_were_sent(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 0, 1)
+    logprobs = TokenLogprobs(logprob=-0.5, top_token_ids=(3, 1), top_logprobs=(-0.5, -2.25))
+    sent = ChoiceTokens("r", 0, 0, 0, (3,), "stop", 3, 16, (logprobs,))
+    with Leader(receiver) as leader:
+        leader.sender.send([sent])
+        assert await receive(stream) == sent
+
+
+async def test_indices_that_were_received_before_are_dropped(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 0, 2)
+    with Leader(receiver) as leader:
+        leader.sender.send([tokens(0, 0, 5, 6), tokens(1, 0, 50)])
+        leader.sender.send([tokens(0, 0, 5), tokens(0, 1, 6, 7, end=True), tokens(1, 1, 51)])
+        got = [await receive(stream) for _ in range(4)]
+    assert [(item.choice, item.first_index, item.token_ids) for item in got] == [
+        (0, 0, (5, 6)),
+        (1, 0, (50,)),
+        (0, 2, (7,)),
+        (1, 1, (51,)),
+    ]
+    assert stream.num_tokens == [3, 2]
+
+
+async def test_tokens_of_an_earlier_attempt_are_dropped(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 1, 1)
+    with Leader(receiver) as leader:
+        leader.sender.send([tokens(0, 0, 1, attempt=0), tokens(0, 0, 2, attempt=1)])
+        assert (await receive(stream)).token_ids == (2,)
+
+
+async def test_an_empty_message_names_the_leader_and_gives_no_tokens(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 0, 1)
+    with Leader(receiver) as leader:
+        leader.sender.send([tokens(0, 0), tokens(0, 0, 9)])
+        assert (await receive(stream)).token_ids == (9,)
+        assert stream.leader is not None
+
+
+async def test_an_abort_reaches_the_leader_that_sends_the_tokens(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 0, 2)
+    with Leader(receiver) as other, Leader(receiver) as leader:
+        other.sender.send([ChoiceTokens("else", 0, 0, 0, (1,))])
+        leader.sender.send([tokens(1, 0, 4)])
+        await receive(stream)
+        receiver.abort_choice("r", 0, 1)
+        assert await asyncio.wait_for(leader.aborts.get(), TIMEOUT_S) == AbortChoice("r", 0, 1)
+        assert other.aborts.empty()
+
+
+async def test_both_sides_hear_each_other_without_tokens(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 0, 1)
+    with Leader(receiver) as leader:
+        leader.sender.send([tokens(0, 0, 4)])
+        await receive(stream)
+        router_heard_s, leader_heard_s = stream.heard_s, leader.sender.heard_s
+        async with asyncio.timeout(TIMEOUT_S):
+            while stream.heard_s == router_heard_s or leader.sender.heard_s == leader_heard_s:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_leader_without_the_key_is_not_heard(receiver: TokenReceiver):
+    stranger = CurveKeys.generate()
+    stream = receiver.open_stream("r", 0, 1)
+    with (
+        Leader(
+            receiver, leader_public_key=stranger.public, leader_secret_key=stranger.secret
+        ) as intruder,
+        Leader(receiver) as leader,
+    ):
+        intruder.sender.send([tokens(0, 0, 666)])
+        # The intruder's handshake began first; a beat of the true leader later it has failed.
+        leader.sender.send([tokens(0, 0)])
+        leader_heard_s = leader.sender.heard_s
+        async with asyncio.timeout(TIMEOUT_S):
+            while leader.sender.heard_s == leader_heard_s:
+                await asyncio.sleep(0.01)
+        leader.sender.send([tokens(0, 0, 1)])
+        assert (await receive(stream)).token_ids == (1,)
