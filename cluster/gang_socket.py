@@ -8,16 +8,17 @@ over sockets encrypted and authenticated by CURVE. The leader makes fresh keys f
 hands them out through Ray, so a host of an epoch that is over is refused at the handshake.
 """
 
+import asyncio
 import contextlib
 import enum
 import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import zmq
 import zmq.asyncio
-from zmq.auth.asyncio import AsyncioAuthenticator
 
+from cluster.curve import CurveKeys, admit_only
 from engine.errors import EngineDiedError
 
 
@@ -46,8 +47,7 @@ class GangInvitation:
     address: str
     epoch: int
     leader_public_key: bytes
-    host_public_key: bytes
-    host_secret_key: bytes = field(repr=False)
+    host_keys: CurveKeys = field(repr=False)
 
 
 class LeaderSocket:
@@ -59,17 +59,13 @@ class LeaderSocket:
     def __init__(self, bind_host: str, epoch: int, num_hosts: int) -> None:
         self._epoch = _epoch_bytes(epoch)
         self._num_hosts = num_hosts
-        leader_public_key, leader_secret_key = zmq.curve_keypair()
-        host_public_key, host_secret_key = zmq.curve_keypair()
-        # A context of its own, because ZMQ asks one authenticator per context whom to let in.
+        leader_keys, host_keys = CurveKeys.generate(), CurveKeys.generate()
         self._context = zmq.asyncio.Context()
-        self._authenticator = AsyncioAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(credentials_provider=_OnlyKey(host_public_key))
+        self._authenticator = admit_only(self._context, host_keys.public)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.curve_server = True
-        self._socket.curve_secretkey = leader_secret_key
-        self._socket.curve_publickey = leader_public_key
+        self._socket.curve_secretkey = leader_keys.secret
+        self._socket.curve_publickey = leader_keys.public
         self._socket.router_mandatory = True
         # A host whose connection broke and came back takes over from its dead one.
         self._socket.router_handover = True
@@ -80,9 +76,8 @@ class LeaderSocket:
         self.invitation = GangInvitation(
             address=f"tcp://{bracketed}:{port}",
             epoch=epoch,
-            leader_public_key=leader_public_key,
-            host_public_key=host_public_key,
-            host_secret_key=host_secret_key,
+            leader_public_key=leader_keys.public,
+            host_keys=host_keys,
         )
 
     def broadcast(self, kind: MessageKind, payload: bytes = b"") -> None:
@@ -92,9 +87,8 @@ class LeaderSocket:
             EngineDiedError: A host's connection is gone or no longer drained.
         """
         for rank in range(self._num_hosts):
-            sent = self._socket.send_multipart(
-                [_identity("plan", rank), self._epoch, kind.value, payload], zmq.DONTWAIT
-            )
+            frames = [_identity("plan", rank), self._epoch, kind.value, payload]
+            sent = cast("asyncio.Future[None]", self._socket.send_multipart(frames, zmq.DONTWAIT))
             # The future is done on return, unless the host reads so slowly that buffers are full.
             if not sent.done():
                 sent.cancel()
@@ -137,8 +131,8 @@ class HostSocket:
     def _connect(self, invitation: GangInvitation, identity: bytes) -> zmq.Socket:
         connection = self._context.socket(zmq.DEALER)
         connection.curve_serverkey = invitation.leader_public_key
-        connection.curve_publickey = invitation.host_public_key
-        connection.curve_secretkey = invitation.host_secret_key
+        connection.curve_publickey = invitation.host_keys.public
+        connection.curve_secretkey = invitation.host_keys.secret
         connection.identity = identity
         connection.linger = 0
         connection.ipv6 = "[" in invitation.address
@@ -166,16 +160,6 @@ class HostSocket:
         with self._send_lock:
             self._is_closed = True
             self._context.destroy(linger=0)
-
-
-class _OnlyKey:
-    """Lets in whoever holds the secret key that belongs to one public key."""
-
-    def __init__(self, public_key: bytes) -> None:
-        self._public_key = public_key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._public_key
 
 
 def _epoch_bytes(epoch: int) -> bytes:

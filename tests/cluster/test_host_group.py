@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.host_group import HostGroup, rank_order
+from cluster.gang import rank_order
+from cluster.host_group import HostGroup
 from engine.config import EngineConfig
 from engine.errors import CapacityError, CheckpointError, EngineDiedError
 from engine.step import Bucket, StartProgress, StepPlan

@@ -1,0 +1,380 @@
+"""One epoch of a gang, from fresh processes to its first failure; never mended, never reused.
+
+A process that has used JAX cannot join another group of hosts, so whatever goes wrong ends the
+epoch; `cluster.host_group` makes the next. No JAX here.
+"""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Awaitable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import psutil
+import ray
+import ray.exceptions
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.gang_socket import HostMessage, LeaderSocket, MessageKind
+from cluster.host_worker import BEAT_PERIOD_S, HostFacts, HostFailure, HostTask, HostWorker
+from cluster.placement import Claim, Cluster, read_cluster
+from engine import errors
+from engine.config import EngineConfig
+from engine.errors import CapacityError, EngineDiedError, EngineError, QwenOnRayError
+from engine.step import (
+    EngineLimits,
+    ProgressCallback,
+    StartProgress,
+    StepPlan,
+    StepResult,
+    decode_result,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+_MONITOR_PERIOD_S = 0.25
+# Loading and tracing can hold Python's lock for seconds, and delay beats by as much.
+_START_TIMEOUT_FACTOR = 6
+# A rank that dies takes the others' collectives with it: wait this long for the one that knows.
+_BLAME_WINDOW_S = 0.3
+_STEP_TIMEOUT_S = 600.0
+_PROCESS_TIMEOUT_S = 120.0
+_KILL_TIMEOUT_S = 30.0
+_POLL_S = 0.02
+
+
+@dataclass(slots=True)
+class HostStatus:
+    """What the leader knows of one host; kept current while the gang lives."""
+
+    rank: int
+    facts: HostFacts
+    progress: StartProgress
+    is_ready: bool = False
+    heard_s: float = 0.0
+    """time.monotonic() of its last message."""
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.facts.hostname} ({self.facts.address})"
+
+
+class Gang:
+    """One epoch: from fresh processes to the first failure, then over.
+
+    `failure` resolves once, to the reason; from then on every pending and later step fails with it.
+    """
+
+    def __init__(self, config: EngineConfig, claim: Claim, epoch: int, program: str) -> None:
+        self._config = config
+        self._claim = claim
+        self._epoch = epoch
+        self._program = program
+        self._actors: list[ActorHandle] = []
+        self._socket: LeaderSocket | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pending: collections.deque[tuple[int, float, asyncio.Future[StepResult]]] = (
+            collections.deque()
+        )
+        self._greeted: set[int] = set()
+        self._limits: dict[int, EngineLimits] = {}
+        self._is_started = asyncio.Event()
+        self._on_progress: ProgressCallback = lambda progress: None
+        self._blame: dict[int, HostFailure | None] = {}
+        self.hosts: list[HostStatus] = []
+        self.failure: asyncio.Future[QwenOnRayError] = asyncio.get_running_loop().create_future()
+
+    async def start(self, on_progress: ProgressCallback) -> EngineLimits:
+        self._on_progress = on_progress
+        await self._start_processes()
+        # The leader is reached at its own node's address, never at all of a machine's.
+        self._socket = LeaderSocket(
+            ray.util.get_node_ip_address(), self._epoch, self._config.nnodes
+        )
+        self._spawn(self._receive())
+        coordinator = self.hosts[0].facts
+        addresses = [host.facts.address for host in self.hosts]
+        for host, actor in zip(self.hosts, self._actors, strict=True):
+            host.heard_s = time.monotonic()
+            task = HostTask(
+                config=self._config,
+                rank=host.rank,
+                num_hosts=len(self.hosts),
+                num_local_hosts=addresses.count(host.facts.address),
+                address=host.facts.address,
+                coordinator_address=f"{_bracketed(coordinator.address)}:{coordinator.port}",
+                invitation=self._socket.invitation,
+                program=self._program,
+            )
+            self._spawn(self._watch_actor(host.rank, actor.run.remote(task)))
+        self._spawn(self._watch_silence())
+        await self._wait_for_start()
+        return self._common_limits()
+
+    async def _start_processes(self) -> None:
+        """Make the actors and number them: rank order, not bundle order, is what TPUs need."""
+        num_hosts = self._config.nnodes
+        bundle = self._claim.need.bundle
+        worker: Any = ray.remote(HostWorker)
+        actors = [
+            worker.options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                resources={name: bundle[name] for name in bundle if name not in ("CPU", "GPU")},
+                max_restarts=0,
+                max_concurrency=2,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._claim.group, placement_group_bundle_index=index
+                ),
+            ).remote()
+            for index in range(num_hosts)
+        ]
+        self._actors = actors
+        facts = await self._facts_of(actors)
+        node_ranks = {node.node_id: node.rank for node in (await _read_cluster()).nodes}
+        order = rank_order([node_ranks.get(fact.node_id) for fact in facts])
+        self._actors = [actors[index] for index in order]
+        self.hosts = [
+            HostStatus(rank=rank, facts=facts[index], progress=StartProgress(phase="rendezvous"))
+            for rank, index in enumerate(order)
+        ]
+
+    async def _facts_of(self, actors: list[ActorHandle]) -> list[HostFacts]:
+        questions = [asyncio.ensure_future(_answer(actor.facts.remote())) for actor in actors]
+        done, silent = await asyncio.wait(questions, timeout=_PROCESS_TIMEOUT_S)
+        for question in silent:
+            question.cancel()
+        died = [question.exception() for question in done if question.exception()]
+        if silent or died:
+            raise EngineError(
+                f"{len(silent) + len(died)} of {len(actors)} hosts did not start a process within "
+                f"{_PROCESS_TIMEOUT_S:.0f} s. " + " ".join(str(error) for error in died)
+            )
+        return [question.result() for question in questions]
+
+    async def _wait_for_start(self) -> None:
+        started = asyncio.ensure_future(self._is_started.wait())
+        timeout_s = self._config.dist_timeout_s + self._config.start_timeout_s
+        try:
+            await asyncio.wait(
+                [started, self.failure], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            started.cancel()
+        if self.failure.done():
+            raise self.failure.result()
+        if not self._is_started.is_set():
+            late = "; ".join(
+                f"{host.name} is at {_describe(host.progress)}"
+                for host in self.hosts
+                if not host.is_ready
+            )
+            raise EngineError(
+                f"The engine did not start within {timeout_s:.0f} s: {late}. Raise "
+                "--start-timeout-s if it was making progress."
+            )
+
+    def _common_limits(self) -> EngineLimits:
+        """The limits of rank 0, which must be every rank's: they shape the compiled programs."""
+        limits = self._limits[0]
+        for host in self.hosts:
+            if self._limits[host.rank] != limits:
+                other = self._limits[host.rank]
+                raise CapacityError(
+                    f"The hosts found room for different KV caches: {self.hosts[0].name} has "
+                    f"{limits.num_pages} pages, {host.name} {other.num_pages}. Set "
+                    "--max-total-tokens to what the smaller one holds."
+                )
+        return limits
+
+    def execute(self, plan: StepPlan) -> Awaitable[StepResult]:
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        if not self.failure.done() and self._socket is not None:
+            try:
+                self._socket.broadcast(MessageKind.PLAN, encode(plan))
+            except EngineDiedError as error:
+                self._fail(error)
+        if self.failure.done():
+            future.set_exception(self.failure.result())
+        else:
+            self._pending.append((plan.step, time.monotonic(), future))
+        return future
+
+    async def stop(self) -> None:
+        self._fail(EngineDiedError("the engine's hosts were stopped"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _kill(self._actors)
+        await _end_local_processes(self.hosts)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _fail(self, error: QwenOnRayError) -> None:
+        if self.failure.done():
+            return
+        self.failure.set_result(error)
+        while self._pending:
+            _, _, future = self._pending.popleft()
+            if not future.done():
+                future.set_exception(error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(self._guard(work)))
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        # The border of this gang: a fault in its own code ends it and nothing else.
+        except Exception as error:
+            logger.exception("the gang's own work failed")
+            self._fail(EngineDiedError(f"the leader failed: {error!r}"))
+
+    async def _receive(self) -> None:
+        assert self._socket is not None
+        while True:
+            message = await self._socket.receive()
+            self.hosts[message.rank].heard_s = time.monotonic()
+            self._take(message)
+
+    def _take(self, message: HostMessage) -> None:
+        host = self.hosts[message.rank]
+        if message.kind is MessageKind.RESULT:
+            result = decode_result(message.payload)
+            step, _, future = self._pending.popleft()
+            if result.step != step:
+                raise EngineError(f"result of step {result.step} came where {step} was due")
+            if not future.done():
+                future.set_result(result)
+        elif message.kind is MessageKind.PROGRESS:
+            progress = msgspec.msgpack.decode(message.payload, type=StartProgress)
+            host.progress = msgspec.structs.replace(progress, rank=message.rank)
+            self._on_progress(host.progress)
+        elif message.kind is MessageKind.HELLO:
+            self._greeted.add(message.rank)
+        elif message.kind is MessageKind.READY:
+            self._limits[message.rank] = msgspec.msgpack.decode(message.payload, type=EngineLimits)
+            host.is_ready = True
+        if len(self._limits) == len(self._greeted) == len(self.hosts):
+            self._is_started.set()
+
+    async def _watch_actor(self, rank: int, run: ray.ObjectRef) -> None:
+        try:
+            failure: HostFailure | None = await run
+            logger.error("%s failed: %s", self.hosts[rank].name, failure)
+        except ray.exceptions.RayError as error:
+            logger.error("%s died: %s", self.hosts[rank].name, error)
+            failure = None
+        self._blame[rank] = failure
+        if failure is not None and len(self._blame) < len(self.hosts):
+            await asyncio.sleep(_BLAME_WINDOW_S)
+        self._fail(self._explain())
+
+    def _explain(self) -> QwenOnRayError:
+        """Name the rank at fault: a dead one before those that only lost their connection to it."""
+        dead = [rank for rank, failure in self._blame.items() if failure is None]
+        if dead:
+            names = ", ".join(self.hosts[rank].name for rank in dead)
+            return EngineDiedError(f"A process of the engine died: {names}.")
+        rank, failure = next(iter(self._blame.items()))
+        assert failure is not None
+        name = self.hosts[rank].name
+        if failure.is_own and not self._is_started.is_set():
+            return getattr(errors, failure.kind, EngineError)(f"{name}: {failure.message}")
+        return EngineDiedError(f"{name} failed:\n{failure.traceback}")
+
+    async def _watch_silence(self) -> None:
+        """Beat to the hosts, and fail when one of them has not been heard of for too long."""
+        assert self._socket is not None
+        woke_s = time.monotonic()
+        while True:
+            await asyncio.sleep(_MONITOR_PERIOD_S)
+            slept_s, woke_s = time.monotonic() - woke_s, time.monotonic()
+            if slept_s > 2 * BEAT_PERIOD_S:
+                continue  # This loop was held up itself: first read what has come meanwhile.
+            if self._is_started.is_set():
+                self._socket.broadcast(MessageKind.BEAT)
+            timeout_s = self._config.host_timeout_s
+            if not self._is_started.is_set():
+                timeout_s *= _START_TIMEOUT_FACTOR
+            for host in self.hosts:
+                if woke_s - host.heard_s > timeout_s:
+                    self._fail(
+                        EngineDiedError(
+                            f"{host.name} has been silent for {woke_s - host.heard_s:.1f} s "
+                            f"(--host-timeout-s={self._config.host_timeout_s:g})."
+                        )
+                    )
+            if self._pending and woke_s - self._pending[0][1] > _STEP_TIMEOUT_S:
+                self._fail(EngineDiedError(f"A step took more than {_STEP_TIMEOUT_S:.0f} s."))
+
+
+def rank_order(node_ranks: list[int | None]) -> list[int]:
+    """Order bundles by the ranks that their nodes must take; their own order where nodes have none.
+
+    Returns:
+        Bundle indices; the one at position r becomes rank r.
+    """
+    indices = range(len(node_ranks))
+    if None in node_ranks or len(set(node_ranks)) < len(node_ranks):
+        return list(indices)
+    return sorted(indices, key=lambda index: node_ranks[index] or 0)
+
+
+async def _read_cluster() -> Cluster:
+    return await asyncio.to_thread(read_cluster)
+
+
+async def _answer(reference: ray.ObjectRef) -> Any:
+    return await reference
+
+
+async def _kill(actors: Iterable[ActorHandle]) -> None:
+    """End the actors' processes and wait until Ray says so."""
+    farewells = []
+    for actor in actors:
+        # Sent before the kill, so that it fails once the actor is gone.
+        farewells.append(asyncio.ensure_future(_answer(actor.facts.remote())))
+        ray.kill(actor, no_restart=True)
+    if farewells:
+        _, living = await asyncio.wait(farewells, timeout=_KILL_TIMEOUT_S)
+        for farewell in farewells:
+            farewell.cancel()
+        await asyncio.gather(*farewells, return_exceptions=True)
+        if living:
+            logger.error("%d actors outlived %.0f s", len(living), _KILL_TIMEOUT_S)
+
+
+async def _end_local_processes(hosts: Iterable[HostStatus]) -> None:
+    """Wait for the end of processes on the leader's own node, and hasten it.
+
+    Ray counts an actor as dead before its process is, and is slow to end one that does not answer.
+    """
+    own_node = ray.get_runtime_context().get_node_id()
+    pids = [host.facts.pid for host in hosts if host.facts.node_id == own_node]
+    deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+    while (pids := [pid for pid in pids if psutil.pid_exists(pid)]) and (
+        time.monotonic() < deadline_s
+    ):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(_POLL_S)
+
+
+def _describe(progress: StartProgress) -> str:
+    count = f" {progress.done} of {progress.total}" if progress.total else ""
+    return f"{progress.phase}{count}" + (f" ({progress.note})" if progress.note else "")
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

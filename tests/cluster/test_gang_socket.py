@@ -1,0 +1,77 @@
+"""Who may speak on a gang's wire, and what arrives."""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from cluster.curve import CurveKeys
+from cluster.gang_socket import HostMessage, HostSocket, LeaderSocket, MessageKind
+from engine.errors import EngineDiedError
+
+
+async def test_plans_go_to_every_host_and_reports_come_back() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=3, num_hosts=2)
+    hosts = [HostSocket(leader.invitation, rank) for rank in range(2)]
+    try:
+        hellos = {await asyncio.wait_for(leader.receive(), 5) for _ in hosts}
+        assert hellos == {HostMessage(rank, MessageKind.HELLO, b"") for rank in range(2)}
+        leader.broadcast(MessageKind.PLAN, b"do")
+        for host in hosts:
+            assert await asyncio.to_thread(host.receive, 5) == (MessageKind.PLAN, b"do")
+        hosts[1].send(MessageKind.RESULT, b"done")
+        message = await asyncio.wait_for(leader.receive(), 5)
+        assert message == HostMessage(1, MessageKind.RESULT, b"done")
+    finally:
+        for host in hosts:
+            host.close()
+        leader.close()
+
+
+async def test_host_with_another_epochs_keys_is_refused_and_the_right_one_heard() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=1)
+    stale = dataclasses.replace(leader.invitation, host_keys=CurveKeys.generate())
+    stranger, host = HostSocket(stale, 0), HostSocket(leader.invitation, 0)
+    try:
+        stranger.send(MessageKind.RESULT, b"forged")
+        host.send(MessageKind.RESULT, b"genuine")
+        heard = [await asyncio.wait_for(leader.receive(), 5) for _ in range(2)]
+        assert {message.payload for message in heard} == {b"", b"genuine"}
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(leader.receive(), 0.3)
+    finally:
+        stranger.close()
+        host.close()
+        leader.close()
+
+
+async def test_messages_of_another_epoch_are_dropped() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=2, num_hosts=1)
+    late = HostSocket(dataclasses.replace(leader.invitation, epoch=1), 0)
+    host = HostSocket(leader.invitation, 0)
+    try:
+        late.send(MessageKind.RESULT, b"late")
+        host.send(MessageKind.RESULT, b"in time")
+        heard = [(await asyncio.wait_for(leader.receive(), 5)).payload for _ in range(2)]
+        assert sorted(heard) == [b"", b"in time"]
+    finally:
+        late.close()
+        host.close()
+        leader.close()
+
+
+async def test_plan_for_a_host_that_is_not_connected_fails_at_once() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=1)
+    try:
+        with pytest.raises(EngineDiedError, match="connection to rank 0 is gone"):
+            leader.broadcast(MessageKind.PLAN, b"do")
+    finally:
+        leader.close()
+
+
+async def test_reports_after_close_are_dropped() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=1)
+    host = HostSocket(leader.invitation, 0)
+    host.close()
+    host.send(MessageKind.BEAT)
+    leader.close()
