@@ -1,0 +1,324 @@
+"""Serves the demo model on this machine, asks it one question, and serves on until Ctrl-C.
+
+Starts a Ray of its own, beside any that runs already, and leaves no process of it behind.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import psutil
+import ray
+import yaml
+from demo_model import DemoModelError, demo_model_directory, ensure_demo_model
+from ray import serve
+from step_lines import StepLines
+
+import serve_app
+from cluster.status import read_all
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo-cpu.yaml"
+PROMPT = "Why is the sky blue? Answer in two sentences."
+HOST = "127.0.0.1"
+POLL_S = 0.2
+STOP_TIMEOUT_S = 20.0
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Arrays never pass through Ray's object store, whose default is a third of the memory."""
+
+STEP_NAMES = {
+    "placement": "placement",
+    "rendezvous": "hosts",
+    "weights": "weights",
+    "compile": "compilation",
+    "warmup": "warm-up",
+}
+UNITS = {"rendezvous": " host processes", "weights": " MB", "compile": " programs"}
+
+
+class QuickstartError(Exception):
+    """Something that the user should read instead of a traceback."""
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    lines = StepLines()
+    has_answer = False
+    folder = Path(tempfile.mkdtemp(prefix="qwen-on-ray-"))
+    failure = ""
+    try:
+        print()
+        config = prepare(arguments, lines)
+        base_url = start(config, folder, lines)
+        print()
+        ask(base_url, model_name(config), arguments.prompt)
+        has_answer = True
+        if not arguments.exit:
+            print_addresses(base_url)
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        failure = "" if has_answer else "interrupted before the answer came"
+    except (QuickstartError, DemoModelError, httpx.HTTPError) as error:
+        failure = str(error)
+    finally:
+        if failure:
+            lines.failed()
+        stop()
+        print("\nStopped; no process is left.")
+    if failure:
+        print(f"\n{failure}\nRay's logs are in {folder}", file=sys.stderr)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0 if has_answer and not failure else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
+    parser.add_argument("--prompt", default=PROMPT, help="the question to ask")
+    parser.add_argument(
+        "--port", type=int, help="HTTP port; default: 8000, or a free one where that is taken"
+    )
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the model between N processes, as between N hosts; default: 1",
+    )
+    parser.add_argument("--exit", action="store_true", help="stop after the answer")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.hosts <= 16:
+        parser.error(f"--hosts={arguments.hosts} is out of range: 1 to 16 share a machine.")
+    return arguments
+
+
+def prepare(arguments: argparse.Namespace, lines: StepLines) -> dict[str, Any]:
+    """Read the configuration, apply the arguments to it, and see that the model is there."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"] = {"host": HOST, "port": choose_port(arguments.port)}
+    (application,) = config["applications"]
+    application["args"] |= {
+        "model_path": str(demo_model_directory()),
+        "nnodes": arguments.hosts,
+        "tp_size": arguments.hosts,
+    }
+    if not demo_model_directory().is_dir():
+        ensure_demo_model(report=lambda line: print(f"  {line}"))
+    lines.show("model", model_name(config))
+    lines.done()
+    return config
+
+
+def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
+    """Start Ray and Serve with a configuration; return the base URL once the model is ready.
+
+    Raises:
+        QuickstartError: The application failed to start, with its own reason.
+    """
+    (application,) = config["applications"]
+    args = application["args"]
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without it Ray prints advice about accelerators, which is not this script's reader's concern.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    lines.show("Ray", "starting")
+    ray.init(
+        address="local",
+        # Logical CPUs: router, leader and each host process must find a place on any machine.
+        num_cpus=max(os.cpu_count() or 1, 2 + args["nnodes"]),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=True,
+        dashboard_host=HOST,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(folder),
+    )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    lines.show("Ray", f"dashboard on {dashboard_url()}")
+    num_hosts = args["nnodes"]
+    hosts = "1 host process" if num_hosts == 1 else f"{num_hosts} host processes"
+    lines.show("placement", f"of {hosts}", end_note=hosts)
+    serve.start(http_options=config["http_options"], logging_config=config["logging_config"])
+    name = application["name"]
+    target = serve.RunTarget(
+        target=serve_app.build(args), name=name, route_prefix=application["route_prefix"]
+    )
+    serve.run_many([target], wait_for_applications_running=False)
+    base_url = f"http://{HOST}:{config['http_options']['port']}"
+    wait_until_ready(name, base_url, lines)
+    return base_url
+
+
+def wait_until_ready(name: str, base_url: str, lines: StepLines) -> None:
+    """Show each phase of the engine's start until it is ready.
+
+    Raises:
+        QuickstartError: The application failed to start, with its own reason.
+    """
+    with httpx.Client(base_url=base_url, timeout=5.0) as client:
+        while not is_ready(client):
+            for status in read_all(name).values():
+                if status["phase"] == "failed":
+                    raise QuickstartError(f"The model could not be served: {status['note']}")
+                if step := STEP_NAMES.get(status["phase"]):
+                    finished = dict(status, done=status["total"], note="")
+                    lines.show(step, describe(status), end_note=describe(finished))
+            application = serve.status().applications.get(name)
+            if application is not None and application.status == "DEPLOY_FAILED":
+                raise QuickstartError(f"The model could not be served: {application.message}")
+            time.sleep(POLL_S)
+    lines.done()
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def describe(status: Mapping[str, Any]) -> str:
+    """Put how far a phase has come in words, as in "7 of 12 programs"."""
+    done, total, unit = status["done"], status["total"], UNITS.get(status["phase"], "")
+    if unit == " MB":
+        done, total = done // 10**6, total // 10**6
+    amount = f"{total}{unit}" if done == total else f"{done} of {total}{unit}"
+    return ", ".join(part for part in (amount if total else "", status["note"]) if part)
+
+
+def ask(base_url: str, model: str, prompt: str) -> None:
+    """Stream one chat answer to the terminal.
+
+    Raises:
+        QuickstartError: The server refused, or the answer is empty.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 256,
+        "seed": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    print(f"  {_bold('You')}    {prompt}\n  {_bold('Model')}  ", end="", flush=True)
+    start_s = time.monotonic()
+    first_s, answer, num_tokens = 0.0, "", 0
+    with (
+        httpx.Client(base_url=base_url, timeout=120.0) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        if response.status_code != 200:
+            raise QuickstartError(f"The server answered {response.status_code}: {response.read()}")
+        for event in read_events(response):
+            if "error" in event:
+                raise QuickstartError(f"The answer broke off: {event['error']['message']}")
+            num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+            for choice in event["choices"]:
+                text = choice["delta"].get("content") or ""
+                if text and not answer:
+                    first_s = time.monotonic() - start_s
+                answer += text
+                print(text.replace("\n", "\n         "), end="", flush=True)
+    print("\n")
+    if not answer.strip():
+        raise QuickstartError("The answer was empty.")
+    seconds = time.monotonic() - start_s
+    rate = (num_tokens - 1) / max(seconds - first_s, 1e-6)
+    figures = f"{num_tokens} tokens, the first after {first_s * 1000:.0f} ms, then {rate:.0f}/s"
+    print(_dim(f"  {figures}"))
+
+
+def read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """Read the server-sent events of an OpenAI stream."""
+    for line in response.iter_lines():
+        data = line.removeprefix("data: ")
+        if data and data != line and data != "[DONE]":
+            yield json.loads(data)
+
+
+def print_addresses(base_url: str) -> None:
+    print(
+        f"""
+  {_bold("OpenAI API")}     {base_url}/v1
+  {_bold("API docs")}       {base_url}/docs
+  {_bold("Ray dashboard")}  {dashboard_url()}
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{base_url}/v1", api_key="none")
+
+  Serving until Ctrl-C.""",
+        flush=True,
+    )
+
+
+def dashboard_url() -> str:
+    return f"http://{ray.get_runtime_context().worker.node.webui_url}"
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    return config["applications"][0]["args"]["served_model_name"]
+
+
+def choose_port(wanted: int | None) -> int:
+    """Take the wanted port, or 8000, or whichever is free.
+
+    Raises:
+        QuickstartError: The wanted port is taken.
+    """
+    reason = None
+    for port in (wanted,) if wanted is not None else (8000, 0):
+        with socket.socket() as probe:
+            # As the server will bind it: a port whose last connections linger is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                reason = error.strerror
+                continue
+            return probe.getsockname()[1]
+    raise QuickstartError(f"--port={wanted} cannot be used: {reason}. Choose another one.")
+
+
+def stop() -> None:
+    """End Ray, Serve with it, and every process that they started, politely first."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    family = psutil.Process().children(recursive=True)
+    polite = threading.Thread(target=ray.shutdown, daemon=True)
+    polite.start()
+    polite.join(STOP_TIMEOUT_S)
+    family += [child for child in psutil.Process().children(recursive=True) if child not in family]
+    _, alive = psutil.wait_procs(family, timeout=3)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=3)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _bold(text: str) -> str:
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def _dim(text: str) -> str:
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
