@@ -22,6 +22,19 @@ __all__ = ["AttentionBackend", "AttentionMetadata", "Cache", "make_attention"]
 class AttentionBackend(Protocol):
     """One implementation of attention over a paged KV cache, for one mesh."""
 
+    def cache_shapes(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: DTypeLike,
+    ) -> Cache:
+        """Describe the cache of all layers: `jax.ShapeDtypeStruct`s with shardings."""
+        ...
+
     def init_cache(
         self,
         *,
@@ -36,18 +49,6 @@ class AttentionBackend(Protocol):
 
         Page 0 takes what padding tokens write; hand out pages from 1 on.
         """
-        ...
-
-    def cache_bytes_per_page(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        dtype: DTypeLike,
-    ) -> int:
-        """Bytes that one page takes on one device, all layers together."""
         ...
 
     def attend(

@@ -35,6 +35,24 @@ class HeadPagesAttention:
         self._mesh = mesh
         self._score_function = score_function
 
+    def cache_shapes(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: DTypeLike,
+    ) -> tuple[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], ...]:
+        """See `AttentionBackend.cache_shapes`."""
+        pages = jax.ShapeDtypeStruct(
+            (num_pages, num_kv_heads, page_size, head_dim),
+            jnp.dtype(dtype),
+            sharding=NamedSharding(self._mesh, P(None, "tp")),
+        )
+        return ((pages, pages),) * num_layers
+
     def init_cache(
         self,
         *,
@@ -46,29 +64,20 @@ class HeadPagesAttention:
         dtype: DTypeLike,
     ) -> tuple[LayerPages, ...]:
         """See `AttentionBackend.init_cache`."""
-        shape = (num_pages, num_kv_heads, page_size, head_dim)
+        shapes = self.cache_shapes(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=dtype,
+        )
 
         def zeros() -> tuple[LayerPages, ...]:
-            return tuple(
-                (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers)
-            )
+            return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
 
-        sharding = NamedSharding(self._mesh, P(None, "tp"))
-        return jax.jit(zeros, out_shardings=sharding)()
-
-    def cache_bytes_per_page(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        dtype: DTypeLike,
-    ) -> int:
-        """See `AttentionBackend.cache_bytes_per_page`."""
-        heads_per_device = num_kv_heads // self._mesh.shape["tp"]
-        itemsize = jnp.dtype(dtype).itemsize
-        return 2 * num_layers * heads_per_device * page_size * head_dim * itemsize
+        shardings = jax.tree.map(lambda pages: pages.sharding, shapes)
+        return jax.jit(zeros, out_shardings=shardings)()
 
     def attend(
         self,

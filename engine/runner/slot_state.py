@@ -11,6 +11,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 from engine.step import SlotParams
@@ -101,21 +102,33 @@ def make_admissions(params: SlotParams, vocab_size: int) -> list[Admission]:
         params.token_ids[start : start + ADMISSION_TOKENS]
         for start in range(0, max(1, len(params.token_ids)), ADMISSION_TOKENS)
     ]
-    bias_ids = np.asarray(params.logit_bias_ids, np.int32)
     return [
-        _as_device_tree(
-            slot=np.int32(params.slot),
-            is_first=np.bool_(index == 0),
-            token_ids=_padded(chunk, ADMISSION_TOKENS, vocab_size, np.int32),
-            num_prompt_tokens=np.int32(
-                np.clip(params.output_start - index * ADMISSION_TOKENS, 0, len(chunk))
-            ),
-            bias_ids=_padded(bias_ids, MAX_LOGIT_BIAS, vocab_size, np.int32),
-            bias_values=_padded(params.logit_bias, MAX_LOGIT_BIAS, 0, np.float32),
-            end_token_ids=_padded(params.end_token_ids, MAX_END_TOKENS, vocab_size, np.int32),
+        _admission(
+            slot=params.slot,
+            is_first=index == 0,
+            token_ids=chunk,
+            num_prompt_tokens=params.output_start - index * ADMISSION_TOKENS,
+            bias_ids=params.logit_bias_ids,
+            bias_values=params.logit_bias,
+            end_token_ids=params.end_token_ids,
+            vocab_size=vocab_size,
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def padding_admission(num_slots: int, vocab_size: int) -> Admission:
+    """An admission that concerns no slot: for shapes, and to warm the program up."""
+    return _admission(
+        slot=num_slots,
+        is_first=True,
+        token_ids=(),
+        num_prompt_tokens=0,
+        bias_ids=(),
+        bias_values=(),
+        end_token_ids=(),
+        vocab_size=vocab_size,
+    )
 
 
 def admit(state: SlotState, admission: Admission) -> SlotState:
@@ -167,13 +180,31 @@ def record_tokens(
     )
 
 
-def _padded(values: object, size: int, fill: float, dtype: type) -> np.ndarray:
-    padded = np.full(size, fill, dtype)
-    array = np.asarray(values, dtype)
-    padded[: len(array)] = array
-    return padded
+def _admission(
+    *,
+    slot: int,
+    is_first: bool,
+    token_ids: ArrayLike,
+    num_prompt_tokens: int,
+    bias_ids: ArrayLike,
+    bias_values: ArrayLike,
+    end_token_ids: ArrayLike,
+    vocab_size: int,
+) -> Admission:
+    def padded(values: ArrayLike, size: int, fill: int, dtype: type) -> np.ndarray:
+        array = np.full(size, fill, dtype)
+        given = np.asarray(values, dtype)
+        array[: len(given)] = given
+        return array
 
-
-def _as_device_tree(**arrays: object) -> Admission:
-    """Host arrays where the compiled program takes device arrays: it copies them itself."""
+    arrays = {
+        "slot": np.int32(slot),
+        "is_first": np.bool_(is_first),
+        "token_ids": padded(token_ids, ADMISSION_TOKENS, vocab_size, np.int32),
+        "num_prompt_tokens": np.int32(np.clip(num_prompt_tokens, 0, ADMISSION_TOKENS)),
+        "bias_ids": padded(bias_ids, MAX_LOGIT_BIAS, vocab_size, np.int32),
+        "bias_values": padded(bias_values, MAX_LOGIT_BIAS, 0, np.float32),
+        "end_token_ids": padded(end_token_ids, MAX_END_TOKENS, vocab_size, np.int32),
+    }
+    # Host arrays where the compiled program takes device arrays: it copies them itself.
     return Admission(**cast("dict[str, jax.Array]", arrays))

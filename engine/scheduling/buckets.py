@@ -9,7 +9,7 @@ from engine.step import Bucket
 MIN_CHUNK_TOKENS = 32
 """Smaller prefills are padded to this: a program more would cost more than the padding."""
 
-CHUNK_TOKENS_PER_CHUNK = 32
+CHUNK_TOKENS_PER_CHUNK = 16
 """A bucket has a chunk row for each so many chunk tokens, up to `max_running_requests`."""
 
 

@@ -321,18 +321,15 @@ def test_the_cache_is_updated_in_place():
     assert not copies
 
 
-def test_bytes_per_page_are_those_of_the_cache():
+def test_the_cache_is_what_its_shapes_say():
     backend = make_attention("cpu", "auto", make_mesh(2))
-    numbers = {
-        "num_layers": 3,
-        "num_kv_heads": 4,
-        "head_dim": 16,
-        "page_size": 8,
-        "dtype": "bfloat16",
-    }
-    cache = backend.init_cache(num_pages=10, **numbers)
-    on_one_device = sum(pages.addressable_shards[0].data.nbytes for pages in jax.tree.leaves(cache))
-    assert backend.cache_bytes_per_page(**numbers) * 10 == on_one_device
+    numbers = {"num_layers": 3, "num_kv_heads": 4, "head_dim": 16, "num_pages": 10, "page_size": 8}
+    shapes = backend.cache_shapes(**numbers, dtype="bfloat16")
+    cache = backend.init_cache(**numbers, dtype="bfloat16")
+    for described, made in zip(jax.tree.leaves(shapes), jax.tree.leaves(cache), strict=True):
+        assert (made.shape, made.dtype) == (described.shape, described.dtype)
+        assert made.sharding == described.sharding
+        assert not made.any()
 
 
 def test_unknown_implementation_is_refused_by_name():

@@ -1,0 +1,146 @@
+"""How many pages the KV pool gets: computed from the device's capacity, never from free memory.
+
+So planning, compiling ahead and serving all come to the same number, and a compiled program, whose
+shape contains it, is found again in the compilation cache.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+from engine.config import EngineConfig
+from engine.errors import CapacityError
+
+logger = logging.getLogger(__name__)
+
+RESERVE_SHARE = 1 / 32
+"""Of the device, for what nobody counts: allocator gaps, the runtime's own buffers."""
+
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes on one device.
+
+    Attributes:
+        capacity: What the device has, whoever uses it.
+        weights: Parameters and the slots' state.
+        page: One page, all layers.
+        temporaries: The largest program's scratch memory and code.
+    """
+
+    capacity: int
+    weights: int
+    page: int
+    temporaries: int
+
+
+def num_pages(
+    config: EngineConfig, memory: MemoryUse, *, context_length: int, platform: str
+) -> int:
+    """Size the pool, page 0 included.
+
+    The smaller of what --mem-fraction-static leaves beside the weights, and of what the device
+    leaves beside weights, temporaries and a reserve; rounded down to five binary digits, so that
+    small changes of either do not change the programs' shapes.
+
+    Raises:
+        CapacityError: There is no room for a single usable page, or for --max-total-tokens.
+    """
+    pages_per_seq = -(-context_length // config.page_size)
+    static_bytes = int(config.mem_fraction_static * memory.capacity) - memory.weights
+    reserve = int(RESERVE_SHARE * memory.capacity)
+    room_bytes = memory.capacity - memory.weights - memory.temporaries - reserve
+    pages = max(0, min(static_bytes, room_bytes) // memory.page)
+    if config.max_total_tokens is not None:
+        wanted = 1 + -(-config.max_total_tokens // config.page_size)
+        if wanted > pages:
+            raise CapacityError(
+                f"--max-total-tokens={config.max_total_tokens} needs {_gib(wanted * memory.page)} "
+                f"of KV cache on each device; {_explain(config, memory)}. Lower "
+                f"--max-total-tokens to {max(0, pages - 1) * config.page_size}, raise "
+                "--mem-fraction-static, or shard over more devices with --tp-size."
+            )
+        pages = wanted
+    else:
+        pages = _round_down(pages)
+    if platform == "cpu":
+        # The host has other uses for memory that no request could ever fill.
+        pages = min(pages, 1 + config.max_running_requests * pages_per_seq)
+    if pages < 2:
+        raise CapacityError(
+            f"KV cache has room for {max(0, pages - 1)} pages: {_explain(config, memory)}. Raise "
+            "--mem-fraction-static, shard over more devices with --tp-size, or lower --page-size."
+        )
+    if pages - 1 < pages_per_seq:
+        logger.warning(
+            "KV cache has room for %d tokens, less than the context of %d: longer requests are "
+            "refused. Raise --mem-fraction-static or --tp-size, or lower --context-length.",
+            (pages - 1) * config.page_size,
+            context_length,
+        )
+    return pages
+
+
+def device_capacity(device: Any, *, devices_per_host: int, ranks_on_host: int) -> int:
+    """Bytes that one device has; a CPU device has its share of the host's memory.
+
+    Raises:
+        CapacityError: The device does not say.
+    """
+    if device.platform == "cpu":
+        return host_memory_bytes() // ranks_on_host // devices_per_host
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise CapacityError(
+            f"{device.device_kind} does not say how much memory it has, so that the KV cache "
+            "cannot be sized. Use --device=cpu or another driver version."
+        )
+    return int(stats["bytes_limit"])
+
+
+def bytes_per_device(arrays: Any) -> int:
+    """Bytes that one device holds of a pytree of sharded arrays, or of their descriptions."""
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(arrays)
+    )
+
+
+def host_memory_bytes() -> int:
+    """Memory of this host, or of this container where it is limited."""
+    total = psutil.virtual_memory().total
+    for path in _CGROUP_LIMITS:
+        try:
+            limit = path.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def _round_down(pages: int) -> int:
+    step = 1 << max(0, pages.bit_length() - 5)
+    return pages // step * step
+
+
+def _explain(config: EngineConfig, memory: MemoryUse) -> str:
+    return (
+        f"of {_gib(memory.capacity)} a device, weights take {_gib(memory.weights)}, temporaries "
+        f"{_gib(memory.temporaries)}, and --mem-fraction-static={config.mem_fraction_static} "
+        "bounds weights and KV cache together"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

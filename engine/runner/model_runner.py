@@ -1,0 +1,382 @@
+"""One host's part of the model: weights, KV pages and compiled programs; one plan = one call.
+
+Decides nothing: every rank runs the plans it is given, in their order, so that ranks stay in step.
+Knows neither requests nor queues.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.kernels.attention import Cache, make_attention
+from engine.models.checkpoint import dummy_weights, load_weights
+from engine.models.config import ModelConfig, load_model_config
+from engine.models.hub import resolve_checkpoint
+from engine.models.registry import make_model
+from engine.runner.batch import BatchBuilder, padding_inputs
+from engine.runner.compilation import CompileCounter, compile_all
+from engine.runner.fingerprint import model_fingerprint
+from engine.runner.kv_cache import MemoryUse, bytes_per_device, device_capacity, num_pages
+from engine.runner.platform import configure_jax
+from engine.runner.sampler import Sampled
+from engine.runner.slot_state import (
+    SlotState,
+    admit,
+    init_slot_state,
+    make_admissions,
+    needs_admission,
+    padding_admission,
+)
+from engine.runner.step_program import make_step
+from engine.scheduling.buckets import bucket_table
+from engine.sharding import make_mesh
+from engine.step import (
+    Bucket,
+    EngineLimits,
+    ProgressCallback,
+    StartProgress,
+    StepPlan,
+    StepResult,
+)
+
+logger = logging.getLogger(__name__)
+
+_ADMISSION = "admission"
+_NO_FLOATS = np.empty(0, np.float32)
+_NO_INTS = np.empty(0, np.int32)
+
+
+class PendingStep:
+    """A step that the device may still be computing."""
+
+    def __init__(self, plan: StepPlan, sampled: Sampled, started_s: float) -> None:
+        self._step = plan.step
+        self._has_logprobs = plan.has_logprobs
+        self._sampled = sampled
+        self._started_s = started_s
+        num_seqs = plan.bucket.num_seqs
+        self._rows = np.concatenate(
+            [np.arange(len(plan.decode_slots)), num_seqs + np.arange(len(plan.chunks))]
+        )
+        sampled.token_ids.copy_to_host_async()
+
+    def wait(self) -> StepResult:
+        """Block until the tokens are on the host."""
+        token_ids = self._read(self._sampled.token_ids)
+        device_ms = (time.monotonic() - self._started_s) * 1e3
+        if not self._has_logprobs:
+            logprobs, top_token_ids, top_logprobs = _NO_FLOATS, _NO_INTS, _NO_FLOATS
+        else:
+            logprobs = self._read(self._sampled.logprobs)
+            top_token_ids = self._read(self._sampled.top_token_ids)
+            top_logprobs = self._read(self._sampled.top_logprobs)
+        return StepResult(
+            step=self._step,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            top_token_ids=top_token_ids,
+            top_logprobs=top_logprobs,
+            device_ms=device_ms,
+        )
+
+    def _read(self, array: jax.Array) -> np.ndarray:
+        # Every device holds the whole array; another process's copy could not be read.
+        return np.asarray(array.addressable_data(0))[self._rows].reshape(-1)
+
+
+class ModelRunner:
+    """Runs step plans on this process's devices.
+
+    `start` once, then `dispatch` from one thread, in the order of the plans; `PendingStep.wait`
+    may be called from another thread. Invariant between calls: `_cache` and `_state` are the
+    outputs of the last dispatched program, whether or not it has run yet.
+
+    Args:
+        config: The engine's.
+        devices: JAX devices to use; by default all. jax.distributed must have been initialised
+            before `start` if there are several hosts.
+        ranks_on_host: Processes of the gang that share this host's memory (CPU only).
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, devices: list[Any] | None = None, ranks_on_host: int = 1
+    ) -> None:
+        self._config = config
+        self._devices = devices
+        self._ranks_on_host = ranks_on_host
+        self._programs: dict[Bucket | str, Any] = {}
+        self._params: Any = None
+        self._cache: Cache = None
+        self._compiles: CompileCounter | None = None
+
+    @property
+    def num_compiles_since_ready(self) -> int:
+        """Programs compiled while serving; anything but 0 is a fault."""
+        return 0 if self._compiles is None else self._compiles.num_compiles
+
+    def start(self, on_progress: ProgressCallback) -> EngineLimits:
+        """Load the weights, size the KV pool, compile every program.
+
+        Raises:
+            CheckpointError: The model is missing or unsupported.
+            CapacityError: Too few devices, or too little memory on them.
+            ConfigError: The devices are not what --device asks for, or --context-length exceeds
+                the model's.
+        """
+        config = self._config
+        configure_jax(config)
+        directory = resolve_checkpoint(
+            config.model_path,
+            revision=config.revision,
+            download_dir=config.download_dir,
+            on_progress=_progress_of(on_progress, "weights", "downloading"),
+            has_weights=config.load_format != "dummy",
+        )
+        model_config = load_model_config(directory)
+        context_length = _context_length(config, model_config)
+        mesh = make_mesh(config.tp_size, self._devices)
+        platform = _check_platform(config, mesh)
+        dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._attention = make_attention(platform, config.attention_backend, mesh)
+        self._model = make_model(model_config, mesh, self._attention, dtype)
+        self._vocab_size = model_config.vocab_size
+        self._pages_per_seq = -(-context_length // config.page_size)
+        self._params = self._load_weights(directory, model_config, mesh, dtype, on_progress)
+
+        buckets = bucket_table(config, context_length=context_length)
+        pages = self._compile(buckets, model_config, dtype, platform, context_length, on_progress)
+        self._cache = self._attention.init_cache(
+            **self._cache_numbers(model_config, pages), dtype=dtype
+        )
+        self._state = self._init_state()
+        self._batch = BatchBuilder(
+            num_slots=config.max_running_requests, pages_per_seq=self._pages_per_seq
+        )
+        self._warm_up(buckets, on_progress)
+        self._compiles = CompileCounter()
+        logger.info(
+            "ready: %d pages of %d tokens, %d programs, context %d, tp %d on %s",
+            pages,
+            config.page_size,
+            len(self._programs),
+            context_length,
+            config.tp_size,
+            platform,
+        )
+        return EngineLimits(
+            num_pages=pages,
+            page_size=config.page_size,
+            context_length=context_length,
+            max_running_requests=config.max_running_requests,
+            buckets=buckets,
+            vocab_size=model_config.vocab_size,
+            model_fingerprint=model_fingerprint(
+                directory, dtype=dtype, tp_size=config.tp_size, load_format=config.load_format
+            ),
+        )
+
+    def dispatch(self, plan: StepPlan) -> PendingStep:
+        """Start a step and return before the device is done with it."""
+        started_s = time.monotonic()
+        for params in plan.admissions:
+            if needs_admission(params):
+                for admission in make_admissions(params, self._vocab_size):
+                    self._state = self._programs[_ADMISSION](self._state, admission)
+        inputs = self._batch.build(plan)
+        sampled, self._cache, self._state = self._programs[plan.bucket](
+            self._params, self._cache, self._state, inputs
+        )
+        return PendingStep(plan, sampled, started_s)
+
+    def _load_weights(
+        self,
+        directory: Path,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        dtype: str,
+        on_progress: ProgressCallback,
+    ) -> Any:
+        if self._config.load_format == "dummy":
+            return dummy_weights(model_config, mesh, dtype, self._config.random_seed)
+        progress = _progress_of(on_progress, "weights", "reading")
+        return load_weights(directory, model_config, mesh, dtype, on_progress=progress)
+
+    def _compile(
+        self,
+        buckets: tuple[Bucket, ...],
+        model_config: ModelConfig,
+        dtype: str,
+        platform: str,
+        context_length: int,
+        on_progress: ProgressCallback,
+    ) -> int:
+        """Compile all programs, and return the size of the pool that they were compiled for.
+
+        The largest program comes first and tells what temporaries take. Only if the pool has to
+        shrink for them is it compiled again.
+        """
+        config = self._config
+        state = self._state_shapes()
+        memory = MemoryUse(
+            capacity=self._device_capacity(),
+            weights=bytes_per_device(self._params) + bytes_per_device(state),
+            page=bytes_per_device(self._cache_shapes(model_config, dtype, 1)),
+            temporaries=0,
+        )
+        largest = max(buckets, key=lambda bucket: (bucket.num_chunk_tokens, bucket.num_seqs))
+        total = len(buckets) + 1
+
+        def compile_some(names: list[Bucket | str], pages: int) -> None:
+            cache = self._cache_shapes(model_config, dtype, pages)
+            lower = {name: self._lowering(name, cache, state) for name in names}
+            done = len(self._programs)
+
+            def on_compiled(name: Bucket | str) -> None:
+                nonlocal done
+                done += 1
+                on_progress(
+                    StartProgress(phase="compile", done=done, total=total, note=_name(name))
+                )
+
+            self._programs.update(compile_all(lower, on_compiled))
+
+        on_progress(StartProgress(phase="compile", total=total, note=_name(largest)))
+        pages = num_pages(config, memory, context_length=context_length, platform=platform)
+        compile_some([largest], pages)
+        used = self._programs[largest].memory_analysis()
+        memory = MemoryUse(
+            capacity=memory.capacity,
+            weights=memory.weights,
+            page=memory.page,
+            temporaries=used.temp_size_in_bytes + used.generated_code_size_in_bytes,
+        )
+        fitting = num_pages(config, memory, context_length=context_length, platform=platform)
+        others: list[Bucket | str] = [name for name in buckets if name != largest]
+        if fitting < pages:
+            self._programs.clear()
+            others.append(largest)
+        compile_some([*others, _ADMISSION], fitting)
+        return fitting
+
+    def _lowering(self, name: Bucket | str, cache: Cache, state: SlotState) -> Any:
+        slots = self._config.max_running_requests
+        if isinstance(name, str):
+            nothing = self._shapes(padding_admission(slots, self._vocab_size))
+            jitted = jax.jit(admit, donate_argnums=0, out_shardings=self._replicated)
+            return lambda: jitted.lower(state, nothing)
+        inputs = self._shapes(
+            padding_inputs(name, num_slots=slots, pages_per_seq=self._pages_per_seq)
+        )
+        cache_shardings = jax.tree.map(lambda array: array.sharding, cache)
+        jitted = jax.jit(
+            make_step(self._model, page_size=self._config.page_size, replicated=self._replicated),
+            donate_argnums=(1, 2),
+            out_shardings=(self._replicated, cache_shardings, self._replicated),
+        )
+        params = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            self._params,
+        )
+        return lambda: jitted.lower(params, cache, state, inputs)
+
+    def _warm_up(self, buckets: tuple[Bucket, ...], on_progress: ProgressCallback) -> None:
+        """Run the smallest programs once on padding: first calls allocate, and find faults."""
+        smallest = {bucket.num_chunks > 0: bucket for bucket in reversed(buckets)}
+        on_progress(StartProgress(phase="warmup", total=len(smallest)))
+        for done, bucket in enumerate(smallest.values(), start=1):
+            plan = StepPlan(
+                step=0,
+                bucket=bucket,
+                decode_slots=_NO_INTS,
+                decode_positions=_NO_INTS,
+                has_logprobs=True,
+            )
+            self.dispatch(plan).wait()
+            on_progress(StartProgress(phase="warmup", done=done, total=len(smallest)))
+
+    def _device_capacity(self) -> int:
+        capacity = device_capacity(
+            self._replicated.mesh.local_devices[0],
+            devices_per_host=self._config.devices_per_host,
+            ranks_on_host=self._ranks_on_host,
+        )
+        if jax.process_count() > 1:
+            # Programs have one shape on all hosts: that of the host with the least memory.
+            all_hosts = multihost_utils.process_allgather(np.float32(capacity))
+            capacity = int(np.min(all_hosts))
+        return capacity
+
+    def _cache_shapes(self, model_config: ModelConfig, dtype: str, pages: int) -> Cache:
+        numbers = self._cache_numbers(model_config, pages)
+        return self._attention.cache_shapes(**numbers, dtype=dtype)
+
+    def _cache_numbers(self, model_config: ModelConfig, pages: int) -> dict[str, int]:
+        return {
+            "num_layers": model_config.num_layers,
+            "num_kv_heads": self._model.layout.num_kv_heads,
+            "head_dim": model_config.head_dim,
+            "num_pages": pages,
+            "page_size": self._config.page_size,
+        }
+
+    def _init_state(self) -> SlotState:
+        def init() -> SlotState:
+            return init_slot_state(self._config.max_running_requests, self._vocab_size)
+
+        return jax.jit(init, out_shardings=self._replicated)()
+
+    def _state_shapes(self) -> SlotState:
+        return self._shapes(
+            jax.eval_shape(
+                lambda: init_slot_state(self._config.max_running_requests, self._vocab_size)
+            )
+        )
+
+    def _shapes(self, arrays: Any) -> Any:
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated),
+            arrays,
+        )
+
+
+def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
+    if config.context_length is None:
+        return model_config.context_length
+    if config.context_length > model_config.context_length:
+        raise ConfigError(
+            f"--context-length={config.context_length} is longer than the model's "
+            f"{model_config.context_length}. Give at most that, or leave it out."
+        )
+    return config.context_length
+
+
+def _check_platform(config: EngineConfig, mesh: Mesh) -> str:
+    platform = mesh.devices.flat[0].platform
+    if config.device not in ("auto", platform):
+        raise ConfigError(
+            f"--device={config.device} was asked for, but JAX runs on {platform}. Install the "
+            f"{config.device} extra, or use --device={platform}."
+        )
+    return platform
+
+
+def _name(name: Bucket | str) -> str:
+    if isinstance(name, str):
+        return name
+    return f"{name.num_seqs} decodes + {name.num_chunk_tokens} prefill tokens"
+
+
+def _progress_of(on_progress: ProgressCallback, phase: str, note: str) -> Any:
+    def report(done: int, total: int) -> None:
+        on_progress(StartProgress(phase=phase, done=done, total=total, note=note))
+
+    return report
