@@ -4,13 +4,13 @@ The only file that knows the spellings of Hugging Face configurations. It must n
 leader and the routers read configurations too.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from engine.errors import CheckpointError
+from engine.models.json_fields import JsonFields, read_json_object
 
 Architecture = Literal["QWenLMHeadModel", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 
@@ -25,6 +25,27 @@ SUPPORTED_ARCHITECTURES: tuple[Architecture, ...] = (
 # a turn ends with the last.
 QWEN1_IM_END_ID = 151645
 
+_QWEN2_REQUIRED = (
+    ("hidden_size",),
+    ("vocab_size",),
+    ("intermediate_size",),
+    ("num_hidden_layers",),
+    ("num_attention_heads",),
+    ("max_position_embeddings",),
+)
+_REQUIRED: dict[Architecture, tuple[tuple[str, ...], ...]] = {
+    "QWenLMHeadModel": (
+        ("hidden_size", "n_embd"),
+        ("vocab_size", "padded_vocab_size"),
+        ("intermediate_size", "ffn_hidden_size"),
+        ("num_hidden_layers", "n_layer"),
+        ("num_attention_heads", "n_head"),
+        ("seq_length",),
+    ),
+    "Qwen2ForCausalLM": _QWEN2_REQUIRED,
+    "Qwen3ForCausalLM": _QWEN2_REQUIRED,
+}
+_MAX_YARN_FACTOR = 1000
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 _GENERATION_DEFAULTS = {
     "temperature": float,
@@ -127,13 +148,21 @@ def load_model_config(directory: Path) -> ModelConfig:
         CheckpointError: The file is missing or malformed, or the model is not supported; names
             what is at fault and what is supported.
     """
-    fields = _Fields(directory / "config.json", _read_json(directory / "config.json"))
+    fields = read_json_object(directory / "config.json")
     generation = _read_generation_config(directory)
     architecture = _checked_architecture(fields)
     _refuse_unsupported(fields)
+    fields.require(_REQUIRED[architecture])
     if architecture == "QWenLMHeadModel":
-        return _qwen1_config(fields, generation)
-    return _qwen2_or_3_config(fields, generation, architecture)
+        config = _qwen1_config(fields, generation)
+    else:
+        config = _qwen2_or_3_config(fields, generation, architecture)
+    if config.head_dim % 2:
+        raise CheckpointError(
+            f"{fields.path}: heads of {config.head_dim} dimensions; rotary embedding turns pairs, "
+            "so the number must be even."
+        )
+    return config
 
 
 def load_generation_defaults(directory: Path) -> dict[str, float | int]:
@@ -162,86 +191,24 @@ def load_generation_defaults(directory: Path) -> dict[str, float | int]:
     return defaults
 
 
-class _Fields:
-    """A JSON object whose values are read by type; a fault names the file and the key."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    def integer(self, *names: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self._first(names, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self._fault(names, value, f"an integer, at least {minimum}")
-        return value
-
-    def number(self, *names: str, default: float | None = None) -> float:
-        value = self._first(names, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._fault(names, value, "a number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._first((name,), default)
-        if not isinstance(value, bool):
-            raise self._fault((name,), value, "true or false")
-        return value
-
-    def mapping(self, name: str) -> "_Fields":
-        """Return a nested object, empty where it is absent or null."""
-        value = self.values.get(name) or {}
-        if not isinstance(value, dict):
-            raise self._fault((name,), value, "an object")
-        return _Fields(self.path, value)
-
-    def _first(self, names: tuple[str, ...], default: Any) -> Any:
-        for name in names:
-            if self.values.get(name) is not None:
-                return self.values[name]
-        if default is None:
-            raise CheckpointError(
-                f"{self.path} lacks {' (or '.join(names)}{')' * (len(names) - 1)}."
-            )
-        return default
-
-    def _fault(self, names: tuple[str, ...], value: Any, wanted: str) -> CheckpointError:
-        name = next((name for name in names if name in self.values), names[0])
-        return CheckpointError(f"{self.path}: {name} is {value!r}; it must be {wanted}.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}. --model-path must be a directory with config.json "
-            "and safetensors, or a name on the Hugging Face hub."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not a JSON object.")
-    return values
-
-
 def _read_generation_config(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
-    return _read_json(path) if path.exists() else {}
+    return read_json_object(path).values if path.exists() else {}
 
 
-def _checked_architecture(fields: _Fields) -> Architecture:
+def _checked_architecture(fields: JsonFields) -> Architecture:
     names = fields.values.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(
             f"{fields.path} lacks architectures. Supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
     name = names[0]
-    if any(key in fields.values for key in ("vision_config", "visual")) or "VL" in name:
+    if fields.values.get("vision_config") or fields.values.get("visual") or "VL" in name:
         raise CheckpointError(
             f"{fields.path} describes {name}, a vision model; only text models are supported: "
             f"{', '.join(SUPPORTED_ARCHITECTURES)}."
         )
-    if "Moe" in name or "num_experts" in fields.values:
+    if "Moe" in name or fields.values.get("num_experts"):
         raise CheckpointError(
             f"{fields.path} describes {name}, a mixture of experts; only dense models are "
             f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
@@ -254,7 +221,7 @@ def _checked_architecture(fields: _Fields) -> Architecture:
     return cast(Architecture, name)
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: JsonFields) -> None:
     quantization = fields.values.get("quantization_config")
     if quantization:
         method = (
@@ -281,7 +248,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
         )
 
 
-def _qwen1_config(fields: _Fields, generation: dict[str, Any]) -> ModelConfig:
+def _qwen1_config(fields: JsonFields, generation: dict[str, Any]) -> ModelConfig:
     if not fields.flag("no_bias", True):
         raise CheckpointError(
             f"{fields.path}: no_bias is false; only models with biases on c_attn alone work."
@@ -328,7 +295,7 @@ def _qwen1_config(fields: _Fields, generation: dict[str, Any]) -> ModelConfig:
 
 
 def _qwen2_or_3_config(
-    fields: _Fields, generation: dict[str, Any], architecture: Architecture
+    fields: JsonFields, generation: dict[str, Any], architecture: Architecture
 ) -> ModelConfig:
     num_heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
@@ -364,28 +331,32 @@ def _qwen2_or_3_config(
     )
 
 
-def _rope_config(fields: _Fields, max_position: int) -> RopeConfig:
+def _rope_config(fields: JsonFields, max_position: int) -> RopeConfig:
     # transformers 5 writes one object, rope_parameters; before, rope_theta stood at the top level
     # and rope_scaling held the rest, its kind called "type" in the oldest.
     rope = fields.mapping("rope_parameters")
     if not rope.values:
         rope = fields.mapping("rope_scaling")
-    theta = rope.values.get("rope_theta") or fields.values.get("rope_theta") or 10000.0
-    if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise CheckpointError(f"{fields.path}: rope_theta is {theta!r}; it must be a number.")
+    theta = (rope if rope.values.get("rope_theta") else fields).number(
+        "rope_theta", default=10000.0
+    )
+    if theta <= 1:
+        raise CheckpointError(f"{fields.path}: rope_theta is {theta}; it must be above 1.")
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind == "default":
-        return RopeConfig(theta=float(theta))
+        return RopeConfig(theta=theta)
     if kind != "yarn":
         raise CheckpointError(
             f"{fields.path}: rope scaling {kind!r} is not supported. Supported: default, yarn."
         )
     original_len = rope.integer("original_max_position_embeddings", default=max_position)
     factor = rope.number("factor", default=max_position / original_len)
-    if factor < 1:
-        raise CheckpointError(f"{fields.path}: YaRN's factor is {factor}; it must be at least 1.")
+    if not 1 <= factor <= _MAX_YARN_FACTOR:
+        raise CheckpointError(
+            f"{fields.path}: YaRN's factor is {factor}; it must be 1 to {_MAX_YARN_FACTOR}."
+        )
     return RopeConfig(
-        theta=float(theta),
+        theta=theta,
         yarn=YarnConfig(
             factor=factor,
             original_len=original_len,
@@ -397,7 +368,7 @@ def _rope_config(fields: _Fields, max_position: int) -> RopeConfig:
     )
 
 
-def _sliding_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(fields: JsonFields, num_layers: int) -> tuple[int | None, ...]:
     if not fields.flag("use_sliding_window", False) or fields.values.get("sliding_window") is None:
         return (None,) * num_layers
     window = fields.integer("sliding_window")
@@ -418,9 +389,9 @@ def _sliding_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]
     return tuple(windows[kind] for kind in kinds)
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: JsonFields) -> str:
     name = fields.values.get("dtype") or fields.values.get("torch_dtype") or "bfloat16"
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise CheckpointError(
             f"{fields.path}: dtype is {name!r}. Supported: {', '.join(_DTYPES)} (float16 is "
             "computed in bfloat16)."
@@ -428,7 +399,7 @@ def _dtype(fields: _Fields) -> str:
     return _DTYPES[name]
 
 
-def _eos_token_ids(fields: _Fields, generation: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(fields: JsonFields, generation: dict[str, Any]) -> tuple[int, ...]:
     value = generation.get("eos_token_id")
     if value is None:
         value = fields.values.get("eos_token_id")
