@@ -36,7 +36,7 @@ class StepLines:
         if name != self._name:
             self.done()
             self._name, self._note, self._start_s = name, "", time.monotonic()
-            self._shown_s = 0.0
+            self._shown_s = self._start_s
         self._note = note or self._note
         self._end_note = end_note or self._note
         now_s = time.monotonic()
