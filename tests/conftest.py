@@ -1,9 +1,14 @@
 """JAX as every test sees it: eight CPU devices, and no silent broadcasting between ranks."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Engines that tests start share their programs, also from one run of the tests to the next.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "qwen-on-ray-test-programs")
+)
 
 import jax
 import pytest

@@ -305,7 +305,7 @@ class ModelRunner:
 
     def _device_capacity(self) -> int:
         capacity = device_capacity(
-            self._replicated.mesh.local_devices[0],
+            min(self._replicated.addressable_devices, key=lambda device: device.id),
             devices_per_host=self._config.devices_per_host,
             ranks_on_host=self._ranks_on_host,
         )

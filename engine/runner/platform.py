@@ -20,7 +20,8 @@ def configure_jax(config: EngineConfig) -> None:
     """
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
-    if config.device in ("auto", "cpu"):
+    has_cpu = config.device in ("auto", "cpu")
+    if has_cpu and jax.config.jax_num_cpu_devices < config.devices_per_host:
         try:
             jax.config.update("jax_num_cpu_devices", config.devices_per_host)
         except RuntimeError:
