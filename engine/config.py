@@ -117,6 +117,11 @@ class EngineConfig(BaseModel):
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; one more is refused with HTTP 429."
     )
+    max_queued_tokens: int = Field(
+        default=4_194_304,
+        ge=1,
+        description="Prompt tokens that may wait; past that, HTTP 429.",
+    )
     max_prefill_tokens: int = Field(
         default=8192, ge=1, description="Most prompt tokens that one step computes."
     )

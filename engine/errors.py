@@ -6,7 +6,9 @@
     ├── CapacityError              too little device memory, or too few devices
     ├── RequestError               a request that can never be served as it stands (HTTP 400)
     │   ├── ContextLengthError     prompt and requested output exceed the context
-    │   └── ModelNotFoundError     a model name that is not served here (HTTP 404)
+    │   ├── ModelNotFoundError     a model name that is not served here (HTTP 404)
+    │   ├── AuthenticationError    no API key, or one that is not known here (HTTP 401)
+    │   └── RequestTooLargeError   a body of more bytes than are read (HTTP 413)
     └── EngineError                the engine cannot serve this request at present (HTTP 503)
         ├── EngineBusyError        too many requests wait already (HTTP 429)
         ├── EngineNotReadyError    still starting, or rebuilding its gang
@@ -65,12 +67,35 @@ class ModelNotFoundError(RequestError):
         super().__init__(message, param="model", code="model_not_found")
 
 
+class AuthenticationError(RequestError):
+    """No API key, or one that is not known here."""
+
+    status = 401
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
+
+
+class RequestTooLargeError(RequestError):
+    """A body of more bytes than are read."""
+
+    status = 413
+
+
 class EngineError(QwenOnRayError):
-    """The engine cannot serve this request at present; the same request may work later."""
+    """The engine cannot serve this request at present; the same request may work later.
+
+    Attributes:
+        status: The HTTP status that says the same.
+    """
+
+    status = 503
 
 
 class EngineBusyError(EngineError):
     """Too many requests wait already."""
+
+    status = 429
 
 
 class EngineNotReadyError(EngineError):

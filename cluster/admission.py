@@ -1,0 +1,152 @@
+"""Who may come in, and how many may wait: API keys and the bound on waiting requests.
+
+Requests count as waiting from their arrival until their first token. Past the bound the client
+hears at once (HTTP 429) instead of waiting for its own time-out.
+"""
+
+import hashlib
+import hmac
+import re
+from pathlib import Path
+from types import TracebackType
+
+from engine.errors import AuthenticationError, ConfigError, EngineBusyError
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class ApiKeys:
+    """The keys that are known, as SHA-256 hashes; empty means that no key is asked for."""
+
+    def __init__(self, hashes: tuple[bytes, ...] = ()) -> None:
+        self._hashes = hashes
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ApiKeys":
+        """Read a file of one hexadecimal SHA-256 hash per line; # begins a comment.
+
+        Raises:
+            ConfigError: The file cannot be read, has a line that is no hash, or has no key.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file={path} cannot be read: {error}") from error
+        hashes = []
+        for number, line in enumerate(lines, start=1):
+            text = line.partition("#")[0].strip()
+            if not text:
+                continue
+            if not _SHA256.fullmatch(text):
+                # The line itself is not shown: it may be a key that was not hashed.
+                raise ConfigError(
+                    f"--api-key-file={path}, line {number} is no SHA-256 hash (64 hexadecimal "
+                    "digits). Write what `printf %s KEY | sha256sum` prints."
+                )
+            hashes.append(bytes.fromhex(text))
+        if not hashes:
+            raise ConfigError(f"--api-key-file={path} has no key. Leave the flag out to need none.")
+        return cls(tuple(hashes))
+
+    def check(self, authorization: str | None) -> None:
+        """Check a request's Authorization header.
+
+        Raises:
+            AuthenticationError: Keys are asked for, and this is none of them.
+        """
+        if not self._hashes:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise AuthenticationError(
+                "You did not provide an API key. Send it as the header Authorization: Bearer KEY."
+            )
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        # All are compared, each in constant time, so that time tells nothing of a near miss.
+        matches = [hmac.compare_digest(digest, known) for known in self._hashes]
+        if not any(matches):
+            raise AuthenticationError("Incorrect API key provided.")
+
+
+class Ticket:
+    """One client request's share of the waiting room; leaves it with the `with` block."""
+
+    def __init__(self, admission: "Admission", num_requests: int) -> None:
+        self._admission = admission
+        self._num_requests = num_requests
+        self._num_tokens = 0
+
+    def add_tokens(self, num_tokens: int) -> None:
+        """Count prompt tokens, once they are known.
+
+        Raises:
+            EngineBusyError: Too many wait already.
+        """
+        self._admission.add(num_tokens=num_tokens)
+        self._num_tokens += num_tokens
+
+    def started(self, num_tokens: int) -> None:
+        """One choice of the request, of that many prompt tokens, waits no longer."""
+        if self._num_requests > 0:
+            self._num_requests -= 1
+            self._num_tokens -= num_tokens
+            self._admission.remove(num_requests=1, num_tokens=num_tokens)
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._admission.remove(num_requests=self._num_requests, num_tokens=self._num_tokens)
+        self._num_requests = self._num_tokens = 0
+
+
+class Admission:
+    """The waiting room of one router.
+
+    Invariant: `num_waiting` and `num_waiting_tokens` are the sums over all open tickets.
+
+    Args:
+        max_waiting: Sequences (each prompt's n choices count n) that may wait.
+        max_waiting_tokens: Prompt tokens that may wait; a request that alone is longer is let in
+            when nothing else waits.
+    """
+
+    def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:
+        self.max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
+        self.num_waiting = 0
+        self.num_waiting_tokens = 0
+
+    def admit(self, num_requests: int) -> Ticket:
+        """Let a request of that many sequences wait.
+
+        Raises:
+            EngineBusyError: Too many wait already.
+        """
+        self.add(num_requests=num_requests)
+        return Ticket(self, num_requests)
+
+    def add(self, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+        """Grow by so much, or raise EngineBusyError and stay as it is."""
+        if self.num_waiting + num_requests > self.max_waiting:
+            raise EngineBusyError(
+                f"{self.num_waiting} requests wait, and {self.max_waiting} may "
+                "(--max-queued-requests). Try again later."
+            )
+        tokens = self.num_waiting_tokens + num_tokens
+        if self.num_waiting_tokens and tokens > self._max_waiting_tokens:
+            raise EngineBusyError(
+                f"{self.num_waiting_tokens} prompt tokens wait, and {self._max_waiting_tokens} may "
+                "(--max-queued-tokens). Try again later."
+            )
+        self.num_waiting += num_requests
+        self.num_waiting_tokens = tokens
+
+    def remove(self, *, num_requests: int, num_tokens: int) -> None:
+        self.num_waiting -= num_requests
+        self.num_waiting_tokens -= num_tokens

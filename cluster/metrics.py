@@ -1,0 +1,83 @@
+"""What a router counts, under the names that dashboards for vLLM read.
+
+Each router has its own registry and shows it at `/metrics`; the engine's own figures (cache usage,
+steps, compiles) come from its leader.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class RouterMetrics:
+    """A router's counters; belongs to one event loop.
+
+    Args:
+        model_name: The label that every series carries.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(name, help_text, ["model_name", *labels], registry=self.registry)
+
+        def gauge(name: str, help_text: str) -> Gauge:
+            metric = Gauge(name, help_text, ["model_name"], registry=self.registry)
+            return metric.labels(model_name)
+
+        def histogram(name: str, help_text: str) -> Histogram:
+            metric = Histogram(
+                name,
+                help_text,
+                ["model_name"],
+                registry=self.registry,
+                buckets=_LATENCY_BUCKETS_S,
+            )
+            return metric.labels(model_name)
+
+        self._model_name = model_name
+        self.prompt_tokens = counter(
+            "vllm:prompt_tokens", "Prompt tokens of requests that began."
+        ).labels(model_name)
+        self.generation_tokens = counter(
+            "vllm:generation_tokens", "Tokens that were generated."
+        ).labels(model_name)
+        self._finished = counter(
+            "vllm:request_success", "Choices that ended, by how.", "finished_reason"
+        )
+        self._errors = counter(
+            "qwen_on_ray:request_errors", "Requests that ended in an error, by status.", "status"
+        )
+        self.special_tokens_in_messages = counter(
+            "qwen_on_ray:special_tokens_in_messages",
+            "Chat requests whose messages spell out a control token, which the model reads as one.",
+        ).labels(model_name)
+        self.num_requests_waiting = gauge(
+            "vllm:num_requests_waiting", "Sequences in this router without a token so far."
+        )
+        self.num_requests_running = gauge(
+            "vllm:num_requests_running", "Sequences in this router that have begun."
+        )
+        self.time_to_first_token_s = histogram(
+            "vllm:time_to_first_token_seconds",
+            "From a request's arrival to a choice's first token.",
+        )
+        self.inter_token_latency_s = histogram(
+            "vllm:inter_token_latency_seconds", "Between tokens of a choice."
+        )
+        self.request_latency_s = histogram(
+            "vllm:e2e_request_latency_seconds", "From a request's arrival to its end."
+        )
+
+    def count_finished(self, finish_reason: str) -> None:
+        """Count a choice that ended by stop, length or abort (the client left)."""
+        self._finished.labels(self._model_name, finish_reason).inc()
+
+    def count_error(self, status: int) -> None:
+        """Count a request that ended in an error."""
+        self._errors.labels(self._model_name, str(status)).inc()
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,152 @@
+"""Bytes of a request body to its pydantic object, every fault explained by OpenAI's field name.
+
+What this server cannot do is refused by name, never ignored: a client that asks for tools and gets
+prose would be misled. Fields that change no answer are accepted and dropped.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from engine.errors import RequestError
+
+NO_EFFECT = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+# Each with the values that ask for nothing beyond what is done anyway; null always is one.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Clients send an assistant's answer back as they got it, with fields that are empty.
+UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+UNSUPPORTED_ROLES = ("tool", "function")
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def parse_body(kind: type[_Body], body: bytes) -> _Body:
+    """Parse and check a request body.
+
+    Raises:
+        RequestError: Not JSON, not an object, or a field that is missing, unknown, of a wrong type
+            or not supported.
+    """
+    try:
+        fields = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"The body is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise RequestError(f"The body must be a JSON object, not {_kind(fields)}.")
+    _drop_or_refuse(fields, UNSUPPORTED, "")
+    messages = fields.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict):
+            _drop_or_refuse(message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
+            if message.get("role") in UNSUPPORTED_ROLES:
+                raise RequestError(
+                    f"messages[{index}].role is {message['role']!r}: tool calls are not supported "
+                    "by this server.",
+                    param=f"messages[{index}].role",
+                    code="unsupported_value",
+                )
+    for name in NO_EFFECT & fields.keys():
+        del fields[name]
+    # null means the same as a field that is not there.
+    fields = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error, kind) from None
+
+
+def _drop_or_refuse(
+    fields: dict[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str
+) -> None:
+    for name in unsupported.keys() & fields.keys():
+        value = fields.pop(name)
+        # `1 == True` in Python, and best_of: true is no number.
+        if value is not None and not any(
+            value == neutral and type(value) is type(neutral) for neutral in unsupported[name]
+        ):
+            raise RequestError(
+                f"{where}{name} is not supported by this server. Leave it out.",
+                param=where + name,
+                code="unsupported_parameter",
+            )
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
+    fault = error.errors(include_url=False)[0]
+    param = _param(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(param, kind.model_fields, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return RequestError(
+            f"Unrecognized request argument supplied: {param}.{hint}",
+            param=param,
+            code="unknown_parameter",
+        )
+    if fault["type"] == "missing":
+        return RequestError(
+            f"You must provide {param}.", param=param, code="missing_required_parameter"
+        )
+    message = fault["msg"].removeprefix("Value error, ")
+    return RequestError(
+        f"Invalid value for {param}: {message}; got {_excerpt(fault['input'])}.",
+        param=param,
+        code="invalid_value",
+    )
+
+
+def _param(location: tuple[int | str, ...]) -> str:
+    """messages, 0, role → messages[0].role"""
+    path = ""
+    for step in location:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+    return path
+
+
+def _excerpt(value: Any, max_chars: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= max_chars else text[:max_chars] + "…"
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")

@@ -1,0 +1,191 @@
+"""/v1/completions: prompts in text or token ids, updates to a completion or its chunks."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from cluster.openai.generation import ChoiceUpdate, Generation, ShownToken, collect
+from cluster.openai.heading import Heading
+from cluster.openai.schema import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    StopReason,
+)
+from cluster.openai.sse import encode_event
+from engine.errors import RequestError
+from engine.text.tokenizer import Tokenizer
+
+
+def encode_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer, *, vocab_size: int
+) -> list[list[int]]:
+    """Turn each prompt into token ids.
+
+    Raises:
+        RequestError: A prompt is empty, or has an id that the model does not have.
+    """
+    prompts = []
+    for prompt in request.prompt:
+        if isinstance(prompt, str):
+            token_ids = tokenizer.encode(prompt, add_special_tokens=True)
+        else:
+            token_ids = prompt
+            for token_id in token_ids:
+                if not 0 <= token_id < vocab_size:
+                    raise RequestError(
+                        f"The prompt has the token id {token_id}; ids run from 0 to "
+                        f"{vocab_size - 1}.",
+                        param="prompt",
+                    )
+        if not token_ids:
+            raise RequestError("A prompt is empty; give at least one token.", param="prompt")
+        prompts.append(token_ids)
+    return prompts
+
+
+def echoed_texts(request: CompletionRequest, tokenizer: Tokenizer) -> list[str]:
+    """Say what each prompt's choices begin with: the prompt's text with `echo`, else nothing.
+
+    Raises:
+        RequestError: `echo` with `logprobs`, which would need those of the prompt.
+    """
+    if not request.echo:
+        return [""] * len(request.prompt)
+    if request.logprobs is not None:
+        raise RequestError(
+            "echo together with logprobs is not supported by this server: log probabilities of "
+            "the prompt are not computed.",
+            param="echo",
+        )
+    return [
+        prompt
+        if isinstance(prompt, str)
+        else b"".join(map(tokenizer.token_bytes, prompt)).decode(errors="replace")
+        for prompt in request.prompt
+    ]
+
+
+async def stream_completion(
+    updates: AsyncGenerator[ChoiceUpdate, None],
+    generation: Generation,
+    heading: Heading,
+    *,
+    echoes: Sequence[str],
+    tokenizer: Tokenizer,
+    has_logprobs: bool,
+    include_usage: bool,
+) -> AsyncGenerator[bytes, None]:
+    """Yield the stream's events, without the [DONE] at its end.
+
+    Args:
+        echoes: One per choice.
+    """
+    unechoed = dict(enumerate(echoes))
+    num_chars = [0] * len(echoes)
+
+    def event(choices: list[CompletionChoice]) -> bytes:
+        fields = {"usage": None} if include_usage else {}
+        return encode_event(_completion(heading, choices, **fields))
+
+    async with aclosing(updates):
+        async for update in updates:
+            text = unechoed.pop(update.index, "") + update.text
+            if not text and not update.tokens and update.finish_reason is None:
+                continue
+            logprobs = None
+            if has_logprobs:
+                logprobs = _logprobs(update.tokens, tokenizer, num_chars[update.index])
+                num_chars[update.index] += sum(map(len, logprobs.tokens))
+            yield event(
+                [_choice(update.index, text, logprobs, update.finish_reason, update.stop_reason)]
+            )
+    if include_usage:
+        yield encode_event(_completion(heading, [], usage=generation.usage()))
+
+
+async def collect_completion(
+    updates: AsyncGenerator[ChoiceUpdate, None],
+    generation: Generation,
+    heading: Heading,
+    *,
+    echoes: Sequence[str],
+    tokenizer: Tokenizer,
+    has_logprobs: bool,
+) -> Completion:
+    """Wait for the whole answer."""
+    choices = await collect(updates, len(generation.request.choices))
+    return _completion(
+        heading,
+        [
+            _choice(
+                index,
+                echo + choice.text,
+                _logprobs(choice.tokens, tokenizer, 0) if has_logprobs else None,
+                choice.finish_reason,
+                choice.stop_reason,
+            )
+            for index, (echo, choice) in enumerate(zip(echoes, choices, strict=True))
+        ],
+        usage=generation.usage(),
+    )
+
+
+def _completion(heading: Heading, choices: list[CompletionChoice], **usage: object) -> Completion:
+    return Completion.model_validate(
+        {
+            "id": heading.id,
+            "object": "text_completion",
+            "created": heading.created,
+            "model": heading.model,
+            "choices": choices,
+            "system_fingerprint": heading.system_fingerprint,
+            **usage,
+        }
+    )
+
+
+def _choice(
+    index: int,
+    text: str,
+    logprobs: CompletionLogprobs | None,
+    finish_reason: StopReason | None,
+    stop_reason: int | str | None,
+) -> CompletionChoice:
+    return CompletionChoice(
+        index=index,
+        text=text,
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+    )
+
+
+def _logprobs(
+    tokens: Sequence[ShownToken], tokenizer: Tokenizer, text_offset: int
+) -> CompletionLogprobs:
+    def spell(token_id: int) -> str:
+        token = tokenizer.token_bytes(token_id)
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            # Part of a character: OpenAI writes such a token so that it still is unambiguous.
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+    logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for token in tokens:
+        spelled = spell(token.token_id)
+        top = {
+            spell(token_id): logprob
+            for token_id, logprob in zip(
+                token.logprobs.top_token_ids, token.logprobs.top_logprobs, strict=True
+            )
+        }
+        # As OpenAI does, the chosen token is among its alternatives even if it is less likely.
+        top.setdefault(spelled, token.logprobs.logprob)
+        logprobs.tokens.append(spelled)
+        logprobs.token_logprobs.append(token.logprobs.logprob)
+        logprobs.top_logprobs.append(top)
+        logprobs.text_offset.append(text_offset)
+        text_offset += len(spelled)
+    return logprobs

@@ -1,0 +1,298 @@
+"""OpenAI's objects, names verbatim; the extras (top_k, min_p, ignore_eos, …) are named as in vLLM.
+
+Ranges of sampling parameters are `SamplingParams`' business; here are names and types only.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 512
+
+StopReason = Literal["stop", "length"]
+
+
+def _join_text_parts(content: Any) -> Any:
+    """Text of a message's content, which OpenAI also allows to be a list of parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError("it must be a string or a list of content parts")
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(
+                f"part {index} is of type {kind!r}; this model reads text only, so every part must "
+                'be {"type": "text", "text": "…"}'
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f'part {index} has no string "text"')
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _list_stop_strings(stop: Any) -> Any:
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _list_prompts(prompt: Any) -> Any:
+    """A list of prompts, each a string or a list of token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(token_id, int) for token_id in prompt):
+            return [prompt]
+        if all(isinstance(entry, str | list) for entry in prompt):
+            return prompt
+    raise ValueError(
+        "it must be a string, a list of strings, a list of token ids or a list of such lists, and "
+        "not empty"
+    )
+
+
+MessageContent = Annotated[
+    StrictStr | None,
+    BeforeValidator(_join_text_parts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        }
+    ),
+]
+StopStrings = Annotated[
+    list[Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]],
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_list_stop_strings),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Prompts = Annotated[
+    list[StrictStr | list[StrictInt]],
+    BeforeValidator(_list_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    ),
+]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(_Body):
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+    """Accepted; this server pads nothing."""
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: MessageContent = None
+    name: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+
+
+class _GenerationBody(_Body):
+    """What both endpoints take. None means: the model's own default, else OpenAI's."""
+
+    model: StrictStr
+    max_tokens: StrictInt | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
+    top_k: StrictInt | None = None
+    min_p: StrictFloat | None = None
+    presence_penalty: StrictFloat | None = None
+    frequency_penalty: StrictFloat | None = None
+    repetition_penalty: StrictFloat | None = None
+    logit_bias: dict[str, StrictFloat] | None = None
+    seed: StrictInt | None = None
+    stop: StopStrings = []
+    stop_token_ids: list[StrictInt] = []
+    include_stop_str_in_output: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    min_tokens: StrictInt = 0
+    ignore_eos: StrictBool = False
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+
+
+class ChatCompletionRequest(_GenerationBody):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool = False
+    top_logprobs: StrictInt | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: StrictBool = True
+
+
+class CompletionRequest(_GenerationBody):
+    """Body of POST /v1/completions."""
+
+    prompt: Prompts
+    logprobs: StrictInt | None = None
+    echo: StrictBool = False
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: StopReason
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | None
+
+
+class ChatDelta(BaseModel):
+    """Only what is set is sent."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: StopReason | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event of a stream; the last one before [DONE] has usage and no choices, if asked for."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: StopReason | None
+    stop_reason: int | str | None = None
+
+
+class Completion(BaseModel):
+    """A whole completion, and each event of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDescription(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDescription

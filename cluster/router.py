@@ -1,0 +1,267 @@
+"""The HTTP routes, and the Serve deployment that stands at them. No JAX, and nothing but routes.
+
+`create_app` needs no Ray: a test gives it a service over an engine of its own. Under Serve the app
+finds the service of the replica that it runs in.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.util
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic.json_schema import models_json_schema
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.engine_link import EngineLink
+from cluster.openai.body import parse_body
+from cluster.openai.errors import ErrorReply, describe_error, describe_status, internal_error
+from cluster.openai.heading import make_request_id
+from cluster.openai.http import read_body
+from cluster.openai.schema import (
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+)
+from cluster.openai.sse import AnswerResponse
+from cluster.service import OpenAIService
+from engine.config import EngineConfig, parse_config
+from engine.errors import QwenOnRayError, RequestError
+from engine.text.chat_template import load_chat_template
+from engine.text.files import locate_text_files
+from engine.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_NO_KEY_NEEDED = ("/health", "/health/ready")
+
+
+def create_app(find_service: Callable[[], OpenAIService]) -> FastAPI:
+    """Make the app.
+
+    Args:
+        find_service: Called once, when the app starts up.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        app.state.service = find_service()
+        yield
+
+    app = FastAPI(
+        title="qwen-on-ray",
+        description="OpenAI's API for Qwen models, served with JAX under Ray.",
+        lifespan=lifespan,
+        responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    )
+    _add_routes(app)
+    app.add_middleware(_KeyCheck)
+    app.add_exception_handler(QwenOnRayError, _on_own_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_fault)
+    schemas = _body_schemas()
+    app.openapi = lambda: _describe(app, schemas)
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        openapi_extra=_body_reference(ChatCompletionRequest),
+    )
+    async def create_chat_completion(request: Request) -> Response:
+        body = parse_body(ChatCompletionRequest, await read_body(request))
+        request_id = make_request_id("chatcmpl")
+        parts = _service(request).chat(body, request_id)
+        return AnswerResponse(parts, is_stream=body.stream, request_id=request_id)
+
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        openapi_extra=_body_reference(CompletionRequest),
+    )
+    async def create_completion(request: Request) -> Response:
+        body = parse_body(CompletionRequest, await read_body(request))
+        request_id = make_request_id("cmpl")
+        parts = _service(request).complete(body, request_id)
+        return AnswerResponse(parts, is_stream=body.stream, request_id=request_id)
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> ModelList:
+        return await _service(request).models()
+
+    @app.get("/v1/models/{model_id:path}")
+    async def retrieve_model(request: Request, model_id: str) -> ModelCard:
+        return await _service(request).model(model_id)
+
+    @app.get("/health")
+    async def health(request: Request) -> JSONResponse:
+        """200 while requests are served, or held until an engine is ready."""
+        info = await _service(request).engine.engine_info()
+        return JSONResponse(
+            {"status": "ready" if info.is_ready else "starting", "detail": info.status}
+        )
+
+    @app.get("/health/ready")
+    async def ready(request: Request) -> JSONResponse:
+        """200 only if every rank of some engine answered lately."""
+        info = await _service(request).engine.engine_info()
+        state = {
+            "is_ready": info.is_ready,
+            "status": info.status,
+            "ranks": [asdict(rank) for rank in info.ranks],
+        }
+        return JSONResponse(state, status_code=200 if info.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return Response(_service(request).exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _service(request: Request) -> OpenAIService:
+    return request.app.state.service
+
+
+class _KeyCheck:
+    """Asks for an API key before anything else is read."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _NO_KEY_NEEDED:
+            request = Request(scope)
+            try:
+                _service(request).check_key(request.headers.get("authorization"))
+            except RequestError as error:
+                await _send_error(request, describe_error(error))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _send_error(request: Request, reply: ErrorReply) -> Response:
+    _service(request).metrics.count_error(reply.status)
+    return Response(
+        reply.json(),
+        status_code=reply.status,
+        headers=dict(reply.headers),
+        media_type="application/json",
+    )
+
+
+async def _on_own_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, QwenOnRayError)
+    return _send_error(request, describe_error(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"Unknown request URL: {request.method} {request.url.path}.",
+        405: f"{request.method} is not allowed for {request.url.path}.",
+    }
+    message = messages.get(error.status_code, error.detail)
+    return _send_error(
+        request,
+        describe_status(
+            error.status_code,
+            message,
+            code="unknown_url" if error.status_code == 404 else None,
+            headers=error.headers,
+        ),
+    )
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _send_error(request, internal_error())
+
+
+def _body_reference(kind: type[ChatCompletionRequest | CompletionRequest]) -> dict[str, Any]:
+    # Bodies are read raw, so that each fault can be explained in OpenAI's way; FastAPI has to be
+    # told of their schema.
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _body_schemas() -> dict[str, Any]:
+    _, schemas = models_json_schema(
+        [(ChatCompletionRequest, "validation"), (CompletionRequest, "validation")],
+        ref_template="#/components/schemas/{model}",
+    )
+    return schemas["$defs"]
+
+
+def _describe(app: FastAPI, body_schemas: Mapping[str, Any]) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        app.openapi_schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        app.openapi_schema["components"]["schemas"].update(body_schemas)
+    return app.openapi_schema
+
+
+def make_service(config: EngineConfig, engine: EngineLink) -> OpenAIService:
+    """Read tokenizer, template and keys, and put them together; blocks while they download.
+
+    Raises:
+        ConfigError, CheckpointError: Something of them is missing or unreadable.
+    """
+    directory = locate_text_files(
+        config.tokenizer_path or config.model_path,
+        # A revision is one of the model's repository; another's would not know it.
+        revision=None if config.tokenizer_path else config.revision,
+        download_dir=config.download_dir,
+    )
+    tokenizer = load_tokenizer(directory)
+    template_file = Path(config.chat_template) if config.chat_template else None
+    template = load_chat_template(directory, tokenizer, template_file=template_file)
+    return OpenAIService(config=config, tokenizer=tokenizer, template=template, engine=engine)
+
+
+def _service_of_this_replica() -> OpenAIService:
+    router: Any = serve.get_replica_context().servable_object
+    return router.service
+
+
+app = create_app(_service_of_this_replica)
+
+
+@serve.deployment
+@serve.ingress(app)
+class Router:
+    """One router replica: the routes above, over a link to the engine's deployment.
+
+    Args:
+        config: Fields of `EngineConfig` that differ from their defaults.
+        engine: Handle of the deployment of `cluster.replica.Engine`.
+    """
+
+    async def __init__(self, config: Mapping[str, Any], engine: DeploymentHandle) -> None:
+        parsed = parse_config(config)
+        logging.getLogger("cluster").setLevel(parsed.log_level.upper())
+        self._link = EngineLink(
+            engine,
+            bind_host=ray.util.get_node_ip_address(),
+            silence_timeout_s=parsed.host_timeout_s,
+        )
+        self.service = await asyncio.to_thread(make_service, parsed, self._link)
+
+    async def __del__(self) -> None:
+        await self._link.close()
+        self.service.close()

@@ -1,0 +1,319 @@
+"""An OpenAI endpoint over any `EngineClient`: what the routes call, and all that they share."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.admission import Admission, ApiKeys, Ticket
+from cluster.metrics import RouterMetrics
+from cluster.openai.chat import collect_chat, render_messages, stream_chat
+from cluster.openai.completions import (
+    collect_completion,
+    echoed_texts,
+    encode_prompts,
+    stream_completion,
+)
+from cluster.openai.engine_client import ChoiceRequest, EngineClient, EngineInfo, GenerateRequest
+from cluster.openai.errors import describe_error
+from cluster.openai.generation import ChoiceUpdate, Generation
+from cluster.openai.heading import make_heading
+from cluster.openai.sampling import make_sampling_params
+from cluster.openai.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ModelCard,
+    ModelList,
+)
+from cluster.openai.sse import DONE, encode_error_event
+from engine.config import EngineConfig
+from engine.errors import EngineError, ModelNotFoundError, RequestError
+from engine.text.chat_template import ChatTemplate
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+_TOKENIZER_THREADS = 4
+
+_T = TypeVar("_T")
+
+
+class OpenAIService:
+    """Answers OpenAI requests with one engine. Belongs to one event loop.
+
+    Args:
+        template: None for a model that knows no conversations.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        engine: EngineClient,
+    ) -> None:
+        self.engine = engine
+        self.metrics = RouterMetrics(config.model_names[0])
+        self._config = config
+        self._tokenizer = tokenizer
+        self._template = template
+        self._keys = (
+            ApiKeys.from_file(Path(config.api_key_file)) if config.api_key_file else ApiKeys()
+        )
+        self._admission = Admission(config.max_queued_requests, config.max_queued_tokens)
+        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._started_at = int(time.time())
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_key(self, authorization: str | None) -> None:
+        """Check a request's Authorization header. Raises AuthenticationError."""
+        self._keys.check(authorization)
+
+    async def chat(
+        self, body: ChatCompletionRequest, request_id: str
+    ) -> AsyncGenerator[bytes, None]:
+        """Answer a chat request: the stream's events, or one part with the whole object.
+
+        Raises:
+            RequestError, EngineError: Before the first part only; after it an error is an event.
+        """
+        self._check_model(body.model)
+        with self._admit(body, num_prompts=1) as ticket:
+            arrival_s = time.monotonic()
+            info = await self._ready_info()
+            prompt = await self._in_thread(partial(self._encode_chat, body))
+            generation = self._generation(body, request_id, [prompt], "messages", info, ticket)
+            heading = make_heading(request_id, body.model, info.fingerprint)
+            updates = self._observe(generation, ticket, arrival_s)
+            if body.stream:
+                events = stream_chat(
+                    updates,
+                    generation,
+                    heading,
+                    tokenizer=self._tokenizer,
+                    has_logprobs=body.logprobs,
+                    include_usage=_includes_usage(body),
+                )
+                async with aclosing(self._end_stream(events)) as parts:
+                    async for part in parts:
+                        yield part
+            else:
+                completion = await collect_chat(
+                    updates,
+                    generation,
+                    heading,
+                    tokenizer=self._tokenizer,
+                    has_logprobs=body.logprobs,
+                )
+                yield completion.model_dump_json().encode()
+
+    async def complete(
+        self, body: CompletionRequest, request_id: str
+    ) -> AsyncGenerator[bytes, None]:
+        """Answer a completion request, as `chat` does."""
+        self._check_model(body.model)
+        with self._admit(body, num_prompts=len(body.prompt)) as ticket:
+            arrival_s = time.monotonic()
+            info = await self._ready_info()
+            echoes = echoed_texts(body, self._tokenizer)
+            prompts = await self._in_thread(
+                partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
+            )
+            generation = self._generation(body, request_id, prompts, "prompt", info, ticket)
+            heading = make_heading(request_id, body.model, info.fingerprint)
+            updates = self._observe(generation, ticket, arrival_s)
+            echoes = [echo for echo in echoes for _ in range(body.n)]
+            has_logprobs = body.logprobs is not None
+            if body.stream:
+                events = stream_completion(
+                    updates,
+                    generation,
+                    heading,
+                    echoes=echoes,
+                    tokenizer=self._tokenizer,
+                    has_logprobs=has_logprobs,
+                    include_usage=_includes_usage(body),
+                )
+                async with aclosing(self._end_stream(events)) as parts:
+                    async for part in parts:
+                        yield part
+            else:
+                completion = await collect_completion(
+                    updates,
+                    generation,
+                    heading,
+                    echoes=echoes,
+                    tokenizer=self._tokenizer,
+                    has_logprobs=has_logprobs,
+                )
+                yield completion.model_dump_json().encode()
+
+    async def models(self) -> ModelList:
+        """List the one model, by the name that clients should use."""
+        return ModelList(data=[await self.model(self._config.model_names[0])])
+
+    async def model(self, name: str) -> ModelCard:
+        """Describe the model by any name that it is known by.
+
+        Raises:
+            ModelNotFoundError: It is known by no such name.
+        """
+        self._check_model(name)
+        info = await self.engine.engine_info()
+        return ModelCard(
+            id=name,
+            created=self._started_at,
+            owned_by="qwen-on-ray",
+            root=self._config.model_path,
+            max_model_len=info.context_length or None,
+        )
+
+    def _check_model(self, name: str) -> None:
+        names = self._config.model_names
+        if name not in names:
+            known = " or ".join(names)
+            raise ModelNotFoundError(f"The model {name[:200]!r} does not exist; here is {known}.")
+
+    def _admit(self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int) -> Ticket:
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream: true.", param="stream_options")
+        num_choices = num_prompts * body.n
+        if num_choices > self._admission.max_waiting:
+            raise RequestError(
+                f"The request asks for {num_choices} choices; at most "
+                f"{self._admission.max_waiting} may wait here. Send fewer prompts at a time.",
+                param="n" if num_prompts == 1 else "prompt",
+            )
+        return self._admission.admit(num_choices)
+
+    async def _ready_info(self) -> EngineInfo:
+        info = await self.engine.engine_info()
+        if info.is_ready:
+            return info
+        return await self.engine.wait_until_ready(self._config.hold_timeout_s)
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _encode_chat(self, body: ChatCompletionRequest) -> list[int]:
+        prompt = self._tokenizer.encode(render_messages(body, self._template))
+        if any(self._tokenizer.find_special(message.content or "") for message in body.messages):
+            self.metrics.special_tokens_in_messages.inc()
+        if not prompt:
+            raise RequestError("The chat template made an empty prompt.", param="messages")
+        return prompt
+
+    def _generation(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        request_id: str,
+        prompts: list[list[int]],
+        prompt_field: str,
+        info: EngineInfo,
+        ticket: Ticket,
+    ) -> Generation:
+        choices = []
+        for prompt in prompts:
+            sampling = make_sampling_params(
+                body,
+                info=info,
+                prompt_len=len(prompt),
+                prompt_field=prompt_field,
+                stop_token_ids=self._format_stop_token_ids(prompt_field),
+            )
+            prompt_token_ids = tuple(prompt)
+            choices += [
+                ChoiceRequest(
+                    prompt_token_ids=prompt_token_ids, sampling=sampling, sample_index=index
+                )
+                for index in range(body.n)
+            ]
+        ticket.add_tokens(body.n * sum(map(len, prompts)))
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return Generation(
+            self.engine,
+            GenerateRequest(request_id=request_id, choices=tuple(choices)),
+            make_detokenizer=lambda: Detokenizer(
+                self._tokenizer,
+                stop=body.stop,
+                include_stop=body.include_stop_str_in_output,
+                skip_special_tokens=body.skip_special_tokens,
+                min_tokens=body.min_tokens,
+            ),
+            own_stop_token_ids=frozenset(body.stop_token_ids),
+        )
+
+    def _format_stop_token_ids(self, prompt_field: str) -> list[int]:
+        """End tokens that the checkpoint's config may not name: the tokenizer's, the format's."""
+        tokens = [self._tokenizer.eos_token]
+        if prompt_field == "messages" and self._template is not None:
+            tokens += self._template.stop_tokens
+        ids = [self._tokenizer.token_id(token) for token in tokens if token]
+        return [token_id for token_id in ids if token_id is not None]
+
+    async def _observe(
+        self, generation: Generation, ticket: Ticket, arrival_s: float
+    ) -> AsyncGenerator[ChoiceUpdate, None]:
+        """Pass updates on, with what they mean for the waiting room and the metrics."""
+        choices = generation.request.choices
+        last_token_s: dict[int, float] = {}
+        unfinished = set(range(len(choices)))
+        metrics = self.metrics
+        try:
+            async with aclosing(generation.updates()) as updates:
+                async for update in updates:
+                    now_s = time.monotonic()
+                    before_s = last_token_s.get(update.index)
+                    if before_s is None:
+                        ticket.started(len(choices[update.index].prompt_token_ids))
+                        metrics.num_requests_running.inc()
+                        metrics.time_to_first_token_s.observe(now_s - arrival_s)
+                    elif update.num_tokens:
+                        metrics.inter_token_latency_s.observe(
+                            (now_s - before_s) / update.num_tokens
+                        )
+                    last_token_s[update.index] = now_s
+                    metrics.generation_tokens.inc(update.num_tokens)
+                    if update.finish_reason is not None:
+                        unfinished.discard(update.index)
+                        metrics.num_requests_running.dec()
+                        metrics.count_finished(update.finish_reason)
+                    yield update
+            metrics.request_latency_s.observe(time.monotonic() - arrival_s)
+        finally:
+            for index in unfinished:
+                metrics.count_finished("abort")
+                if index in last_token_s:
+                    metrics.num_requests_running.dec()
+
+    async def _end_stream(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """Close a stream by [DONE], or by the error that broke it."""
+        has_begun = False
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    has_begun = True
+                    yield event
+        except (RequestError, EngineError) as error:
+            if not has_begun:
+                raise
+            reply = describe_error(error)
+            self.metrics.count_error(reply.status)
+            yield encode_error_event(reply)
+        else:
+            yield DONE
+
+    def exposition(self) -> bytes:
+        """This router's metrics in Prometheus' text format."""
+        self.metrics.num_requests_waiting.set(self._admission.num_waiting)
+        return self.metrics.exposition()
+
+
+def _includes_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
