@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from engine.kernels.attention import AttentionMetadata, make_attention
 from engine.models.checkpoint import dummy_weights, load_weights
@@ -41,6 +42,7 @@ class LoadedModel:
         self.config = config or load_model_config(directory)
         self.dtype = dtype
         mesh = make_mesh(tp_size, jax.devices()[:tp_size])
+        self._replicated = NamedSharding(mesh, PartitionSpec())
         self.attention = make_attention("cpu", backend, mesh)
         self.model = make_model(self.config, mesh, self.attention, dtype)
         if dummy_seed is None:
@@ -58,7 +60,11 @@ class LoadedModel:
         metadata: AttentionMetadata,
     ) -> tuple[jax.Array, Any]:
         hidden_TD, cache = self.model.forward(params, token_ids_T, rope_alpha_T, cache, metadata)
-        return self.model.logits(params, hidden_TD), cache
+        # Whole on every device, so that each process of several can read it.
+        logits = jax.lax.with_sharding_constraint(
+            self.model.logits(params, hidden_TD), self._replicated
+        )
+        return logits, cache
 
     def make_cache(self, num_tokens: int) -> Any:
         return self.attention.init_cache(

@@ -1,0 +1,40 @@
+"""One rank of two that load a checkpoint together; prints what it held as JSON.
+
+python rank_program.py COORDINATOR RANK DIRECTORY
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+
+from model_harness import LoadedModel  # noqa: E402  (the number of devices comes first)
+
+from engine.models import checkpoint  # noqa: E402
+from engine.models.config import load_model_config  # noqa: E402
+
+
+def main(coordinator: str, rank: int, directory: Path) -> None:
+    jax.distributed.initialize(coordinator, 2, rank, initialization_timeout=60)
+    num_read_bytes = 0
+    gather = checkpoint._gather
+
+    def counting_gather(*args):
+        nonlocal num_read_bytes
+        result = gather(*args)
+        num_read_bytes += result.nbytes
+        return result
+
+    checkpoint._gather = counting_gather
+    model = LoadedModel(directory, load_model_config(directory), tp_size=2)
+    logits = model.logits(list(range(16)))
+    report = {"num_read_bytes": num_read_bytes, "logits": logits[-1].tolist()}
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
