@@ -6,13 +6,13 @@ Must not import JAX: the leader and the routers resolve names too.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -23,6 +23,10 @@ from engine.errors import CheckpointError
 # Never pickles, and never code.
 TEXT_PATTERNS = ("*.json", "*.tiktoken", "*.jinja", "*.txt")
 WEIGHT_PATTERNS = ("*.safetensors",)
+
+# A connection that breaks raises an error of the HTTP library beneath the hub's, which is another
+# one from version to version; the hub's own HTTP error derives from that library's base.
+_TRANSPORT_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def resolve_checkpoint(
@@ -76,15 +80,22 @@ def resolve_checkpoint(
         raise CheckpointError(
             f"--model-path={model_path} is neither a directory nor a model on the Hugging Face hub."
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (OSError, _TRANSPORT_ERROR) as error:
         is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         cause = "HF_HUB_OFFLINE is set" if is_offline else f"the hub cannot be reached ({error})"
         raise CheckpointError(
-            f"--model-path={model_path} is not a directory, it is not in the cache "
-            f"({download_dir or 'the hub’s own'}), and {cause}. Download it first, or give a "
+            f"--model-path={model_path} is not a directory, it is not whole in the cache "
+            f"({download_dir or 'the default one'}), and {cause}. Download it first, or give a "
             "directory."
         ) from error
-    return Path(fetched)
+    directory = Path(fetched)
+    if has_weights and not any(directory.glob(WEIGHT_PATTERNS[0])):
+        raise CheckpointError(
+            f"{model_path} has no safetensors on the Hugging Face hub. Pickles (*.bin) are not "
+            "fetched, because reading them can run code; use a release or a revision that has "
+            "safetensors."
+        )
+    return directory
 
 
 def _progress_bar(on_progress: Callable[[int, int], None]) -> type[tqdm]:
