@@ -1,13 +1,11 @@
 """The HTTP routes, and the Serve deployment that stands at them. No JAX, and nothing but routes.
 
-`create_app` needs no Ray: a test gives it a service over an engine of its own. Under Serve the app
-finds the service of the replica that it runs in.
+`create_app` needs no Ray: a test gives it a service over an engine of its own.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,24 +48,14 @@ logger = logging.getLogger(__name__)
 _NO_KEY_NEEDED = ("/health", "/health/ready")
 
 
-def create_app(find_service: Callable[[], OpenAIService]) -> FastAPI:
-    """Make the app.
-
-    Args:
-        find_service: Called once, when the app starts up.
-    """
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        app.state.service = find_service()
-        yield
-
+def create_app(service: OpenAIService) -> FastAPI:
+    """Make the app that answers with `service`."""
     app = FastAPI(
         title="qwen-on-ray",
         description="OpenAI's API for Qwen models, served with JAX under Ray.",
-        lifespan=lifespan,
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
+    app.state.service = service
     _add_routes(app)
     app.add_middleware(_KeyCheck)
     app.add_exception_handler(QwenOnRayError, _on_own_error)
@@ -234,16 +222,8 @@ def make_service(config: EngineConfig, engine: EngineLink) -> OpenAIService:
     return OpenAIService(config=config, tokenizer=tokenizer, template=template, engine=engine)
 
 
-def _service_of_this_replica() -> OpenAIService:
-    router: Any = serve.get_replica_context().servable_object
-    return router.service
-
-
-app = create_app(_service_of_this_replica)
-
-
 @serve.deployment
-@serve.ingress(app)
+@serve.ingress()
 class Router:
     """One router replica: the routes above, over a link to the engine's deployment.
 
@@ -261,6 +241,10 @@ class Router:
             silence_timeout_s=parsed.host_timeout_s,
         )
         self.service = await asyncio.to_thread(make_service, parsed, self._link)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        # Serve calls this after the constructor: the app can hold what only a replica has.
+        return create_app(self.service)
 
     async def __del__(self) -> None:
         await self._link.close()

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of a few hundred tokens, with ChatML's control tokens and a template."""
+"""A byte-level BPE tokenizer of a few hundred tokens, with ChatML's tokens and a template."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_tokenizer import CHAT_TEMPLATE, write_tiny_tokenizer
@@ -38,7 +39,7 @@ def render(template: JinjaTemplate | ChatMLTemplate, **kwargs: object) -> str:
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, INVOLVED_TEMPLATE])
 def test_templates_render_as_transformers_renders_them(source: str) -> None:
-    variables = {"bos_token": "<s>", "eos_token": "</s>"}
+    variables: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
     [expected], _ = render_jinja_template(
         [CONVERSATION], chat_template=source, add_generation_prompt=True, **variables
     )

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
@@ -56,7 +57,7 @@ def cut_first_stop(text: str, stop: Sequence[str], *, include: bool) -> str:
 
 def splits(data: bytes, cuts: Sequence[int]) -> Iterator[bytes]:
     borders = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         yield data[start:end]
 
 
