@@ -57,6 +57,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=max_calls,
         ray_actor_options={"num_cpus": _LEADER_CPUS},
+        # Routers ask it how it is each second; a line for each would bury what matters.
+        logging_config=LoggingConfig(enable_access_log=False),
         graceful_shutdown_timeout_s=30,
     ).bind(fields)
     router = Router.options(

@@ -92,7 +92,8 @@ class LLM:
         self._completions: dict[str, Completion] = {}
         self._bar: tqdm[Any] | None = None
         self._num_requests = 0
-        self._executor = InProcessExecutor(ModelRunner(config))
+        self._runner = ModelRunner(config)
+        self._executor = InProcessExecutor(self._runner)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
@@ -109,6 +110,11 @@ class LLM:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def num_compiles_since_ready(self) -> int:
+        """Programs compiled while serving; anything but 0 is a fault."""
+        return self._runner.num_compiles_since_ready
 
     def close(self) -> None:
         """Free the model; safe to call twice."""

@@ -1,0 +1,205 @@
+"""The whole engine in one process: whatever runs beside a request, it gets the same tokens.
+
+Float32 on CPU, tiny checkpoints. `alone` is the oracle: each prompt by itself, nothing cached,
+nothing chunked, one step at a time.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import ContextLengthError, RequestError
+from engine.llm import LLM, Completion
+from engine.request import SamplingParams
+
+DATA = Path(__file__).parents[1] / "data"
+VOCAB_SIZE = 512
+LOGPROB_TOLERANCE = 5e-4
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=3)
+SAMPLED = SamplingParams(
+    temperature=0.9,
+    top_p=0.9,
+    top_k=40,
+    presence_penalty=0.5,
+    frequency_penalty=0.2,
+    repetition_penalty=1.1,
+    seed=11,
+    max_tokens=24,
+    ignore_eos=True,
+    logprobs=3,
+)
+
+
+def make_prompts(count: int = 6) -> list[list[int]]:
+    """Prompts of many lengths; every second one begins like the first."""
+    numbers = random.Random(5)
+    prompts = []
+    for index in range(count):
+        tail = [numbers.randrange(VOCAB_SIZE) for _ in range(3 + 17 * index)]
+        prompts.append((prompts[0] + tail) if index % 2 and prompts else tail)
+    return prompts
+
+
+PROMPTS = make_prompts()
+
+
+@contextmanager
+def engine(checkpoint: str = "tiny-qwen2", **overrides: object) -> Iterator[LLM]:
+    fields = {
+        "model_path": str(DATA / checkpoint),
+        "device": "cpu",
+        "dtype": "float32",
+        "page_size": 16,
+        "context_length": 256,
+        "max_total_tokens": 2048,
+        "max_running_requests": 8,
+        "chunked_prefill_size": 128,
+        "random_seed": 1,
+    }
+    with LLM(EngineConfig.model_validate(fields | overrides)) as llm:
+        yield llm
+        llm.core.check_integrity()
+
+
+@pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def sampling(request: pytest.FixtureRequest) -> SamplingParams:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def alone(sampling: SamplingParams) -> list[Completion]:
+    with engine(enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
+        return [llm.generate([prompt], sampling)[0] for prompt in PROMPTS]
+
+
+def assert_same(got: list[Completion], expected: list[Completion]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        for left, right in zip(one.logprobs, other.logprobs, strict=True):
+            assert left.logprob == pytest.approx(right.logprob, abs=LOGPROB_TOLERANCE)
+            assert left.top_logprobs == pytest.approx(right.top_logprobs, abs=LOGPROB_TOLERANCE)
+
+
+VARIATIONS: dict[str, dict[str, object]] = {
+    "in one batch": {},
+    "planned step by step": {"disable_overlap_schedule": True},
+    "in chunks of 32": {"chunked_prefill_size": 32},
+    "on pages of one token": {"page_size": 1},
+    "on pages of 128 tokens": {"page_size": 128},
+    "through dense attention": {"attention_backend": "dense"},
+    "on two devices": {"tp_size": 2},
+    "on three devices": {"tp_size": 3},
+    "on four devices": {"tp_size": 4},
+}
+
+
+@pytest.mark.parametrize("overrides", VARIATIONS.values(), ids=VARIATIONS.keys())
+def test_requests_get_the_tokens_that_each_gets_alone(alone, sampling, overrides):
+    with engine(**overrides) as llm:
+        assert_same(llm.generate(PROMPTS, sampling), alone)
+
+
+def test_a_cached_prompt_gets_the_tokens_of_a_cold_one(alone, sampling):
+    with engine() as llm:
+        llm.generate(PROMPTS, sampling)
+        again = llm.generate(PROMPTS, sampling)
+        assert_same(again, alone)
+        assert all(
+            completion.num_cached_tokens == (len(prompt) - 1) // 16 * 16
+            for completion, prompt in zip(again, PROMPTS, strict=True)
+        )
+
+
+def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, sampling):
+    # The longest needs 8 of 14 pages; all six together want 27.
+    with engine(max_total_tokens=14 * 16, enable_prefix_caching=False) as llm:
+        assert_same(llm.generate(PROMPTS, sampling), alone)
+        assert llm.core.stats.preemptions_total > 0
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3"])
+def test_every_family_serves_chunked_cached_and_preempted(checkpoint):
+    with engine(checkpoint, enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
+        expected = [llm.generate([prompt], GREEDY)[0] for prompt in PROMPTS]
+    with engine(checkpoint, max_total_tokens=14 * 16, chunked_prefill_size=32) as llm:
+        assert_same(llm.generate(PROMPTS, GREEDY), expected)
+        assert_same(llm.generate(PROMPTS, GREEDY), expected)
+        assert llm.core.stats.preemptions_total > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_overlapped_and_serial_loops_agree_bit_for_bit(dtype, sampling):
+    runs = []
+    for is_serial in (False, True):
+        with engine(dtype=dtype, disable_overlap_schedule=is_serial) as llm:
+            # One by one, so that both loops make the same batches.
+            runs.append([llm.generate([prompt], sampling)[0] for prompt in PROMPTS])
+    assert [run.token_ids for run in runs[0]] == [run.token_ids for run in runs[1]]
+    assert [run.logprobs for run in runs[0]] == [run.logprobs for run in runs[1]]
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
+    def sampled(seed: int) -> SamplingParams:
+        return SamplingParams(seed=seed, max_tokens=16, ignore_eos=True)
+
+    with engine() as llm:
+        first = llm.generate([PROMPTS[1]] * 3, [sampled(1), sampled(1), sampled(2)])
+    assert first[0].token_ids == first[1].token_ids != first[2].token_ids
+
+
+def test_min_tokens_and_ignore_eos_and_stop_tokens_are_honoured():
+    with engine() as llm:
+        free = llm.generate([PROMPTS[2]], GREEDY)[0].token_ids
+        stop = free[4]
+        first = free.index(stop)
+
+        def run(**fields: object) -> Completion:
+            params = {"temperature": 0.0, "max_tokens": 24, "stop_token_ids": (stop,), **fields}
+            return llm.generate([PROMPTS[2]], SamplingParams(**params))[0]  # type: ignore[arg-type]
+
+        stopped = run()
+        assert stopped.token_ids == free[: first + 1]
+        assert stopped.finish_reason == "stop"
+        later = run(min_tokens=first + 5)
+        assert stop not in later.token_ids[: first + 5]
+        assert len(later.token_ids) > first + 5 or later.finish_reason == "length"
+
+
+def test_logit_bias_forces_and_forbids():
+    def run(llm: LLM, bias: dict[int, float]) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=bias, ignore_eos=True)
+        return llm.generate([PROMPTS[0]], params)[0].token_ids
+
+    with engine() as llm:
+        free = run(llm, {})
+        assert run(llm, {77: 100.0}) == [77] * 8
+        assert free[0] not in run(llm, {free[0]: -100.0})
+
+
+def test_generation_fills_the_context_and_no_more():
+    with engine(context_length=64, max_total_tokens=1024) as llm:
+        prompt = [1] * 50
+        completion = llm.generate([prompt], SamplingParams(temperature=0.0, ignore_eos=True))[0]
+        assert len(completion.token_ids) == 14
+        assert completion.finish_reason == "length"
+        with pytest.raises(ContextLengthError, match="64"):
+            llm.generate([[1] * 64])
+
+
+def test_a_bad_prompt_disturbs_nobody(alone, sampling):
+    with engine() as llm:
+        with pytest.raises(RequestError, match="vocabulary"):
+            llm.generate([PROMPTS[0], [VOCAB_SIZE + 100]], sampling)
+        assert_same(llm.generate(PROMPTS, sampling), alone)
+
+
+def test_requests_of_all_kinds_compile_nothing_after_the_start():
+    with engine() as llm:
+        for params in (GREEDY, SAMPLED, SamplingParams(min_p=0.1, max_tokens=3)):
+            llm.generate(PROMPTS, params)
+        assert llm.num_compiles_since_ready == 0
