@@ -1,0 +1,97 @@
+"""The quickstart as a newcomer runs it: an answer on the terminal, and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A temporary folder whose path leaves room for the sockets that Ray puts below it."""
+    with tempfile.TemporaryDirectory(prefix="qs-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def start_quickstart(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", str(QUICKSTART), *words],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Every process of that Ray: each has the folder in its arguments or environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *process.environ().values()]
+        except psutil.Error:
+            continue
+        if any(str(folder) in word for word in words):
+            found.append(" ".join(process.cmdline())[:200])
+    return found
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_quickstart_prints_an_answer_and_leaves_no_process(
+    demo_checkpoint: Path, short_folder: Path, num_hosts: int
+):
+    quickstart = start_quickstart(
+        short_folder,
+        "--exit",
+        "--hosts",
+        str(num_hosts),
+        "--prompt",
+        "What is the capital of France?",
+    )
+    output, _ = quickstart.communicate(timeout=800)
+
+    assert quickstart.returncode == 0, output
+    assert "Paris" in output.partition("What is the capital of France?")[2], output
+    assert processes_of(short_folder) == []
+    assert list(short_folder.iterdir()) == []
+
+
+def test_interrupted_start_leaves_no_process_and_fails(demo_checkpoint: Path, short_folder: Path):
+    quickstart = start_quickstart(short_folder)
+    assert quickstart.stdout is not None
+    output = ""
+    for line in quickstart.stdout:
+        output += line
+        if "dashboard on" in line:
+            break
+    assert processes_of(short_folder), output
+
+    quickstart.send_signal(signal.SIGINT)
+    rest, _ = quickstart.communicate(timeout=60)
+
+    assert quickstart.returncode == 1, output + rest
+    assert "interrupted before the answer came" in rest
+    assert processes_of(short_folder) == []
+
+
+def test_port_that_is_taken_is_named(short_folder: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        quickstart = start_quickstart(short_folder, "--port", str(port))
+        output, _ = quickstart.communicate(timeout=120)
+
+    assert quickstart.returncode == 1
+    assert f"--port={port} cannot be used" in output
