@@ -1,10 +1,13 @@
 """The table of compiled program shapes, and which of them a step takes. Knows no JAX."""
 
+import logging
 from collections.abc import Sequence
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.step import Bucket
+
+logger = logging.getLogger(__name__)
 
 MIN_CHUNK_TOKENS = 32
 """Smaller prefills are padded to this: a program more would cost more than the padding."""
@@ -12,13 +15,16 @@ MIN_CHUNK_TOKENS = 32
 CHUNK_TOKENS_PER_CHUNK = 16
 """A bucket has a chunk row for each so many chunk tokens, up to `max_running_requests`."""
 
+FEW_SEQS = 8
+"""Decode rows of the smaller mixed shapes: they cost little beside `MIN_CHUNK_TOKENS`."""
+
 
 def bucket_table(config: EngineConfig, *, context_length: int) -> tuple[Bucket, ...]:
     """List every program shape that an engine compiles, cheapest first.
 
     Decode-only shapes have 2, 4, 8 .. rows (a single row is padded to two, because a matrix product
-    of one row is far slower on CPUs than one of two). Mixed shapes carry all decode rows or the
-    fewest, so that a prefill with few decodes beside it does not pay for many.
+    of one row is far slower on CPUs than one of two). Mixed shapes carry all decode rows; where
+    these are many, also a few, so that a prefill with few decodes beside it does not pay for all.
 
     Args:
         config: Gives `max_running_requests`, the chunk size and the extra paddings.
@@ -28,15 +34,20 @@ def bucket_table(config: EngineConfig, *, context_length: int) -> tuple[Bucket, 
     decode_sizes = _powers_of_two(2, max_seqs)
     most_tokens = min(config.prefill_chunk_tokens, context_length * config.max_running_requests)
     token_sizes = {min(most_tokens, size) for size in _quadruples(MIN_CHUNK_TOKENS, most_tokens)}
-    token_sizes |= {
-        padding
-        for padding in config.jax_precompile_prefill_token_paddings
-        if padding <= config.prefill_chunk_tokens
-    }
+    for padding in config.jax_precompile_prefill_token_paddings:
+        if padding <= most_tokens:
+            token_sizes.add(padding)
+        else:
+            logger.warning(
+                "--jax-precompile-prefill-token-paddings=%d is not compiled: no step computes more "
+                "than %d prompt tokens. Raise --chunked-prefill-size or leave it out.",
+                padding,
+                most_tokens,
+            )
     buckets = [Bucket(size) for size in decode_sizes]
     for tokens in sorted(token_sizes):
         chunks = _num_chunks(tokens, config.max_running_requests)
-        for num_seqs in sorted({2, max_seqs}):
+        for num_seqs in sorted({min(max_seqs, FEW_SEQS), max_seqs}):
             buckets.append(Bucket(num_seqs, tokens, chunks))
     return tuple(buckets)
 
