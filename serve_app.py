@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 from cluster.router import Router
@@ -61,7 +61,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         logging_config=LoggingConfig(enable_access_log=False),
         graceful_shutdown_timeout_s=30,
     ).bind(fields)
-    router = Router.options(
+    # Its decorators hide from type checkers what it has become.
+    router = cast(serve.Deployment, Router).options(
         max_ongoing_requests=max_calls, ray_actor_options={"num_cpus": _ROUTER_CPUS}
     )
     return router.bind(fields, engine)

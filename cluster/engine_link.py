@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import ray.exceptions
@@ -99,7 +99,9 @@ class EngineLink:
             cache_salt=request.cache_salt,
             reply_to=self._receiver.invitation,
         )
-        response = self._engine.generate.remote(msgspec.msgpack.encode(call))
+        response = cast(
+            "DeploymentResponse[bytes]", self._engine.generate.remote(msgspec.msgpack.encode(call))
+        )
         # It returns just after the last token; the client need not wait for that.
         end = asyncio.ensure_future(_await_end(response))
         self._calls.add(end)
@@ -191,7 +193,7 @@ def _delta(tokens: ChoiceTokens) -> TokenDelta:
     )
 
 
-async def _await_end(response: DeploymentResponse) -> GenerateEnd:
+async def _await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:
     """The call's end; each way in which Serve and Ray report a failure becomes an error of ours."""
     try:
         return msgspec.msgpack.decode(await response, type=GenerateEnd)
