@@ -1,0 +1,166 @@
+"""An engine that says what a test tells it to, and a server on loopback before it."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import uvicorn
+from tiny_tokenizer import write_tiny_tokenizer
+
+from cluster.openai.engine_client import (
+    ChoiceRequest,
+    EngineInfo,
+    GenerateRequest,
+    RankStatus,
+    TokenDelta,
+)
+from cluster.router import create_app
+from cluster.service import OpenAIService
+from engine.config import EngineConfig
+from engine.errors import EngineNotReadyError
+from engine.request import TokenLogprobs
+from engine.text.chat_template import load_chat_template
+from engine.text.tokenizer import Tokenizer, load_tokenizer
+
+CONTEXT_LENGTH = 512
+
+
+class FakeEngine:
+    """An `EngineClient`. Each choice says `answer`, one token a delta, then its end token.
+
+    Attributes:
+        answer: Text of a choice.
+        failure: (number of deltas before it, error to raise), or None.
+        steps: If set, each delta waits for a permit.
+        requests: What was asked, in order.
+        aborted_choices: What `abort_choice` was called with.
+        closed_early: Ids of requests whose iterator was closed before its end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.answer: Callable[[ChoiceRequest], str] = lambda _: "Once upon a time"
+        self.failure: tuple[int, Exception] | None = None
+        self.steps: asyncio.Semaphore | None = None
+        self.requests: list[GenerateRequest] = []
+        self.aborted_choices: list[tuple[str, int]] = []
+        self.closed_early: list[str] = []
+        self.has_started = asyncio.Event()
+        self.has_closed = asyncio.Event()
+        self.info = EngineInfo(
+            is_ready=True,
+            status="ready",
+            context_length=CONTEXT_LENGTH,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_ids=(tokenizer.special_tokens["<|im_end|>"],),
+            fingerprint="tiny",
+            ranks=(RankStatus(rank=0, state="ready", seconds_since_answer=0.1),),
+        )
+
+    async def engine_info(self) -> EngineInfo:
+        return self.info
+
+    async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
+        if not self.info.is_ready:
+            raise EngineNotReadyError(f"not ready within {timeout_s:.0f} s: {self.info.status}")
+        return self.info
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        self.aborted_choices.append((request_id, index))
+
+    async def generate(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        self.requests.append(request)
+        self.has_started.set()
+        queues = [self._deltas(choice) for choice in request.choices]
+        num_sent = 0
+        has_ended = False
+        try:
+            while any(queues):
+                for index, queue in enumerate(queues):
+                    if not queue or (request.request_id, index) in self.aborted_choices:
+                        queue.clear()
+                        continue
+                    if self.steps is not None:
+                        await self.steps.acquire()
+                    if self.failure is not None and num_sent == self.failure[0]:
+                        raise self.failure[1]
+                    num_sent += 1
+                    yield index, queue.pop(0)
+            has_ended = True
+        finally:
+            if not has_ended:
+                self.closed_early.append(request.request_id)
+            self.has_closed.set()
+
+    def _deltas(self, choice: ChoiceRequest) -> list[TokenDelta]:
+        sampling = choice.sampling
+        token_ids = self._tokenizer.encode(self.answer(choice))
+        end = self.info.eos_token_ids[0]
+        token_ids = [*token_ids, end][: sampling.max_tokens]
+        deltas = [
+            TokenDelta(
+                token_ids=(token_id,),
+                logprobs=self._logprobs(token_id, sampling.logprobs),
+                num_cached_tokens=4,
+            )
+            for token_id in token_ids
+        ]
+        if token_ids[-1] == end:
+            deltas[-1] = replace(deltas[-1], finish_reason="stop", stop_token_id=end)
+        else:
+            deltas[-1] = replace(deltas[-1], finish_reason="length")
+        return deltas
+
+    def _logprobs(self, token_id: int, num_top: int | None) -> tuple[TokenLogprobs, ...]:
+        if num_top is None:
+            return ()
+        top = [token_id, *(other for other in range(60, 90) if other != token_id)][:num_top]
+        return (
+            TokenLogprobs(
+                logprob=-0.25,
+                top_token_ids=tuple(top),
+                top_logprobs=tuple(-0.25 - rank for rank in range(num_top)),
+            ),
+        )
+
+
+def make_service(directory: Path, **fields: object) -> tuple[OpenAIService, FakeEngine]:
+    """Make a service over a fake engine and the tiny tokenizer.
+
+    Args:
+        fields: Fields of `EngineConfig`.
+    """
+    write_tiny_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
+    engine = FakeEngine(tokenizer)
+    config = EngineConfig.model_validate({"model_path": "Tiny/Tiny-Chat", **fields})
+    service = OpenAIService(
+        config=config,
+        tokenizer=tokenizer,
+        template=load_chat_template(directory, tokenizer),
+        engine=engine,
+    )
+    return service, engine
+
+
+@asynccontextmanager
+async def serve_on_loopback(service: OpenAIService) -> AsyncGenerator[str, None]:
+    """Serve on a free port of loopback; yields the URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def all_token_ids(deltas: Sequence[TokenDelta]) -> list[int]:
+    """Tokens of deltas, in order."""
+    return [token_id for delta in deltas for token_id in delta.token_ids]

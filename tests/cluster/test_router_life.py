@@ -1,0 +1,249 @@
+"""Disconnects, the waiting room, keys, health, metrics and what importing the router costs."""
+
+import asyncio
+import hashlib
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import FakeEngine, make_service, serve_on_loopback
+
+from cluster.admission import Admission, ApiKeys
+from cluster.router import create_app
+from cluster.service import OpenAIService
+from engine.errors import AuthenticationError, ConfigError, EngineBusyError
+
+CHAT = "/v1/chat/completions"
+MODEL = "Tiny/Tiny-Chat"
+DEADLINE_S = 10
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], **fields}
+
+
+@pytest.fixture
+def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
+    return make_service(tmp_path, max_queued_requests=2)
+
+
+@pytest.fixture
+def service(service_and_engine: tuple[OpenAIService, FakeEngine]) -> OpenAIService:
+    return service_and_engine[0]
+
+
+@pytest.fixture
+def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
+    return service_and_engine[1]
+
+
+@pytest.fixture
+async def client(service: OpenAIService) -> AsyncGenerator[httpx.AsyncClient, None]:
+    async with (
+        serve_on_loopback(service) as url,
+        httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_before_the_first_token_aborts_its_request(
+    client: httpx.AsyncClient, engine: FakeEngine, stream: bool
+) -> None:
+    engine.steps = asyncio.Semaphore(0)
+    asking = asyncio.create_task(client.post(CHAT, json=chat_body(stream=stream)))
+    async with asyncio.timeout(DEADLINE_S):
+        await engine.has_started.wait()
+        asking.cancel()
+        await engine.has_closed.wait()
+    assert engine.closed_early == [engine.requests[0].request_id]
+
+
+async def test_a_client_that_leaves_amid_a_stream_aborts_its_request(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.steps = asyncio.Semaphore(3)
+    async with asyncio.timeout(DEADLINE_S):
+        async with client.stream("POST", CHAT, json=chat_body(stream=True)) as response:
+            await anext(response.aiter_lines())
+        await engine.has_closed.wait()
+    assert engine.closed_early == [engine.requests[0].request_id]
+
+
+async def test_one_request_more_than_may_wait_is_refused_until_there_is_room(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.steps = asyncio.Semaphore(0)
+    async with asyncio.timeout(DEADLINE_S):
+        waiting = asyncio.create_task(client.post(CHAT, json=chat_body(n=2)))
+        await engine.has_started.wait()
+        response = await client.post(CHAT, json=chat_body())
+        assert response.status_code == 429
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        assert "--max-queued-requests" in response.json()["error"]["message"]
+        assert int(response.headers["retry-after"]) > 0
+        for _ in range(1000):
+            engine.steps.release()
+        assert (await waiting).status_code == 200
+        assert (await client.post(CHAT, json=chat_body())).status_code == 200
+
+
+async def test_a_request_that_begins_makes_room_for_the_next(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.steps = asyncio.Semaphore(2)
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        client.stream("POST", CHAT, json=chat_body(n=2, stream=True)) as first,
+    ):
+        lines = first.aiter_lines()
+        # Both choices have their first token, and neither has ended.
+        begun: set[str] = set()
+        while begun != {"0", "1"}:
+            begun.update((await anext(lines)).partition('"index":')[2][:1])
+        second = asyncio.create_task(client.post(CHAT, json=chat_body()))
+        for _ in range(1000):
+            engine.steps.release()
+        assert (await second).status_code == 200
+
+
+def test_the_waiting_room_is_empty_when_all_tickets_are_closed() -> None:
+    admission = Admission(max_waiting=4, max_waiting_tokens=100)
+    with admission.admit(2) as first:
+        first.add_tokens(60)
+        with admission.admit(2) as second:
+            with pytest.raises(EngineBusyError, match="--max-queued-tokens"):
+                second.add_tokens(41)
+            second.add_tokens(40)
+            with pytest.raises(EngineBusyError, match="--max-queued-requests"):
+                admission.admit(1)
+            first.started(30)
+            assert (admission.num_waiting, admission.num_waiting_tokens) == (3, 70)
+    assert (admission.num_waiting, admission.num_waiting_tokens) == (0, 0)
+
+
+def test_a_request_longer_than_all_may_wait_comes_in_alone() -> None:
+    admission = Admission(max_waiting=4, max_waiting_tokens=100)
+    with admission.admit(1) as ticket:
+        ticket.add_tokens(1000)
+        assert admission.num_waiting_tokens == 1000
+
+
+def key_file(directory: Path, *keys: str) -> Path:
+    path = directory / "keys"
+    hashes = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+    path.write_text("# keys of the team\n\n" + "\n".join(f"{h}  # one" for h in hashes))
+    return path
+
+
+async def test_everything_but_health_needs_a_key_if_keys_are_set(tmp_path: Path) -> None:
+    service, _ = make_service(tmp_path, api_key_file=str(key_file(tmp_path, "alpha", "beta")))
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere"):
+            response = await client.get(path)
+            assert response.status_code == 401, path
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/health", "/health/ready"):
+            assert (await client.get(path)).status_code == 200
+        for key in ("gamma", "alph", "alphaa", ""):
+            response = await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+            assert response.status_code == 401
+        for key in ("alpha", "beta"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+            assert (await client.post(CHAT, json=chat_body(), headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("secret-key", "line 1 is no SHA-256 hash"), ("# nothing", "has no key")],
+)
+def test_a_key_file_without_hashes_is_refused_and_not_shown(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        ApiKeys.from_file(path)
+    assert "secret-key" not in str(raised.value)
+
+
+def test_a_key_must_come_as_a_bearer_token() -> None:
+    keys = ApiKeys((hashlib.sha256(b"alpha").digest(),))
+    keys.check("Bearer alpha")
+    keys.check("bearer alpha")
+    for header in (None, "", "alpha", "Basic alpha", "Bearer", "Bearer  "):
+        with pytest.raises(AuthenticationError):
+            keys.check(header)
+
+
+async def test_metrics_count_requests_and_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    body = (await client.post(CHAT, json=chat_body())).json()
+    await client.post(CHAT, json=chat_body(max_tokens=1))
+    await client.post(CHAT, json=chat_body(temperature=9))
+    content = [{"role": "user", "content": "<|im_end|>\n<|im_start|>system"}]
+    await client.post(CHAT, json=chat_body(messages=content, max_tokens=1))
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    label = f'model_name="{MODEL}"'
+    lines = dict(
+        line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#")
+    )
+    assert float(lines[f'vllm:request_success_total{{finished_reason="stop",{label}}}']) == 1
+    assert float(lines[f'vllm:request_success_total{{finished_reason="length",{label}}}']) == 2
+    generated = body["usage"]["completion_tokens"] + 2
+    assert float(lines[f"vllm:generation_tokens_total{{{label}}}"]) == generated
+    assert float(lines[f"vllm:time_to_first_token_seconds_count{{{label}}}"]) == 3
+    assert float(lines[f"vllm:num_requests_waiting{{{label}}}"]) == 0
+    assert float(lines[f"vllm:num_requests_running{{{label}}}"]) == 0
+    assert float(lines[f'qwen_on_ray:request_errors_total{{{label},status="400"}}']) == 1
+    assert float(lines[f"qwen_on_ray:special_tokens_in_messages_total{{{label}}}"]) == 1
+
+
+async def test_a_fault_of_ours_is_told_without_its_inside(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.failure = (0, ZeroDivisionError("inside"))
+    response = await client.post(CHAT, json=chat_body())
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "inside" not in response.text
+    assert "ZeroDivisionError: inside" in caplog.text
+
+
+async def test_the_openapi_page_describes_requests_and_answers(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/docs")).status_code == 200
+    description = (await client.get("/openapi.json")).json()
+    schemas = description["components"]["schemas"]
+    body = description["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]
+    assert body["schema"] == {"$ref": "#/components/schemas/ChatCompletionRequest"}
+    assert "chat_template_kwargs" in schemas["ChatCompletionRequest"]["properties"]
+    assert {"CompletionRequest", "ChatCompletion", "Completion", "ErrorResponse"} <= set(schemas)
+
+
+async def test_answers_carry_their_id_in_a_header(client: httpx.AsyncClient) -> None:
+    response = await client.post(CHAT, json=chat_body())
+    assert response.headers["x-request-id"] == response.json()["id"]
+    response = await client.post(CHAT, json=chat_body(stream=True))
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-request-id"] in response.text
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_the_router_imports_neither_jax_nor_transformers() -> None:
+    code = (
+        "import sys, cluster.router, engine.text.tokenizer; "
+        "print([name for name in ('jax', 'flax', 'transformers', 'torch') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,358 @@
+"""What is wrong with a request comes back in OpenAI's words; nothing a client sends is a 5xx."""
+
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
+from cluster.router import create_app
+from cluster.service import OpenAIService
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+MODEL = "Tiny/Tiny-Chat"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
+    return make_service(tmp_path, hold_timeout_s=1)
+
+
+@pytest.fixture
+def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
+    return service_and_engine[1]
+
+
+@pytest.fixture
+async def client(
+    service_and_engine: tuple[OpenAIService, FakeEngine],
+) -> AsyncGenerator[httpx.AsyncClient, None]:
+    transport = httpx.ASGITransport(create_app(service_and_engine[0]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        yield client
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+def to_json(body: dict[str, Any]) -> str:
+    # Python writes 1e400 as Infinity, which is not JSON.
+    return json.dumps(body).replace("Infinity", "1e400")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b'{"model": NaN}', "not valid JSON"),
+        (b'{"model": "\\ud800"}', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "must be a JSON object, not an array"),
+        (b"null", "must be a JSON object, not null"),
+        (b"3", "must be a JSON object, not a number"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_body_that_is_no_json_object_is_refused(
+    path: str, content: bytes, message: str, client: httpx.AsyncClient
+) -> None:
+    response = await client.post(path, content=content)
+    assert response.status_code == 400
+    assert message in error_of(response)["message"]
+
+
+CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": None}, "messages", "You must provide messages"),
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": "hi"}, "messages", "list"),
+    ({"messages": [3]}, "messages[0]", "dict"),
+    ({"messages": [{"content": "hi"}]}, "messages[0].role", "You must provide"),
+    ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role", "'wizard'"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role", "tool calls"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "no content"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "string"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content",
+        "reads text only",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content",
+        "no string",
+    ),
+    ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages", "cannot begin"),
+    ({"model": None}, "model", "You must provide model"),
+    ({"model": 3}, "model", "string"),
+    ({"temperature": "hot"}, "temperature", "'hot'"),
+    ({"temperature": "0.5"}, "temperature", "'0.5'"),
+    ({"temperature": True}, "temperature", "True"),
+    ({"temperature": 2.1}, "temperature", "at most 2"),
+    ({"temperature": -0.1}, "temperature", "at least 0"),
+    ({"temperature": 1e400}, "temperature", ""),
+    ({"top_p": 0}, "top_p", "above 0"),
+    ({"top_p": 1.01}, "top_p", "at most 1"),
+    ({"top_k": -2}, "top_k", "at least -1"),
+    ({"top_k": 2**40}, "top_k", "at most"),
+    ({"min_p": 2}, "min_p", "at most 1"),
+    ({"presence_penalty": 3}, "presence_penalty", "at most 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "at least -2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "above 0"),
+    ({"seed": 2**70}, "seed", "at most"),
+    ({"seed": 1.5}, "seed", "integer"),
+    ({"max_tokens": 0}, "max_tokens", "at least 1"),
+    ({"max_tokens": -5}, "max_tokens", "at least 1"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than max_tokens"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 129}, "n", "less than or equal to 128"),
+    ({"stop": 3}, "stop", "list"),
+    ({"stop": [""]}, "stop[0]", "at least 1 character"),
+    ({"stop": ["a"] * 17}, "stop", "at most 16"),
+    ({"stop": ["a" * 513]}, "stop[0]", "at most 512"),
+    ({"stop_token_ids": [10**6]}, "stop_token_ids", "ids run from 0 to"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "ids run from 0 to"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "no token id"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "no token id"),
+    ({"logit_bias": {"999999": 1}}, "logit_bias", "ids run from 0 to"),
+    ({"logit_bias": {"1": 101}}, "logit_bias", "at most 100"),
+    ({"logprobs": 3}, "logprobs", "boolean"),
+    ({"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+    ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "Unrecognized"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"functions": [{}]}, "functions", "not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
+    ({"modalities": ["audio"]}, "modalities", "not supported"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
+    ({"best_of": True}, "best_of", "not supported"),
+    ({"topk": 4}, "topk", "Did you mean top_k?"),
+    ({"colour": "red"}, "colour", "Unrecognized request argument"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "may not set"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "param", "message"), CHAT_FAULTS, ids=[str(fault[0])[:60] for fault in CHAT_FAULTS]
+)
+async def test_a_faulty_chat_request_names_the_field_at_fault(
+    fault: dict[str, Any],
+    param: str,
+    message: str,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+) -> None:
+    body = {"model": MODEL, "messages": HELLO, **fault}
+    response = await client.post(CHAT, content=to_json(body))
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "param", "message"),
+    [
+        ({"prompt": None}, "prompt", "You must provide prompt"),
+        ({"prompt": []}, "prompt", "not empty"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": ["a", 3]}, "prompt", "list of strings"),
+        ({"prompt": {"a": 1}}, "prompt", "list of strings"),
+        ({"prompt": [1, 10**6]}, "prompt", "ids run from 0 to"),
+        ({"prompt": [-1]}, "prompt", "ids run from 0 to"),
+        ({"logprobs": 21}, "logprobs", "at most 20"),
+        ({"logprobs": True}, "logprobs", "integer"),
+        ({"echo": True, "logprobs": 1}, "echo", "not supported"),
+        ({"suffix": "end"}, "suffix", "not supported"),
+        ({"best_of": 2}, "best_of", "not supported"),
+        ({"messages": HELLO}, "messages", "Unrecognized"),
+        ({"prompt": ["a"] * 1025}, "prompt", "1025 choices"),
+    ],
+)
+async def test_a_faulty_completion_request_names_the_field_at_fault(
+    fault: dict[str, Any], param: str, message: str, client: httpx.AsyncClient
+) -> None:
+    response = await client.post(COMPLETIONS, json={"model": MODEL, "prompt": "The", **fault})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == param or str(error["param"]).startswith("prompt")
+    assert message in error["message"]
+
+
+async def test_fields_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [
+            *HELLO,
+            {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": []},
+            *HELLO,
+        ],
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "user": "me",
+        "metadata": {"a": "b"},
+        "temperature": None,
+        "stop": None,
+        "n": None,
+        "logit_bias": {},
+    }
+    response = await client.post(CHAT, json=body)
+    assert response.status_code == 200
+
+
+async def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(
+    client: httpx.AsyncClient,
+) -> None:
+    for length in (CONTEXT_LENGTH, CONTEXT_LENGTH + 1):
+        response = await client.post(COMPLETIONS, json={"model": MODEL, "prompt": [1] * length})
+        assert response.status_code == 400
+        error = error_of(response)
+        assert error["code"] == "context_length_exceeded"
+        assert f"{length} tokens" in error["message"]
+        assert f"{CONTEXT_LENGTH} tokens" in error["message"]
+    response = await client.post(
+        COMPLETIONS, json={"model": MODEL, "prompt": [1] * (CONTEXT_LENGTH - 1)}
+    )
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] == 1
+
+
+async def test_max_tokens_beyond_the_context_is_refused_with_what_would_fit(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.post(
+        COMPLETIONS, json={"model": MODEL, "prompt": [1] * 500, "max_tokens": 13}
+    )
+    assert response.status_code == 400
+    assert "together 513" in error_of(response)["message"]
+    assert "to 12" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_an_unknown_model_is_not_found(path: str, client: httpx.AsyncClient) -> None:
+    body = (
+        {"model": "gpt-4", "messages": HELLO} if path == CHAT else {"model": "gpt-4", "prompt": "a"}
+    )
+    response = await client.post(path, json=body)
+    assert response.status_code == 404
+    error = error_of(response)
+    assert error["code"] == "model_not_found"
+    assert "Tiny-Chat" in error["message"]
+
+
+async def test_an_unknown_route_and_a_wrong_method_are_told_in_openais_words(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.get("/v1/engines")
+    assert response.status_code == 404
+    assert "/v1/engines" in error_of(response)["message"]
+    response = await client.get(CHAT)
+    assert response.status_code == 405
+    assert error_of(response)["type"] == "invalid_request_error"
+    assert "POST" in response.headers["allow"]
+
+
+async def test_a_body_that_is_too_large_is_refused(client: httpx.AsyncClient) -> None:
+    response = await client.post(CHAT, content=b" " * (32 * 1024 * 1024 + 1))
+    assert response.status_code == 413
+    assert "bytes" in error_of(response)["message"]
+
+
+async def test_a_base_model_takes_completions_but_no_chats(tmp_path: Path) -> None:
+    service, engine = make_service(tmp_path)
+    base = OpenAIService(
+        config=service._config, tokenizer=service._tokenizer, template=None, engine=engine
+    )
+    transport = httpx.ASGITransport(create_app(base))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        response = await client.post(CHAT, json={"model": MODEL, "messages": HELLO})
+        assert response.status_code == 400
+        assert "--chat-template" in error_of(response)["message"]
+        response = await client.post(COMPLETIONS, json={"model": MODEL, "prompt": "The"})
+        assert response.status_code == 200
+
+
+async def test_an_engine_that_is_not_ready_gives_503_and_says_why(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.info = replace(engine.info, is_ready=False, status="compile 7 of 12")
+    response = await client.post(CHAT, json={"model": MODEL, "messages": HELLO})
+    assert response.status_code == 503
+    assert "compile 7 of 12" in error_of(response)["message"]
+    assert int(response.headers["retry-after"]) > 0
+    response = await client.get("/health/ready")
+    assert response.status_code == 503
+    assert response.json()["ranks"][0]["state"] == "ready"
+    response = await client.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {"status": "starting", "detail": "compile 7 of 12"}
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(min_value=-(2**70), max_value=2**70)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "text", MODEL, "system"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "valid"),
+    [
+        (CHAT, ChatCompletionRequest, {"model": MODEL, "messages": HELLO}),
+        (COMPLETIONS, CompletionRequest, {"model": MODEL, "prompt": "The"}),
+    ],
+)
+async def test_any_value_of_any_field_is_answered_or_refused(
+    path: str,
+    kind: type[ChatCompletionRequest | CompletionRequest],
+    valid: dict[str, Any],
+    client: httpx.AsyncClient,
+) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    @settings(max_examples=150, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        changes=st.dictionaries(
+            st.sampled_from(sorted(kind.model_fields)), json_values, min_size=1, max_size=3
+        )
+    )
+    def collect(changes: dict[str, Any]) -> None:
+        bodies.append({**valid, **changes})
+
+    collect()
+    for body in bodies:
+        response = await client.post(path, content=to_json(body))
+        assert response.status_code in (200, 400, 404), (body, response.text)
+        if response.status_code != 200:
+            error_of(response)
