@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 
 from engine.errors import CheckpointError
 from engine.models.config import ModelConfig
-from engine.models.hub import resolve_checkpoint
 from engine.models.names import CheckpointTensor
 from engine.models.registry import (
     MODEL_FILES,
@@ -31,7 +30,7 @@ from engine.models.registry import (
 from engine.models.safetensors_files import StoredTensor, find_tensors
 from engine.sharding import ShardLayout, named_sharding
 
-__all__ = ["OnBytes", "dummy_weights", "load_weights", "resolve_checkpoint"]
+__all__ = ["OnBytes", "dummy_weights", "load_weights"]
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, from any thread, one call at a time."""
