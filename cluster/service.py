@@ -1,6 +1,7 @@
 """An OpenAI endpoint over any `EngineClient`: what the routes call, and all that they share."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from cluster.openai.completions import (
     stream_completion,
 )
 from cluster.openai.engine_client import ChoiceRequest, EngineClient, EngineInfo, GenerateRequest
-from cluster.openai.errors import describe_error
+from cluster.openai.errors import describe_error, internal_error
 from cluster.openai.generation import ChoiceUpdate, Generation
 from cluster.openai.heading import make_heading
 from cluster.openai.sampling import make_sampling_params
@@ -31,10 +32,12 @@ from cluster.openai.schema import (
 )
 from cluster.openai.sse import DONE, encode_error_event
 from engine.config import EngineConfig
-from engine.errors import EngineError, ModelNotFoundError, RequestError
+from engine.errors import ModelNotFoundError, QwenOnRayError, RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_THREADS = 4
 
@@ -300,10 +303,14 @@ class OpenAIService:
                 async for event in events:
                     has_begun = True
                     yield event
-        except (RequestError, EngineError) as error:
+        except Exception as error:
             if not has_begun:
-                raise
-            reply = describe_error(error)
+                raise  # the route answers with a status of its own
+            if isinstance(error, QwenOnRayError):
+                reply = describe_error(error)
+            else:
+                logger.exception("a stream failed")
+                reply = internal_error()
             self.metrics.count_error(reply.status)
             yield encode_error_event(reply)
         else:

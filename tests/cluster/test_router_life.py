@@ -219,6 +219,17 @@ async def test_a_fault_of_ours_is_told_without_its_inside(
     assert "ZeroDivisionError: inside" in caplog.text
 
 
+async def test_a_fault_of_ours_amid_a_stream_ends_it_with_an_error_event(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.failure = (2, ZeroDivisionError("inside"))
+    response = await client.post(CHAT, json=chat_body(stream=True))
+    assert '"code":"internal_error"' in response.text.splitlines()[-2]
+    assert "inside" not in response.text
+    assert "[DONE]" not in response.text
+    assert "ZeroDivisionError: inside" in caplog.text
+
+
 async def test_the_openapi_page_describes_requests_and_answers(client: httpx.AsyncClient) -> None:
     assert (await client.get("/docs")).status_code == 200
     description = (await client.get("/openapi.json")).json()
