@@ -159,7 +159,12 @@ class HostWorker:
 
 def start_model_runner(task: HostTask, on_progress: ProgressCallback) -> Runner:
     """Join jax.distributed and make a ModelRunner: the `HostProgram` of every real gang."""
+    # Here and not at the top, because the leader imports this file and must not import JAX.
+    from engine.runner.model_runner import ModelRunner
+    from engine.runner.platform import configure_jax
+
     on_progress(StartProgress(phase="rendezvous", total=task.num_hosts))
+    configure_jax(task.config)
     join_jax_distributed(
         task.config,
         rank=task.rank,
@@ -169,10 +174,7 @@ def start_model_runner(task: HostTask, on_progress: ProgressCallback) -> Runner:
         coordinator_address=task.coordinator_address,
     )
     on_progress(StartProgress(phase="rendezvous", done=task.num_hosts, total=task.num_hosts))
-    # Here and not at the top, because the leader imports this file and must not import JAX.
-    from engine.runner.model_runner import ModelRunner
-
-    return ModelRunner(task.config)
+    return ModelRunner(task.config, ranks_on_host=task.num_local_hosts)
 
 
 def _start(task: HostTask, link: HostSocket) -> Runner:

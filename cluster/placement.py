@@ -30,7 +30,7 @@ CPUS_PER_HOST_PROCESS = 0.5
 NODE_RANK_LABEL = "qwen-on-ray/node-rank"
 """Label of nodes that joined by the command line's --node-rank."""
 
-_TPU_WORKER_LABEL = "ray.io/tpu-worker-id"
+TPU_WORKER_LABEL = "ray.io/tpu-worker-id"
 _TPU_SLICE_LABEL = "ray.io/tpu-slice-name"
 _POLL_S = 0.25
 
@@ -51,7 +51,7 @@ class Node:
     @property
     def rank(self) -> int | None:
         """The rank that a gang's process on this node must take, if the node has one."""
-        for label in (_TPU_WORKER_LABEL, NODE_RANK_LABEL):
+        for label in (TPU_WORKER_LABEL, NODE_RANK_LABEL):
             if self.labels.get(label, "").isdigit():
                 return int(self.labels[label])
         return None
@@ -240,7 +240,7 @@ async def claim_hosts(
 
 def _propose(need: Need, cluster: Cluster, tried: list[str]) -> tuple[Claim, list[str]]:
     """Ask Ray for a placement group; that it exists does not mean that it is granted."""
-    selector: list[dict[str, str]] | None = None
+    selector: list[dict[str, str]] = []
     if need.device == "tpu" and need.num_hosts > 1:
         # Ray itself would also pick a slice with a dead host, and wait there for ever.
         names = intact_slices(need, cluster)

@@ -1,0 +1,137 @@
+"""One Ray node of our own as a child process: started, watched and ended, with all that it started.
+
+Knows the `ray start` command and no gang. A node that was there before is never touched.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engine.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 10.0
+_SHOWN_LINES = 15
+_PR_SET_PDEATHSIG = 1
+
+
+class RayNode:
+    """A `ray start --block` in a process group, session and temporary folder of its own.
+
+    Args:
+        arguments: What follows `ray start`: whether it is a head, addresses, ports.
+        labels: The node's, as `ray.nodes()` will show them.
+        environment: What the process needs beside our own environment.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        labels: Mapping[str, str],
+        environment: Mapping[str, str],
+    ) -> None:
+        # Short, because paths of Unix sockets end at 107 characters and Ray appends some 80.
+        self._folder = Path(tempfile.mkdtemp(prefix="qor-", dir="/tmp"))
+        self._output = self._folder / "ray-start.log"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        command += ["--temp-dir", str(self._folder), "--disable-usage-stats"]
+        command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
+        # By default Ray takes 10002 to 19999 for workers, where the cluster's own port may lie.
+        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        command += ["--dashboard-agent-listen-port", "0", *arguments]
+        logger.debug("starting %s", command)
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                # Ctrl-C in a terminal reaches our group only: we end Ray after Serve, in order.
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def output_tail(self) -> str:
+        """The last lines that it printed."""
+        lines = self._output.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-_SHOWN_LINES:])
+
+    def check(self, what: str) -> None:
+        """Raises: EngineError, if the process has ended, with what it printed."""
+        if not self.is_alive():
+            raise EngineError(
+                f"{what}: `ray start` ended with status {self._process.returncode}. It printed:\n"
+                f"{self.output_tail()}"
+            )
+
+    def stop(self) -> None:
+        """End the node and every process of it; safe to call twice."""
+        if self.is_alive():
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)
+        # Whatever it left behind, or all of it, if it did not heed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class HeadWatch:
+    """Tells when the head's process ends, by a connection that ends with it."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = (host, port)
+        self._connection: socket.socket | None = None
+        self._lost_s: float | None = None
+
+    def is_there(self, patience_s: float) -> bool:
+        """Whether the head was there within the last `patience_s`. Returns within a second."""
+        if self._connection is not None:
+            try:
+                if self._connection.recv(4096):
+                    return True
+            except (TimeoutError, BlockingIOError):
+                return True
+            except OSError:
+                pass
+            self.close()
+        with contextlib.suppress(OSError):
+            self._connection = socket.create_connection(self._address, timeout=1.0)
+            # A host that vanished sends no farewell: ask for a sign of life instead.
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+            self._connection.setblocking(False)
+            self._lost_s = None
+            return True
+        if self._lost_s is None:
+            self._lost_s = time.monotonic()
+        return time.monotonic() - self._lost_s < patience_s
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _end_with_parent() -> None:
+    # Runs in the child before it becomes Ray: a SIGKILL of ours must not leave a cluster behind.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
