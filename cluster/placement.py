@@ -240,7 +240,7 @@ async def claim_hosts(
 
 def _propose(need: Need, cluster: Cluster, tried: list[str]) -> tuple[Claim, list[str]]:
     """Ask Ray for a placement group; that it exists does not mean that it is granted."""
-    selector: list[dict[str, str]] = []
+    selector: list[dict[str, str]] = [{}] * need.num_hosts
     if need.device == "tpu" and need.num_hosts > 1:
         # Ray itself would also pick a slice with a dead host, and wait there for ever.
         names = intact_slices(need, cluster)
