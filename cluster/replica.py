@@ -33,6 +33,7 @@ from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, 
 from engine.models.config import load_generation_defaults, load_model_config
 from engine.models.hub import resolve_checkpoint
 from engine.request import Request, RequestOutput, SamplingParams
+from engine.stats import EngineStats
 from engine.step import EngineLimits
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,11 @@ class Engine:
             ranks=ranks,
         )
         return msgspec.msgpack.encode(info)
+
+    async def stats(self) -> bytes:
+        """What this epoch has done and is doing, as an encoded `EngineStats`."""
+        stats = self._core.stats if self._core else EngineStats()
+        return msgspec.msgpack.encode(stats)
 
     async def generate(self, payload: bytes) -> bytes:
         """Run a `GenerateCall` to its end; the tokens go to the router's socket meanwhile.
