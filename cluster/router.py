@@ -241,6 +241,7 @@ class Router:
             silence_timeout_s=parsed.host_timeout_s,
         )
         self.service = await asyncio.to_thread(make_service, parsed, self._link)
+        logger.info("Router takes requests for %s.", ", ".join(parsed.model_names))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this after the constructor: the app can hold what only a replica has.

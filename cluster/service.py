@@ -100,7 +100,6 @@ class OpenAIService:
                     generation,
                     heading,
                     tokenizer=self._tokenizer,
-                    has_logprobs=body.logprobs,
                     include_usage=_includes_usage(body),
                 )
                 async with aclosing(self._end_stream(events)) as parts:

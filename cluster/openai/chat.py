@@ -64,7 +64,6 @@ async def stream_chat(
     heading: Heading,
     *,
     tokenizer: Tokenizer,
-    has_logprobs: bool,
     include_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the stream's events, without the [DONE] at its end."""
@@ -100,7 +99,7 @@ async def stream_chat(
                             ChatDelta(content=update.text)
                             if update.text or update.tokens
                             else ChatDelta(),
-                            logprobs=_logprobs(update.tokens, tokenizer) if has_logprobs else None,
+                            logprobs=_logprobs(update.tokens, tokenizer) if update.tokens else None,
                             finish_reason=update.finish_reason,
                         )
                     ]
