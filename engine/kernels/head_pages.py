@@ -1,11 +1,14 @@
 """The KV cache with heads before positions, and attention over it, one shard of heads per device.
 
-One pair of arrays a layer, `[num_pages, K, page_size, H]`: on CPUs a dot over `[K, S, H]` reads
-keys several times faster than one over `[S, K, H]`, and a page is one contiguous copy. Knows
-nothing of how scores are computed: that is the function it is given.
+Keys and values are two arrays `[L, num_pages, K, page_size, H]`: on CPUs a dot over `[K, S, H]`
+reads keys several times faster than one over `[S, K, H]`, and a page is one contiguous copy. A step
+sees one pool of L * num_pages pages, in which a layer's page ids are offset by layer * num_pages:
+so the cache can be the carry of a scan over layers, which updates it in place. Knows nothing of how
+scores are computed: that is the function it is given.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,8 +19,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from engine.kernels.metadata import AttentionMetadata
 
-LayerPages = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, each [num_pages, K, page_size, H]."""
+Pages = tuple[jax.Array, jax.Array]
+"""Keys and values, each [L, num_pages, K, page_size, H]."""
+
+_HEADS = P(None, "tp")
+_HEADS_OF_PAGES = P(None, None, "tp")
 
 ScoreFunction = Callable[..., jax.Array]
 """`f(q_TNH, k_pages, v_pages, metadata, *, sm_scale, sliding_window) -> out_TNH`."""
@@ -44,14 +50,14 @@ class HeadPagesAttention:
         num_pages: int,
         page_size: int,
         dtype: DTypeLike,
-    ) -> tuple[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], ...]:
+    ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """See `AttentionBackend.cache_shapes`."""
         pages = jax.ShapeDtypeStruct(
-            (num_pages, num_kv_heads, page_size, head_dim),
+            (num_layers, num_pages, num_kv_heads, page_size, head_dim),
             jnp.dtype(dtype),
-            sharding=NamedSharding(self._mesh, P(None, "tp")),
+            sharding=NamedSharding(self._mesh, _HEADS_OF_PAGES),
         )
-        return ((pages, pages),) * num_layers
+        return pages, pages
 
     def init_cache(
         self,
@@ -62,7 +68,7 @@ class HeadPagesAttention:
         num_pages: int,
         page_size: int,
         dtype: DTypeLike,
-    ) -> tuple[LayerPages, ...]:
+    ) -> Pages:
         """See `AttentionBackend.init_cache`."""
         shapes = self.cache_shapes(
             num_layers=num_layers,
@@ -73,7 +79,7 @@ class HeadPagesAttention:
             dtype=dtype,
         )
 
-        def zeros() -> tuple[LayerPages, ...]:
+        def zeros() -> Pages:
             return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
 
         shardings = jax.tree.map(lambda pages: pages.sharding, shapes)
@@ -84,17 +90,14 @@ class HeadPagesAttention:
         q_TNH: jax.Array,
         k_TKH: jax.Array,
         v_TKH: jax.Array,
-        cache: tuple[LayerPages, ...],
+        cache: Pages,
         layer: ArrayLike,
         metadata: AttentionMetadata,
         *,
         sm_scale: float,
         sliding_window: int | None = None,
-    ) -> tuple[jax.Array, tuple[LayerPages, ...]]:
-        """See `AttentionBackend.attend`; `layer` must be an int, as layers are unrolled."""
-        if not isinstance(layer, int):
-            raise TypeError(f"layer must be an int, because layers are unrolled; got {layer!r}")
-        heads = P(None, "tp")
+    ) -> tuple[jax.Array, Pages]:
+        """See `AttentionBackend.attend`."""
         attend_shard = jax.shard_map(
             partial(
                 _store_and_attend,
@@ -103,12 +106,12 @@ class HeadPagesAttention:
                 sliding_window=sliding_window,
             ),
             mesh=self._mesh,
-            in_specs=(heads, heads, heads, (heads, heads), P()),
-            out_specs=(heads, (heads, heads)),
+            in_specs=(_HEADS, _HEADS, _HEADS, (_HEADS_OF_PAGES, _HEADS_OF_PAGES), P(), P()),
+            out_specs=(_HEADS, (_HEADS_OF_PAGES, _HEADS_OF_PAGES)),
             check_vma=False,
         )
-        out_TNH, pages = attend_shard(q_TNH, k_TKH, v_TKH, cache[layer], metadata)
-        return out_TNH, (*cache[:layer], pages, *cache[layer + 1 :])
+        layer = jnp.asarray(layer, jnp.int32)
+        return attend_shard(q_TNH, k_TKH, v_TKH, cache, layer, metadata)
 
 
 def _store_and_attend(
@@ -116,23 +119,31 @@ def _store_and_attend(
     q_TNH: jax.Array,
     k_TKH: jax.Array,
     v_TKH: jax.Array,
-    pages: LayerPages,
+    cache: Pages,
+    layer: jax.Array,
     metadata: AttentionMetadata,
     *,
     sm_scale: float,
     sliding_window: int | None,
-) -> tuple[jax.Array, LayerPages]:
-    k_pages, v_pages = store_tokens(pages, k_TKH, v_TKH, metadata)
+) -> tuple[jax.Array, Pages]:
+    shape = cache[0].shape
+    # Merging the leading axes moves nothing.
+    k_pages, v_pages = (pages.reshape(-1, *shape[2:]) for pages in cache)
+    of_layer = replace(metadata, page_indices=metadata.page_indices + layer * shape[1])
+    k_pages, v_pages = store_tokens((k_pages, v_pages), k_TKH, v_TKH, of_layer)
     out_TNH = score_function(
-        q_TNH, k_pages, v_pages, metadata, sm_scale=sm_scale, sliding_window=sliding_window
+        q_TNH, k_pages, v_pages, of_layer, sm_scale=sm_scale, sliding_window=sliding_window
     )
-    return out_TNH, (k_pages, v_pages)
+    return out_TNH, (k_pages.reshape(shape), v_pages.reshape(shape))
 
 
 def store_tokens(
-    pages: LayerPages, k_TKH: jax.Array, v_TKH: jax.Array, metadata: AttentionMetadata
-) -> LayerPages:
-    """Write each token's keys and values into its page; padding tokens go to page 0."""
+    pages: Pages, k_TKH: jax.Array, v_TKH: jax.Array, metadata: AttentionMetadata
+) -> Pages:
+    """Write each token's keys and values into its page; padding tokens go to page 0.
+
+    `pages` are [num_pages, K, page_size, H] here.
+    """
     k_pages, v_pages = pages
     position_T = metadata.position_T
     is_token_T = position_T >= 0

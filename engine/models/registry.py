@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
@@ -30,7 +30,11 @@ from engine.models.rope import log_n_scale, rope_tables
 from engine.sharding import ShardLayout, make_layout, named_sharding
 
 Params = dict[str, Any]
-"""embed_tokens, layers (a list with one dict per layer), norm and, unless tied, lm_head."""
+"""embed_tokens, layers, norm and, unless tied, lm_head.
+
+layers is a list with one dict per layer, which are unrolled; or, as `stack_layers` makes it, one
+dict whose arrays have all layers along their first axis, which are scanned.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +137,31 @@ class Model:
             return logits_RV[:, : self.config.vocab_size]
 
     def _run_layers(
-        self, layers: list[Params], x_TD: jax.Array, cache: Cache, step: StepContext
+        self, layers: list[Params] | Params, x_TD: jax.Array, cache: Cache, step: StepContext
     ) -> tuple[jax.Array, Cache]:
-        # Unrolled: XLA prefetches a layer's weights during the one before. A scan would carry
-        # (x_TD, cache) and take stacked parameters and layer numbers as its xs.
+        if isinstance(layers, dict):
+            return self._scan_layers(layers, x_TD, cache, step)
         for layer, layer_params in enumerate(layers):
             with jax.named_scope(f"layers.{layer}"):
                 module = nnx.merge(self._layer, layer_params)
                 x_TD, cache = module(x_TD, cache, layer, step, self.config.sliding_windows[layer])
         return x_TD, cache
+
+    def _scan_layers(
+        self, stacked: Params, x_TD: jax.Array, cache: Cache, step: StepContext
+    ) -> tuple[jax.Array, Cache]:
+        def run_layer(
+            carry: tuple[jax.Array, Cache], xs: tuple[Params, jax.Array]
+        ) -> tuple[tuple[jax.Array, Cache], None]:
+            layer_params, layer = xs
+            module = nnx.merge(self._layer, layer_params)
+            return module(*carry, layer, step, self.config.sliding_windows[0]), None
+
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        with jax.named_scope("layers"):
+            # The cache must be carried: passed as xs and ys it would be copied.
+            carry, _ = jax.lax.scan(run_layer, (x_TD, cache), (stacked, layers))
+        return carry
 
     def _part(self, name: str, params: Params) -> Any:
         return nnx.merge(self._parts[name], params[name])
@@ -173,6 +193,50 @@ def parameter_specs(
     specs: Params = {name: _specs(module) for name, module in parts.items()}
     specs["layers"] = [_specs(layer)] * model_config.num_layers
     return specs
+
+
+def stack_layers(model_config: ModelConfig, params: Params) -> Params:
+    """Stack the layers' parameters, so that a step scans them; unlike layers stay as they are.
+
+    A scanned program compiles two to three times faster, and on CPUs it runs as fast; on TPUs the
+    compiler prefetches weights across layers only where they are unrolled.
+
+    Args:
+        model_config: Layers that differ in their sliding windows cannot be scanned.
+        params: Of `load_weights`; its list of layers is emptied, so that memory holds each
+            parameter once, but for the one that is being stacked.
+    """
+    layers = params["layers"]
+    if len(set(model_config.sliding_windows)) > 1:
+        return params
+    stacked: Params = {}
+    for path, array in _flatten_arrays(layers[0]):
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        stack = jax.jit(
+            lambda *arrays: jnp.stack(arrays),
+            out_shardings=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)),
+        )
+        _insert(stacked, path, stack(*[_remove(layer, path) for layer in layers]))
+    return params | {"layers": stacked}
+
+
+def _flatten_arrays(tree: Params, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if not isinstance(tree, dict):
+        return [(path, tree)]
+    return [leaf for key, value in tree.items() for leaf in _flatten_arrays(value, (*path, key))]
+
+
+def _insert(tree: Params, path: tuple[str, ...], array: jax.Array) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = array
+
+
+def _remove(tree: Params, path: tuple[str, ...]) -> jax.Array:
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree.pop(path[-1])
 
 
 def _make_build(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike | None) -> Build:

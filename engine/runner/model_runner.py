@@ -20,7 +20,7 @@ from engine.kernels.attention import Cache, make_attention
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.hub import resolve_checkpoint
-from engine.models.registry import make_model
+from engine.models.registry import make_model, stack_layers
 from engine.runner.batch import BatchBuilder, padding_inputs
 from engine.runner.compilation import CompileCounter, compile_all
 from engine.runner.fingerprint import model_fingerprint
@@ -151,6 +151,8 @@ class ModelRunner:
         self._vocab_size = model_config.vocab_size
         self._pages_per_seq = -(-context_length // config.page_size)
         self._params = self._load_weights(directory, model_config, mesh, dtype, on_progress)
+        if platform == "cpu":
+            self._params = stack_layers(model_config, self._params)
 
         buckets = bucket_table(config, context_length=context_length)
         pages = self._compile(buckets, model_config, dtype, platform, context_length, on_progress)

@@ -1,0 +1,25 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from model_harness import DATA, LoadedModel
+
+from engine.models.registry import stack_layers
+
+PROMPT = list(range(3, 20))
+
+
+@pytest.mark.parametrize("family", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3"])
+def test_scanned_layers_give_the_logits_of_unrolled_ones(family):
+    loaded = LoadedModel(DATA / family, tp_size=2, backend="xla")
+    unrolled = loaded.logits(PROMPT)
+    loaded.params = stack_layers(loaded.config, loaded.params)
+    assert isinstance(loaded.params["layers"], dict)
+    np.testing.assert_allclose(loaded.logits(PROMPT), unrolled, atol=1e-5)
+
+
+def test_layers_with_unlike_windows_stay_unrolled():
+    loaded = LoadedModel(DATA / "tiny-qwen2")
+    windows = (None, *[4] * (loaded.config.num_layers - 1))
+    stacked = stack_layers(replace(loaded.config, sliding_windows=windows), loaded.params)
+    assert isinstance(stacked["layers"], list)
