@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,7 +195,7 @@ class Gang:
                 )
         return limits
 
-    def execute(self, plan: StepPlan) -> Awaitable[StepResult]:
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         if not self.failure.done() and self._socket is not None:
             try:

@@ -6,7 +6,6 @@ and keeps the claim on the hosts between them. No JAX here.
 
 import asyncio
 import logging
-from collections.abc import Awaitable
 
 from cluster.gang import Gang, HostStatus
 from cluster.placement import Claim, Cluster, claim_hosts, read_cluster, resolve_device
@@ -67,10 +66,10 @@ class HostGroup:
                 await self._end_gang()
                 raise
 
-    def execute(self, plan: StepPlan) -> Awaitable[StepResult]:
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Start a step on every host; results come in order."""
         if self._gang is None:
-            future = asyncio.get_running_loop().create_future()
+            future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
             future.set_exception(EngineDiedError("the engine's hosts are not running"))
             return future
         return self._gang.execute(plan)
