@@ -25,6 +25,7 @@ import ray
 import yaml
 from demo_model import DemoModelError, demo_model_directory, ensure_demo_model
 from ray import serve
+from ray.serve.schema import ApplicationStatusOverview
 from step_lines import StepLines
 
 import serve_app
@@ -179,9 +180,17 @@ def wait_until_ready(name: str, base_url: str, lines: StepLines) -> None:
                     lines.show(step, describe(status), end_note=describe(finished))
             application = serve.status().applications.get(name)
             if application is not None and application.status == "DEPLOY_FAILED":
-                raise QuickstartError(f"The model could not be served: {application.message}")
+                raise QuickstartError(f"The model could not be served: {reason_of(application)}")
             time.sleep(POLL_S)
     lines.done()
+
+
+def reason_of(application: ApplicationStatusOverview) -> str:
+    """Dig the last line of a failed deployment's traceback out of what Serve says of it."""
+    for deployment in application.deployments.values():
+        if deployment.status == "DEPLOY_FAILED":
+            return deployment.message.strip().rpartition("\n")[2]
+    return application.message
 
 
 def is_ready(client: httpx.Client) -> bool:
