@@ -37,6 +37,8 @@ class FakeEngine:
         steps: If set, each delta waits for a permit.
         requests: What was asked, in order.
         aborted_choices: What `abort_choice` was called with.
+        is_awaited: A request is held until the engine is ready.
+        becomes_ready: Ends that wait.
         closed_early: Ids of requests whose iterator was closed before its end.
     """
 
@@ -48,6 +50,8 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.aborted_choices: list[tuple[str, int]] = []
         self.closed_early: list[str] = []
+        self.is_awaited = asyncio.Event()
+        self.becomes_ready = asyncio.Event()
         self.has_started = asyncio.Event()
         self.has_closed = asyncio.Event()
         self.info = EngineInfo(
@@ -64,8 +68,14 @@ class FakeEngine:
         return self.info
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
-        if not self.info.is_ready:
-            raise EngineNotReadyError(f"not ready within {timeout_s:.0f} s: {self.info.status}")
+        self.is_awaited.set()
+        try:
+            await asyncio.wait_for(self.becomes_ready.wait(), timeout_s)
+        except TimeoutError:
+            raise EngineNotReadyError(
+                f"not ready within {timeout_s} s: {self.info.status}"
+            ) from None
+        self.info = replace(self.info, is_ready=True)
         return self.info
 
     def abort_choice(self, request_id: str, index: int) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ async def test_a_client_that_leaves_amid_a_stream_aborts_its_request(
             await anext(response.aiter_lines())
         await engine.has_closed.wait()
     assert engine.closed_early == [engine.requests[0].request_id]
+
+
+async def test_a_request_is_held_until_the_engine_is_ready(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.info = replace(engine.info, is_ready=False, status="compile 7 of 12")
+    async with asyncio.timeout(DEADLINE_S):
+        asking = asyncio.create_task(client.post(CHAT, json=chat_body()))
+        await engine.is_awaited.wait()
+        assert (await client.get("/health")).json()["status"] == "starting"
+        assert (await client.get("/health/ready")).status_code == 503
+        assert engine.requests == []
+        engine.becomes_ready.set()
+        assert (await asking).status_code == 200
+        assert (await client.get("/health/ready")).status_code == 200
 
 
 async def test_one_request_more_than_may_wait_is_refused_until_there_is_room(

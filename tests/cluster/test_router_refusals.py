@@ -24,7 +24,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture
 def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path, hold_timeout_s=1)
+    return make_service(tmp_path, hold_timeout_s=0.05)
 
 
 @pytest.fixture
