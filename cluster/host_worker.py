@@ -79,7 +79,7 @@ class HostTask:
 
     Attributes:
         coordinator_address: host:port of JAX's coordinator, on rank 0.
-        num_local_hosts: Ranks of this gang that share this host's memory, itself included.
+        num_local_hosts: Ranks of this gang on this machine, itself included.
         program: Dotted name, `module:function`, of a `HostProgram`.
     """
 
@@ -174,7 +174,7 @@ def start_model_runner(task: HostTask, on_progress: ProgressCallback) -> Runner:
         coordinator_address=task.coordinator_address,
     )
     on_progress(StartProgress(phase="rendezvous", done=task.num_hosts, total=task.num_hosts))
-    return ModelRunner(task.config, ranks_on_host=task.num_local_hosts)
+    return ModelRunner(task.config)
 
 
 def _start(task: HostTask, link: HostSocket) -> Runner:
