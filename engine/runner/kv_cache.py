@@ -6,12 +6,16 @@ shape contains it, is found again in the compilation cache.
 
 import logging
 import math
+import socket
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import psutil
+from jax.experimental import multihost_utils
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 RESERVE_SHARE = 1 / 32
 """Of the device, for what nobody counts: allocator gaps, the runtime's own buffers."""
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -91,8 +96,29 @@ def num_pages(
     return pages
 
 
+def gang_capacity(device: Any, devices_per_host: int) -> int:
+    """Bytes that the least of the gang's devices has; every rank must call it.
+
+    Programs have one shape on all hosts, so that the host with the least memory decides.
+    """
+    if jax.process_count() == 1:
+        return device_capacity(device, devices_per_host=devices_per_host, ranks_on_host=1)
+    machines = multihost_utils.process_allgather(np.uint32(zlib.crc32(_machine_id())))
+    ranks_on_host = int(np.sum(machines == zlib.crc32(_machine_id())))
+    capacity = device_capacity(
+        device, devices_per_host=devices_per_host, ranks_on_host=ranks_on_host
+    )
+    mebibytes = multihost_utils.process_allgather(np.uint32(capacity // 2**20))
+    return int(np.min(mebibytes)) * 2**20
+
+
 def device_capacity(device: Any, *, devices_per_host: int, ranks_on_host: int) -> int:
     """Bytes that one device has; a CPU device has its share of the host's memory.
+
+    Args:
+        device: A JAX device.
+        devices_per_host: Devices that one rank uses.
+        ranks_on_host: Ranks that share the host's memory.
 
     Raises:
         CapacityError: The device does not say.
@@ -127,6 +153,14 @@ def host_memory_bytes() -> int:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
+
+
+def _machine_id() -> bytes:
+    """What ranks on one machine have in common, even in namespaces with their own host names."""
+    try:
+        return _BOOT_ID.read_bytes()
+    except OSError:
+        return socket.gethostname().encode()
 
 
 def _round_down(pages: int) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.config import EngineConfig
@@ -24,7 +23,7 @@ from engine.models.registry import make_model, stack_layers
 from engine.runner.batch import BatchBuilder, padding_inputs
 from engine.runner.compilation import CompileCounter, compile_all
 from engine.runner.fingerprint import model_fingerprint
-from engine.runner.kv_cache import MemoryUse, bytes_per_device, device_capacity, num_pages
+from engine.runner.kv_cache import MemoryUse, bytes_per_device, gang_capacity, num_pages
 from engine.runner.platform import configure_jax
 from engine.runner.sampler import Sampled
 from engine.runner.slot_state import (
@@ -103,15 +102,11 @@ class ModelRunner:
         config: The engine's.
         devices: JAX devices to use; by default all. jax.distributed must have been initialised
             before `start` if there are several hosts.
-        ranks_on_host: Processes of the gang that share this host's memory (CPU only).
     """
 
-    def __init__(
-        self, config: EngineConfig, *, devices: list[Any] | None = None, ranks_on_host: int = 1
-    ) -> None:
+    def __init__(self, config: EngineConfig, *, devices: list[Any] | None = None) -> None:
         self._config = config
         self._devices = devices
-        self._ranks_on_host = ranks_on_host
         self._programs: dict[Bucket | str, Any] = {}
         self._params: Any = None
         self._cache: Cache = None
@@ -228,8 +223,9 @@ class ModelRunner:
         """
         config = self._config
         state = self._state_shapes()
+        device = min(self._replicated.addressable_devices, key=lambda device: device.id)
         memory = MemoryUse(
-            capacity=self._device_capacity(),
+            capacity=gang_capacity(device, self._config.devices_per_host),
             weights=bytes_per_device(self._params) + bytes_per_device(state),
             page=bytes_per_device(self._cache_shapes(model_config, dtype, 1)),
             temporaries=0,
@@ -304,18 +300,6 @@ class ModelRunner:
             )
             self.dispatch(plan).wait()
             on_progress(StartProgress(phase="warmup", done=done, total=len(smallest)))
-
-    def _device_capacity(self) -> int:
-        capacity = device_capacity(
-            min(self._replicated.addressable_devices, key=lambda device: device.id),
-            devices_per_host=self._config.devices_per_host,
-            ranks_on_host=self._ranks_on_host,
-        )
-        if jax.process_count() > 1:
-            # Programs have one shape on all hosts: that of the host with the least memory.
-            all_hosts = multihost_utils.process_allgather(np.float32(capacity))
-            capacity = int(np.min(all_hosts))
-        return capacity
 
     def _cache_shapes(self, model_config: ModelConfig, dtype: str, pages: int) -> Cache:
         numbers = self._cache_numbers(model_config, pages)
