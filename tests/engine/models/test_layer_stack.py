@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from model_harness import DATA, LoadedModel
 
-from engine.models.registry import stack_layers
+from engine.models.config import load_model_config
+from engine.models.registry import MAX_SCANNED_LAYER_BYTES, stack_layers
 
 PROMPT = list(range(3, 20))
 
@@ -23,3 +25,11 @@ def test_layers_with_unlike_windows_stay_unrolled():
     windows = (None, *[4] * (loaded.config.num_layers - 1))
     stacked = stack_layers(replace(loaded.config, sliding_windows=windows), loaded.params)
     assert isinstance(stacked["layers"], list)
+
+
+def test_layers_that_no_cache_holds_stay_unrolled():
+    config = replace(load_model_config(DATA / "tiny-qwen2"), intermediate_size=24_000)
+    loaded = LoadedModel(DATA, config, dummy_seed=0)
+    layer_bytes = sum(array.nbytes for array in jax.tree.leaves(loaded.params["layers"][0]))
+    assert layer_bytes > MAX_SCANNED_LAYER_BYTES
+    assert isinstance(stack_layers(config, loaded.params)["layers"], list)
