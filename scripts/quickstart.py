@@ -1,9 +1,11 @@
 """Serves the demo model on this machine, asks it one question, and serves on until Ctrl-C.
 
-Starts a Ray of its own, beside any that runs already, and leaves no process of it behind.
+Starts a Ray of its own, beside any that runs already, and leaves no process of it behind. What Ray
+and Serve print goes to a file, so that the terminal holds this script's words alone.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import httpx
 import psutil
@@ -26,7 +28,7 @@ import yaml
 from demo_model import DemoModelError, demo_model_directory, ensure_demo_model
 from ray import serve
 from ray.serve.schema import ApplicationStatusOverview
-from step_lines import StepLines
+from terminal import StepLines, WrappedText
 
 import serve_app
 from cluster.status import read_all
@@ -46,7 +48,12 @@ STEP_NAMES = {
     "compile": "compilation",
     "warmup": "warm-up",
 }
-UNITS = {"rendezvous": " host processes", "weights": " MB", "compile": " programs"}
+UNITS = {
+    "placement": ("host process", "host processes"),
+    "rendezvous": ("host process", "host processes"),
+    "weights": ("MB", "MB"),
+    "compile": ("program", "programs"),
+}
 
 
 class QuickstartError(Exception):
@@ -57,35 +64,50 @@ def main() -> int:
     arguments = parse_arguments()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    lines = StepLines()
+    terminal = sys.stdout
+    lines = StepLines(terminal)
     has_answer = False
     folder = Path(tempfile.mkdtemp(prefix="qwen-on-ray-"))
     failure = ""
-    try:
-        print()
-        config = prepare(arguments, lines)
-        base_url = start(config, folder, lines)
-        print()
-        ask(base_url, model_name(config), arguments.prompt)
-        has_answer = True
-        if not arguments.exit:
-            print_addresses(base_url)
-            while True:
-                signal.pause()
-    except KeyboardInterrupt:
-        failure = "" if has_answer else "interrupted before the answer came"
-    except (QuickstartError, DemoModelError, httpx.HTTPError) as error:
-        failure = str(error)
-    finally:
-        if failure:
-            lines.failed()
-        stop()
-        print("\nStopped; no process is left.")
-    if failure:
-        print(f"\n{failure}\nRay's logs are in {folder}", file=sys.stderr)
-    else:
+    print(file=terminal)
+    with (folder / "quickstart.log").open("w") as log:
+        try:
+            config = prepare(arguments, lines)
+            with redirect_output(log):
+                base_url = start(config, folder, lines)
+                print(file=terminal)
+                ask(base_url, model_name(config), arguments.prompt, terminal)
+            has_answer = True
+            if not arguments.exit:
+                print_addresses(base_url, terminal)
+                wait_for_interrupt(log)
+        except KeyboardInterrupt:
+            failure = "" if has_answer else "interrupted before the answer came"
+        except (QuickstartError, DemoModelError, httpx.HTTPError) as error:
+            failure = str(error)
+        finally:
+            if failure:
+                lines.failed()
+            with redirect_output(log):
+                stop()
+    print("\nStopped; no process is left.")
+    if not failure:
         shutil.rmtree(folder, ignore_errors=True)
-    return 0 if has_answer and not failure else 1
+        return 0
+    print(f"\n{failure}\nLogs are in {folder}", file=sys.stderr)
+    return 1
+
+
+@contextlib.contextmanager
+def redirect_output(log: TextIO) -> Iterator[None]:
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+
+
+def wait_for_interrupt(log: TextIO) -> None:
+    with redirect_output(log):
+        while True:
+            signal.pause()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,9 +172,7 @@ def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     lines.show("Ray", f"dashboard on {dashboard_url()}")
-    num_hosts = args["nnodes"]
-    hosts = "1 host process" if num_hosts == 1 else f"{num_hosts} host processes"
-    lines.show("placement", f"of {hosts}", end_note=hosts)
+    lines.show("Serve", "starting", end_note=f"on port {config['http_options']['port']}")
     serve.start(http_options=config["http_options"], logging_config=config["logging_config"])
     name = application["name"]
     target = serve.RunTarget(
@@ -202,14 +222,17 @@ def is_ready(client: httpx.Client) -> bool:
 
 def describe(status: Mapping[str, Any]) -> str:
     """Put how far a phase has come in words, as in "7 of 12 programs"."""
-    done, total, unit = status["done"], status["total"], UNITS.get(status["phase"], "")
-    if unit == " MB":
+    done, total = status["done"], status["total"]
+    if status["phase"] not in UNITS or not total:
+        return status["note"]
+    if status["phase"] == "weights":
         done, total = done // 10**6, total // 10**6
-    amount = f"{total}{unit}" if done == total else f"{done} of {total}{unit}"
-    return ", ".join(part for part in (amount if total else "", status["note"]) if part)
+    amount = f"{total}" if done == total else f"{done} of {total}"
+    words = f"{amount} {UNITS[status['phase']][total != 1]}"
+    return f"{words}, {status['note']}" if status["note"] else words
 
 
-def ask(base_url: str, model: str, prompt: str) -> None:
+def ask(base_url: str, model: str, prompt: str, terminal: TextIO) -> None:
     """Stream one chat answer to the terminal.
 
     Raises:
@@ -223,7 +246,10 @@ def ask(base_url: str, model: str, prompt: str) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    print(f"  {_bold('You')}    {prompt}\n  {_bold('Model')}  ", end="", flush=True)
+    bold = "\033[1m{}\033[0m" if terminal.isatty() else "{}"
+    heading = f"  {bold.format('You')}    {prompt}\n  {bold.format('Model')}  "
+    print(heading, end="", file=terminal, flush=True)
+    wrapped = WrappedText(terminal, indent=9)
     start_s = time.monotonic()
     first_s, answer, num_tokens = 0.0, "", 0
     with (
@@ -241,14 +267,15 @@ def ask(base_url: str, model: str, prompt: str) -> None:
                 if text and not answer:
                     first_s = time.monotonic() - start_s
                 answer += text
-                print(text.replace("\n", "\n         "), end="", flush=True)
-    print("\n")
+                wrapped.write(text)
+    wrapped.close()
+    print(file=terminal)
     if not answer.strip():
         raise QuickstartError("The answer was empty.")
     seconds = time.monotonic() - start_s
     rate = (num_tokens - 1) / max(seconds - first_s, 1e-6)
     figures = f"{num_tokens} tokens, the first after {first_s * 1000:.0f} ms, then {rate:.0f}/s"
-    print(_dim(f"  {figures}"))
+    print(f"  {figures}", file=terminal)
 
 
 def read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
@@ -259,17 +286,19 @@ def read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(data)
 
 
-def print_addresses(base_url: str) -> None:
+def print_addresses(base_url: str, terminal: TextIO) -> None:
+    bold = "\033[1m{}\033[0m" if terminal.isatty() else "{}"
     print(
         f"""
-  {_bold("OpenAI API")}     {base_url}/v1
-  {_bold("API docs")}       {base_url}/docs
-  {_bold("Ray dashboard")}  {dashboard_url()}
+  {bold.format("OpenAI API")}     {base_url}/v1
+  {bold.format("API docs")}       {base_url}/docs
+  {bold.format("Ray dashboard")}  {dashboard_url()}
 
   from openai import OpenAI
   client = OpenAI(base_url="{base_url}/v1", api_key="none")
 
   Serving until Ctrl-C.""",
+        file=terminal,
         flush=True,
     )
 
@@ -319,14 +348,6 @@ def stop() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
-
-
-def _dim(text: str) -> str:
-    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else text
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Progress on a terminal: one line per step, rewritten in place while the step is under way."""
+"""What a terminal shows: steps, each on a line rewritten in place, and text wrapped as it comes."""
 
-import sys
+import shutil
 import time
 from typing import TextIO
 
@@ -16,7 +16,7 @@ class StepLines:
         stream: Where to write.
     """
 
-    def __init__(self, stream: TextIO = sys.stdout) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._name = ""
@@ -79,3 +79,55 @@ class StepLines:
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._start_s:6.1f} s"
+
+
+class WrappedText:
+    """Writes text that arrives in pieces, broken between words and indented.
+
+    Args:
+        stream: Where to write.
+        indent: Columns that every line after the first is moved right, and that are taken already
+            on the first.
+    """
+
+    def __init__(self, stream: TextIO, indent: int) -> None:
+        self._stream = stream
+        self._indent = indent
+        self._width = shutil.get_terminal_size().columns
+        self._column = indent
+        self._word = ""
+
+    def write(self, text: str) -> None:
+        """Show all words of the text so far that are known to be whole."""
+        for character in text:
+            if character.isspace():
+                self._end_word()
+                if character == "\n":
+                    self._end_line()
+                else:
+                    self._space()
+            else:
+                self._word += character
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Show the last word, and end the line."""
+        self._end_word()
+        self._stream.write("\n")
+        self._stream.flush()
+
+    def _end_word(self) -> None:
+        if self._column + len(self._word) >= self._width and self._column > self._indent:
+            self._end_line()
+        self._stream.write(self._word)
+        self._column += len(self._word)
+        self._word = ""
+
+    def _end_line(self) -> None:
+        self._stream.write("\n" + " " * self._indent)
+        self._column = self._indent
+
+    def _space(self) -> None:
+        if self._column > self._indent:
+            self._stream.write(" ")
+            self._column += 1
