@@ -26,7 +26,7 @@ PROMPTS = [GOLDEN["ids"], GOLDEN["ids"][:7]]
 NUM_TOKENS = len(GOLDEN["greedy"])
 
 
-def config(num_hosts: int, cache: Path) -> EngineConfig:
+def config(num_hosts: int) -> EngineConfig:
     return EngineConfig(
         model_path=str(MODEL),
         device="cpu",
@@ -38,7 +38,6 @@ def config(num_hosts: int, cache: Path) -> EngineConfig:
         max_running_requests=2,
         chunked_prefill_size=16,
         max_total_tokens=1024,
-        jax_compilation_cache_dir=str(cache),
     )
 
 
@@ -90,10 +89,8 @@ class Client:
         return list(self.tokens.values())
 
 
-async def test_two_hosts_give_the_tokens_of_one_and_come_back_after_a_death(
-    tmp_path: Path,
-) -> None:
-    one, two = config(1, tmp_path), config(2, tmp_path)
+async def test_two_hosts_give_the_tokens_of_one_and_come_back_after_a_death() -> None:
+    one, two = config(1), config(2)
     group = HostGroup(one)
     try:
         async with started(group, one) as client:
