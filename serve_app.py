@@ -11,17 +11,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import ray
-from cluster.router import Router
 from ray import serve
 from ray.serve.config import HTTPOptions
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
+from cluster.router import Router
+from cluster.status import describe_start
 from engine.config import EngineConfig, parse_config
-from engine.errors import ConfigError, QwenOnRayError
+from engine.errors import ConfigError, EngineError, QwenOnRayError
+
+logger = logging.getLogger(__name__)
 
 APP_NAME = "qwen"
 
@@ -30,6 +32,7 @@ _LEADER_CPUS = 0.2
 _ROUTER_CPUS = 0.2
 # Serve's own bound on requests in flight stands above ours, which answers in OpenAI's words.
 _CALLS_ABOVE_OURS = 1.25
+_POLL_S = 0.5
 _HTTP_FIELDS = ("host", "port", "http_host", "http_port")
 
 
@@ -52,7 +55,6 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     fields = config.model_dump(exclude_unset=True)
     max_calls = int((config.max_running_requests + config.max_queued_requests) * _CALLS_ABOVE_OURS)
     engine = serve.deployment(
-        Engine,
         name="Engine",
         num_replicas=1,
         max_ongoing_requests=max_calls,
@@ -60,7 +62,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         # Routers ask it how it is each second; a line for each would bury what matters.
         logging_config=LoggingConfig(enable_access_log=False),
         graceful_shutdown_timeout_s=30,
-    ).bind(fields)
+    )(Engine).bind(fields)
     # Its decorators hide from type checkers what it has become.
     router = cast(serve.Deployment, Router).options(
         max_ongoing_requests=max_calls, ray_actor_options={"num_cpus": _ROUTER_CPUS}
@@ -79,28 +81,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        with form_cluster(command.config) as membership:
+        with form_cluster(command.config, stop) as membership:
             if membership.rank == 0:
                 _serve_until(stop, command.config, command.host, command.port)
             else:
                 membership.wait(stop)
     except QwenOnRayError as error:
         print(f"qwen-on-ray: {error}", file=sys.stderr)
-        return 1
+        return 0 if stop.is_set() else 1
     return 0
 
 
 def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: int) -> None:
+    """Serve until `stop` is set or the application is gone.
+
+    Raises:
+        EngineError: The application could not be deployed; carries its own reason.
+    """
     serve.start(
         http_options=HTTPOptions(host=host, port=port),
         logging_config=LoggingConfig(enable_access_log=False),
     )
     try:
-        serve.run(build(config.model_dump(exclude_unset=True)), name=APP_NAME, blocking=False)
-        print(f"Serving {config.model_names[0]} at http://{host}:{port}/v1 until Ctrl-C.")
-        while not stop.wait(1.0):
-            if not ray.is_initialized():
-                return
+        application = build(config.model_dump(exclude_unset=True))
+        target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        is_said = False
+        line = ""
+        while not stop.wait(_POLL_S):
+            status = serve.status().applications[APP_NAME].status
+            if status == ApplicationStatus.DEPLOY_FAILED:
+                raise EngineError(f"{config.model_path} cannot be served. {line}")
+            if status == ApplicationStatus.RUNNING:
+                if not is_said:
+                    logger.info("Serving %s at http://%s:%d/v1", config.model_names[0], host, port)
+                is_said = True
+            elif (told := describe_start(APP_NAME)) != line:
+                logger.info("Starting: %s", told)
+                line = told
     finally:
         serve.shutdown()
 

@@ -8,8 +8,8 @@ millisecond of CPU, a message a tenth of that.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any, cast
+from collections.abc import AsyncGenerator
+from typing import cast
 
 import msgspec
 import ray.exceptions
@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.openai.engine_client import EngineInfo, GenerateRequest, RankStatus, TokenDelta
-from cluster.status import read_all
+from cluster.status import describe_progress, read_all
 from cluster.token_socket import (
     CallError,
     ChoiceCall,
@@ -169,18 +169,10 @@ class EngineLink:
             return EngineInfo(is_ready=False, status="waiting for a place for the engine's leader")
         latest = max(replicas.values(), key=lambda replica: replica["time"])
         ranks = tuple(
-            RankStatus(rank=rank["rank"], state=rank["phase"], note=_progress_line(rank))
+            RankStatus(rank=rank["rank"], state=rank["phase"], note=describe_progress(rank))
             for rank in latest["ranks"]
         )
-        return EngineInfo(is_ready=False, status=_progress_line(latest), ranks=ranks)
-
-
-def _progress_line(progress: Mapping[str, Any]) -> str:
-    """A start's progress in words, as in "compile 7 of 12"."""
-    words = str(progress["phase"])
-    if progress["total"]:
-        words += f" {progress['done']} of {progress['total']}"
-    return f"{words}: {progress['note']}" if progress["note"] else words
+        return EngineInfo(is_ready=False, status=describe_progress(latest), ranks=ranks)
 
 
 def _delta(tokens: ChoiceTokens) -> TokenDelta:

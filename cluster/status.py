@@ -7,6 +7,7 @@ key-value store, and no more of Ray.
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray.experimental.internal_kv import (
@@ -85,6 +86,22 @@ def read_all(app: str) -> dict[str, dict[str, Any]]:
         if value is not None:
             statuses[key.decode().partition("/")[2]] = json.loads(value)
     return statuses
+
+
+def describe_start(app: str) -> str:
+    """Say in a line how far the latest replica of an application has come."""
+    replicas = read_all(app)
+    if not replicas:
+        return "waiting for a place for the engine's leader"
+    return describe_progress(max(replicas.values(), key=lambda replica: replica["time"]))
+
+
+def describe_progress(progress: Mapping[str, Any]) -> str:
+    """Put progress in words, as in "compile 7 of 12: 8 decodes"."""
+    words = str(progress["phase"])
+    if progress["total"]:
+        words += f" {progress['done']} of {progress['total']}"
+    return f"{words}: {progress['note']}" if progress["note"] else words
 
 
 def _as_json(progress: StartProgress) -> dict[str, Any]:

@@ -116,8 +116,11 @@ def test_a_cached_prompt_gets_the_tokens_of_a_cold_one(alone, sampling):
 
 
 def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, sampling):
-    # The longest needs 8 of 14 pages; all six together want 27.
-    with engine(max_total_tokens=14 * 16, enable_prefix_caching=False) as llm:
+    # The longest needs 8 of 14 pages; all six together want 27. Admitted by their first chunks,
+    # they find out later.
+    with engine(
+        max_total_tokens=14 * 16, chunked_prefill_size=32, enable_prefix_caching=False
+    ) as llm:
         assert_same(llm.generate(PROMPTS, sampling), alone)
         assert llm.core.stats.preemptions_total > 0
 

@@ -1,0 +1,205 @@
+"""Everything at once, on one machine: Serve, a router, a leader, and a gang of two processes.
+
+The model is tiny and random, so its text means nothing; that it is the very text which one process
+without Ray generates is what counts.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import openai
+import psutil
+import pytest
+from ray import serve
+from ray.serve.config import HTTPOptions
+from tiny_tokenizer import write_tiny_tokenizer
+
+import serve_app
+from engine.config import EngineConfig
+from engine.llm import LLM
+from engine.request import SamplingParams
+from engine.stats import EngineStats
+from engine.text.chat_template import load_chat_template
+from engine.text.tokenizer import load_tokenizer
+
+DATA = Path(__file__).parents[1] / "data"
+MESSAGES = [{"role": "user", "content": "Tell me a story."}]
+TIMEOUT_S = 120
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    for path in (DATA / "tiny-qwen2").iterdir():
+        shutil.copy(path, directory / path.name)
+    return write_tiny_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def args(checkpoint: Path) -> dict[str, object]:
+    return {
+        "model_path": str(checkpoint),
+        "served_model_name": "tiny",
+        "device": "cpu",
+        "dtype": "float32",
+        "tp_size": 2,
+        "nnodes": 2,
+        "context_length": 256,
+        "max_total_tokens": 2048,
+        "max_running_requests": 4,
+        "chunked_prefill_size": 32,
+    }
+
+
+@pytest.fixture(scope="module")
+def base_url(local_ray: None, args: dict[str, object]) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    serve.run(serve_app.build(args), name="tiny", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture
+async def client(base_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(
+        base_url=f"{base_url}/v1", api_key="EMPTY", timeout=TIMEOUT_S, max_retries=0
+    ) as client:
+        yield client
+
+
+async def engine_stats() -> EngineStats:
+    handle = serve.get_deployment_handle("Engine", app_name="tiny")
+    return msgspec.msgpack.decode(await handle.stats.remote(), type=EngineStats)
+
+
+async def stream_text(client: openai.AsyncOpenAI, max_tokens: int = 40) -> str:
+    stream = await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+
+@pytest.fixture(scope="module")
+def expected_text(checkpoint: Path, args: dict[str, object]) -> str:
+    tokenizer = load_tokenizer(checkpoint)
+    template = load_chat_template(checkpoint, tokenizer)
+    assert template is not None
+    config = EngineConfig.model_validate({**args, "nnodes": 1, "tp_size": 1})
+    with LLM(config) as llm:
+        sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        return llm.generate(
+            [template.render(MESSAGES, add_generation_prompt=True, kwargs={})], sampling
+        )[0].text
+
+
+async def test_two_hosts_stream_the_text_of_one_process(base_url, client, expected_text):
+    assert await stream_text(client) == expected_text
+
+
+async def test_readiness_names_every_rank(base_url):
+    state = httpx.get(f"{base_url}/health/ready").raise_for_status().json()
+    assert [rank["state"] for rank in state["ranks"]] == ["ready", "ready"]
+
+
+async def test_many_clients_at_once_each_get_their_own_text(client, expected_text):
+    texts = await asyncio.gather(*(stream_text(client, 20 + index) for index in range(12)))
+    for index, text in enumerate(texts):
+        assert expected_text.startswith(text[:-1]), index
+
+
+async def test_a_client_that_goes_away_frees_its_pages(client):
+    stream = await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=200,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    async for chunk in stream:
+        if chunk.choices[0].delta.content:
+            break
+    await stream.close()
+    async with asyncio.timeout(TIMEOUT_S):
+        while (stats := await engine_stats()).num_running:
+            await asyncio.sleep(0.02)
+    assert stats.aborted_total >= 1
+    # The router may hold a request's record a moment longer; the engine holds no page.
+    assert stats.num_pages_used == 0
+
+
+async def test_a_stop_string_ends_the_request_in_the_engine_too(client, expected_text):
+    stop = expected_text[10:14]
+    completion = await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=200,
+        temperature=0,
+        stop=[stop],
+        extra_body={"ignore_eos": True},
+    )
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.choices[0].message.content == expected_text[: expected_text.index(stop)]
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await engine_stats()).num_running:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(client):
+    with pytest.raises(openai.BadRequestError, match=r"tokens.*256"):
+        await client.completions.create(model="tiny", prompt="word " * 400)
+
+
+def rank_processes() -> list[psutil.Process]:
+    """The gang's processes under this test's own Ray."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.name().startswith("ray::HostWorker")
+    ]
+
+
+async def test_a_killed_rank_fails_its_streams_and_the_engine_comes_back(client, expected_text):
+    stream = await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=200,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    victims = rank_processes()
+    assert len(victims) == 2
+
+    async def kill_a_rank_at_the_first_chunk() -> None:
+        async for _ in stream:
+            if victims:
+                os.kill(victims.pop().pid, signal.SIGKILL)
+                victims.clear()
+
+    with pytest.raises(openai.APIError, match="died"):
+        await kill_a_rank_at_the_first_chunk()
+    # Held by the router until the next epoch serves.
+    assert await stream_text(client) == expected_text
+    assert len(rank_processes()) == 2
+
+
+def test_the_leader_and_the_routers_hold_no_jax(base_url):
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::ServeReplica"):
+            assert "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text()
