@@ -15,15 +15,6 @@ BFLOAT16_P99 = 0.5
 PADDED = 128
 
 
-@pytest.fixture(scope="module")
-def demo_model() -> Path:
-    demo = pytest.importorskip("scripts.demo_model", exc_type=ImportError)
-    directory = demo.demo_model_directory()
-    if not directory.is_dir():
-        pytest.skip(f"{directory} has not been written: run scripts/quickstart --exit first")
-    return directory
-
-
 def forced_logprobs(model: LoadedModel, item: dict) -> np.ndarray:
     """[len(output), V]: log probabilities at each output position, the golden tokens fed in."""
     ids = item["prompt_ids"] + item["output_ids"][:-1]
@@ -32,8 +23,10 @@ def forced_logprobs(model: LoadedModel, item: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_all_ten_prompts_give_the_golden_tokens_in_float32(demo_model: Path, tp_size: int) -> None:
-    model = LoadedModel(demo_model, tp_size=tp_size)
+def test_all_ten_prompts_give_the_golden_tokens_in_float32(
+    demo_checkpoint: Path, tp_size: int
+) -> None:
+    model = LoadedModel(demo_checkpoint, tp_size=tp_size)
     for item in ITEMS:
         logprobs = forced_logprobs(model, item)
         # Greedy decoding takes these very tokens if each is the likeliest after those before it.
@@ -43,9 +36,9 @@ def test_all_ten_prompts_give_the_golden_tokens_in_float32(demo_model: Path, tp_
                 assert row[token_id] == pytest.approx(logprob, abs=1e-3)
 
 
-def test_bfloat16_is_no_further_from_float32_than_transformers_is(demo_model: Path) -> None:
-    config = load_model_config(demo_model)
-    model = LoadedModel(demo_model, config, dtype="bfloat16")
+def test_bfloat16_is_no_further_from_float32_than_transformers_is(demo_checkpoint: Path) -> None:
+    config = load_model_config(demo_checkpoint)
+    model = LoadedModel(demo_checkpoint, config, dtype="bfloat16")
     errors = [
         abs(float(row[token_id]) - logprob)
         for item in ITEMS
