@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import ray
 from ray._private.state import state as cluster_state
 from ray.util.placement_group import (
-    PlacementGroup,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -33,6 +32,7 @@ NODE_RANK_LABEL = "qwen-on-ray/node-rank"
 TPU_WORKER_LABEL = "ray.io/tpu-worker-id"
 _TPU_SLICE_LABEL = "ray.io/tpu-slice-name"
 _POLL_S = 0.25
+_SLICE_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +84,17 @@ class Need:
     def resource(self) -> str:
         return {"tpu": "TPU", "gpu": "GPU", "cpu": "CPU"}[self.device]
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether the hosts must belong together by wire, as those of one TPU slice do."""
+        return self.device == "tpu" and self.num_hosts > 1
+
     def __str__(self) -> str:
         amount = self.bundle[self.resource]
         what = {"tpu": "TPU chips", "gpu": "GPUs", "cpu": "CPUs"}[self.device]
         hosts = "1 host" if self.num_hosts == 1 else f"{self.num_hosts} hosts"
         text = f"{hosts} with {amount:g} {what}{' each' if self.num_hosts > 1 else ''}"
-        if self.device == "tpu" and self.num_hosts > 1:
+        if self.is_slice:
             text += f" (one slice of {amount * self.num_hosts:g} chips)"
         return text
 
@@ -180,18 +185,34 @@ def intact_slices(need: Need, cluster: Cluster) -> list[str]:
 
 
 class Claim:
-    """A placement group with one bundle per host; lives until `release`, or its creator's end."""
+    """A placement group with one bundle per host; lives until `release`, or its creator's end.
 
-    def __init__(self, need: Need, group: PlacementGroup) -> None:
+    That it exists does not mean that it is granted.
+
+    Args:
+        slice_name: The TPU slice that all bundles must lie in, or None for any nodes.
+    """
+
+    def __init__(self, need: Need, slice_name: str | None = None) -> None:
         self.need = need
-        self.group = group
+        self.slice_name = slice_name
+        self.made_s = time.monotonic()
+        labels = {} if slice_name is None else {_TPU_SLICE_LABEL: slice_name}
+        self.group = placement_group(
+            [dict(need.bundle) for _ in range(need.num_hosts)],
+            # Spread where hosts are distinct; several processes on one node where it is alone.
+            strategy="SPREAD" if need.device == "cpu" else "STRICT_SPREAD",
+            bundle_label_selector=[labels] * need.num_hosts,
+        )
+
+    def is_granted(self) -> bool:
+        return placement_group_table(self.group).get("state") == "CREATED"
 
     def is_intact(self, cluster: Cluster) -> bool:
         """Whether every bundle lies on a living node. A broken group never heals by itself."""
-        table = placement_group_table(self.group)
+        on_nodes = placement_group_table(self.group).get("bundles_to_node_id", {}).values()
         living = {node.node_id for node in cluster.nodes}
-        on_nodes = table.get("bundles_to_node_id", {}).values()
-        return table.get("state") == "CREATED" and living.issuperset(on_nodes)
+        return self.is_granted() and living.issuperset(on_nodes)
 
     def release(self) -> None:
         remove_placement_group(self.group)
@@ -201,6 +222,10 @@ async def claim_hosts(
     config: EngineConfig, *, on_wait: Callable[[str], None], timeout_s: float
 ) -> Claim:
     """Wait for the hosts that `config` needs, and claim them.
+
+    Several TPU hosts are claimed by the name of a slice that has all of them, one slice after the
+    other: Ray itself would also pick a slice with a dead host, and wait there for ever. Where no
+    slice is intact the claim names none, so that the autoscaler sees a demand.
 
     Args:
         on_wait: Told what is waited for, each time that it changes.
@@ -212,19 +237,29 @@ async def claim_hosts(
     need = need_of(config)
     deadline_s = time.monotonic() + timeout_s
     claim: Claim | None = None
-    tried: list[str] = []
     said = ""
+    num_tried = 0
     try:
         while time.monotonic() < deadline_s:
             cluster = await asyncio.to_thread(read_cluster)
             check_capacity(need, cluster)
+            slices = intact_slices(need, cluster) if need.is_slice else []
+            if claim is not None and need.is_slice and _is_stale(claim, slices):
+                claim.release()
+                claim = None
             if claim is None:
-                claim, tried = await asyncio.to_thread(_propose, need, cluster, tried)
-            table = await asyncio.to_thread(placement_group_table, claim.group)
-            if table.get("state") == "CREATED":
+                name = slices[num_tried % len(slices)] if slices else None
+                num_tried += 1
+                claim = await asyncio.to_thread(Claim, need, name)
+            is_enough = claim.slice_name is not None or not need.is_slice
+            if is_enough and await asyncio.to_thread(claim.is_granted):
                 granted, claim = claim, None
                 return granted
-            note = f"waiting for {need}: in use, or not started yet"
+            note = f"waiting for {need}: " + (
+                "no slice has all its hosts at present"
+                if need.is_slice and not slices
+                else "in use by others, or not started yet"
+            )
             if note != said:
                 on_wait(note)
                 said = note
@@ -238,20 +273,9 @@ async def claim_hosts(
     )
 
 
-def _propose(need: Need, cluster: Cluster, tried: list[str]) -> tuple[Claim, list[str]]:
-    """Ask Ray for a placement group; that it exists does not mean that it is granted."""
-    selector: list[dict[str, str]] = [{}] * need.num_hosts
-    if need.device == "tpu" and need.num_hosts > 1:
-        # Ray itself would also pick a slice with a dead host, and wait there for ever.
-        names = intact_slices(need, cluster)
-        fresh = [name for name in names if name not in tried] or names
-        if fresh:
-            selector = [{_TPU_SLICE_LABEL: fresh[0]}] * need.num_hosts
-            tried = [*tried, fresh[0]]
-    group = placement_group(
-        [dict(need.bundle) for _ in range(need.num_hosts)],
-        # Spread where hosts are distinct; several processes on one node where it is alone.
-        strategy="SPREAD" if need.device == "cpu" else "STRICT_SPREAD",
-        bundle_label_selector=selector,
-    )
-    return Claim(need, group), tried
+def _is_stale(claim: Claim, slices: list[str]) -> bool:
+    """Whether another slice should be asked for: this one broke, or is someone else's."""
+    if claim.slice_name is None:
+        return bool(slices)
+    is_impatient = time.monotonic() - claim.made_s > _SLICE_PATIENCE_S and not claim.is_granted()
+    return claim.slice_name not in slices or (is_impatient and len(slices) > 1)

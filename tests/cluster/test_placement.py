@@ -1,0 +1,137 @@
+"""What a gang needs against what a cluster has; claims against a real Ray."""
+
+import asyncio
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.placement import (
+    NODE_RANK_LABEL,
+    Claim,
+    Cluster,
+    Node,
+    check_capacity,
+    claim_hosts,
+    intact_slices,
+    need_of,
+    read_cluster,
+    resolve_device,
+)
+from engine.config import EngineConfig
+from engine.errors import CapacityError, EngineError
+
+
+def config(**fields: Any) -> EngineConfig:
+    return EngineConfig.model_validate({"model_path": "m", **fields})
+
+
+def cluster(*resources: dict[str, float], maxima: dict[str, float] | None = None) -> Cluster:
+    nodes = tuple(
+        Node(node_id=str(index), address=f"10.0.0.{index}", resources=each, labels={})
+        for index, each in enumerate(resources)
+    )
+    return Cluster(nodes=nodes, maxima=maxima or {})
+
+
+def slice_host(name: str, worker_id: int) -> Node:
+    return Node(
+        node_id=f"{name}-{worker_id}",
+        address="10.0.0.1",
+        resources={"TPU": 4, "CPU": 8},
+        labels={"ray.io/tpu-slice-name": name, "ray.io/tpu-worker-id": str(worker_id)},
+    )
+
+
+FOUR_TPU_HOSTS = need_of(config(device="tpu", nnodes=4, tp_size=16))
+
+
+def test_missing_chips_are_named_with_what_the_cluster_has_and_what_to_do() -> None:
+    with pytest.raises(CapacityError) as raised:
+        check_capacity(FOUR_TPU_HOSTS, cluster({"CPU": 8}))
+    assert str(raised.value) == (
+        "The model needs 4 hosts with 4 TPU chips each (one slice of 16 chips); this cluster has "
+        "0 TPU chips on 1 node. Start a cluster that has them (`ray up configs/ray/…`), change "
+        "--tp-size and --nnodes, or set --device=cpu."
+    )
+
+
+def test_autoscaler_that_can_bring_the_hosts_is_waited_for() -> None:
+    check_capacity(FOUR_TPU_HOSTS, cluster({"CPU": 8}, maxima={"TPU": 16, "CPU": 64}))
+    with pytest.raises(CapacityError, match="its autoscaler stops at 8"):
+        check_capacity(FOUR_TPU_HOSTS, cluster({"CPU": 8}, maxima={"TPU": 8, "CPU": 64}))
+
+
+def test_one_large_tpu_host_is_not_four_hosts() -> None:
+    with pytest.raises(CapacityError, match="has 16 TPU chips on 1 node"):
+        check_capacity(FOUR_TPU_HOSTS, cluster({"CPU": 8, "TPU": 16}))
+
+
+def test_processes_on_cpus_may_share_a_node() -> None:
+    two = need_of(config(device="cpu", nnodes=2, tp_size=2))
+    check_capacity(two, cluster({"CPU": 1}))
+    check_capacity(two, cluster({"CPU": 0.5}, {"CPU": 0.5}))
+    with pytest.raises(CapacityError, match=r"2 hosts with 0\.5 CPUs each.*lower --nnodes"):
+        check_capacity(two, cluster({"CPU": 0.5}, {"CPU": 0.4}))
+
+
+@pytest.mark.parametrize(
+    ("found", "device"),
+    [
+        (cluster({"CPU": 2}), "cpu"),
+        (cluster({"CPU": 2, "GPU": 1}), "gpu"),
+        (cluster({"CPU": 2, "GPU": 1}, {"TPU": 4}), "tpu"),
+        (cluster({"CPU": 2}, maxima={"TPU": 4}), "tpu"),
+    ],
+)
+def test_device_auto_is_the_best_that_the_cluster_has_or_may_get(
+    found: Cluster, device: str
+) -> None:
+    assert resolve_device(config(), found).device == device
+    assert resolve_device(config(device="cpu"), found).device == "cpu"
+
+
+def test_slice_with_a_dead_host_is_not_intact() -> None:
+    need = need_of(config(device="tpu", nnodes=2, tp_size=8))
+    whole = [slice_host("b", 0), slice_host("b", 1)]
+    broken = [slice_host("a", 1)]
+    assert intact_slices(need, Cluster(nodes=(*whole, *broken), maxima={})) == ["b"]
+
+
+def test_rank_of_a_node_is_its_tpu_worker_or_what_the_command_line_said() -> None:
+    labels = {NODE_RANK_LABEL: "3"}
+    assert Node(node_id="", address="", resources={}, labels=labels).rank == 3
+    assert slice_host("a", 2).rank == 2
+    assert Node(node_id="", address="", resources={}, labels={}).rank is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+class TestClaims:
+    async def test_hosts_in_use_are_waited_for_and_the_wait_is_told(self) -> None:
+        num_cpus = int(ray.cluster_resources()["CPU"])
+        everything = config(device="cpu", nnodes=2 * num_cpus, tp_size=2 * num_cpus)
+        notes: list[str] = []
+        first = await claim_hosts(everything, on_wait=notes.append, timeout_s=20)
+        assert first.is_intact(read_cluster())
+        with pytest.raises(EngineError, match=r"within 1 s: they are in use by others"):
+            await claim_hosts(everything, on_wait=notes.append, timeout_s=1)
+        assert any("in use by others, or not started yet" in note for note in notes)
+        waiting = asyncio.create_task(claim_hosts(everything, on_wait=notes.append, timeout_s=30))
+        first.release()
+        second = await waiting
+        second.release()
+
+    async def test_released_claim_is_not_intact(self) -> None:
+        claim = await claim_hosts(config(device="cpu"), on_wait=lambda note: None, timeout_s=20)
+        found = read_cluster()
+        gone = Cluster(nodes=(), maxima={})
+        assert claim.is_intact(found)
+        assert not claim.is_intact(gone)
+        claim.release()
+        assert not claim.is_intact(found)
+
+    async def test_claim_on_a_slice_that_does_not_exist_is_not_granted(self) -> None:
+        claim = Claim(need_of(config(device="cpu")), slice_name="nowhere")
+        assert not claim.is_granted()
+        claim.release()
