@@ -111,7 +111,9 @@ def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: i
         while not stop.wait(_POLL_S):
             status = serve.status().applications[APP_NAME].status
             if status == ApplicationStatus.DEPLOY_FAILED:
-                raise EngineError(f"{config.model_path} cannot be served. {line}")
+                raise EngineError(
+                    f"{config.model_path} cannot be served. {describe_start(APP_NAME)}"
+                )
             if status == ApplicationStatus.RUNNING:
                 if not is_said:
                     logger.info("Serving %s at http://%s:%d/v1", config.model_names[0], host, port)

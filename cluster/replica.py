@@ -116,7 +116,9 @@ class Engine:
         for sender in self._senders.values():
             sender.close()
         await self._group.stop()
-        self._status.clear()
+        if self._limits is not None:
+            # Why a start failed stays to be read after this replica.
+            self._status.clear()
 
     def check_health(self) -> None:
         """Raise where only a new replica can help; a gang that is rebuilt is not such a case."""
