@@ -16,6 +16,7 @@ from model_harness import LoadedModel  # noqa: E402  (the number of devices come
 
 from engine.models import checkpoint  # noqa: E402
 from engine.models.config import load_model_config  # noqa: E402
+from engine.models.registry import stack_layers  # noqa: E402
 
 
 def main(coordinator: str, rank: int, directory: Path) -> None:
@@ -30,9 +31,13 @@ def main(coordinator: str, rank: int, directory: Path) -> None:
         return result
 
     checkpoint._gather = counting_gather
-    model = LoadedModel(directory, load_model_config(directory), tp_size=2)
-    logits = model.logits(list(range(16)))
-    report = {"num_read_bytes": num_read_bytes, "logits": logits[-1].tolist()}
+    config, prompt = load_model_config(directory), list(range(16))
+    model = LoadedModel(directory, config, tp_size=2, backend="xla")
+    report = {"num_read_bytes": num_read_bytes, "logits": model.logits(prompt)[-1].tolist()}
+    model.params = stack_layers(config, model.params)
+    report["scanned_logits"] = model.logits(prompt)[-1].tolist()
+    dummy = LoadedModel(directory, config, tp_size=2, backend="xla", dummy_seed=5)
+    report["dummy_logits"] = dummy.logits(prompt)[-1].tolist()
     sys.stdout.write(json.dumps(report) + "\n")
 
 

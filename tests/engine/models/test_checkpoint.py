@@ -227,7 +227,7 @@ def test_two_processes_read_half_of_the_sharded_weights_each() -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        outputs = [rank.communicate(timeout=240) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -235,12 +235,15 @@ def test_two_processes_read_half_of_the_sharded_weights_each() -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     reports = [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
     alone = LoadedModel(QWEN2).logits(list(range(16)))
+    dummy = LoadedModel(QWEN2, dummy_seed=5).logits(list(range(16)))
     tensors = load_file(QWEN2 / "model.safetensors")
     norm_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if "norm" in name)
     all_bytes = sum(tensor.nbytes for tensor in tensors.values())
     for report in reports:
         assert report["num_read_bytes"] == norm_bytes + (all_bytes - norm_bytes) // 2
         assert max_difference(report["logits"], alone[-1]) < 1e-4
+        assert max_difference(report["scanned_logits"], alone[-1]) < 1e-4
+        assert max_difference(report["dummy_logits"], dummy[-1]) < 1e-4
 
 
 def test_dummy_weights_are_the_same_at_every_tp_size() -> None:
