@@ -30,8 +30,8 @@ from cluster.token_socket import (
 from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
 from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, RequestError
+from engine.hub import resolve_checkpoint
 from engine.models.config import load_generation_defaults, load_model_config
-from engine.models.hub import resolve_checkpoint
 from engine.request import Request, RequestOutput, SamplingParams
 from engine.stats import EngineStats
 from engine.step import EngineLimits

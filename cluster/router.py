@@ -39,8 +39,8 @@ from cluster.openai.sse import AnswerResponse
 from cluster.service import OpenAIService
 from engine.config import EngineConfig, parse_config
 from engine.errors import QwenOnRayError, RequestError
+from engine.hub import resolve_checkpoint
 from engine.text.chat_template import load_chat_template
-from engine.text.files import locate_text_files
 from engine.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -210,11 +210,13 @@ def make_service(config: EngineConfig, engine: EngineLink) -> OpenAIService:
     Raises:
         ConfigError, CheckpointError: Something of them is missing or unreadable.
     """
-    directory = locate_text_files(
+    directory = resolve_checkpoint(
         config.tokenizer_path or config.model_path,
         # A revision is one of the model's repository; another's would not know it.
         revision=None if config.tokenizer_path else config.revision,
         download_dir=config.download_dir,
+        has_weights=False,
+        flag="--tokenizer-path" if config.tokenizer_path else "--model-path",
     )
     tokenizer = load_tokenizer(directory)
     template_file = Path(config.chat_template) if config.chat_template else None

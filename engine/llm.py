@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import CheckpointError
+from engine.hub import resolve_checkpoint
 from engine.models.config import ModelConfig, load_model_config
-from engine.models.hub import resolve_checkpoint
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from engine.runner.model_runner import ModelRunner, PendingStep
 from engine.step import EngineLimits, ProgressCallback, StartProgress, StepPlan, StepResult
@@ -241,7 +241,13 @@ def _wait(pending: "concurrent.futures.Future[PendingStep]") -> StepResult:
 
 def _find_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
     if config.tokenizer_path is not None:
-        return load_tokenizer(Path(config.tokenizer_path).expanduser())
+        directory = resolve_checkpoint(
+            config.tokenizer_path,
+            download_dir=config.download_dir,
+            has_weights=False,
+            flag="--tokenizer-path",
+        )
+        return load_tokenizer(directory)
     # A model without a tokenizer still serves prompts that are token ids.
     with contextlib.suppress(CheckpointError):
         return load_tokenizer(directory)

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.hub import resolve_checkpoint
 from engine.kernels.attention import Cache, make_attention
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
-from engine.models.hub import resolve_checkpoint
 from engine.models.registry import make_model, stack_layers
 from engine.runner.batch import BatchBuilder, padding_inputs
 from engine.runner.compilation import CompileCounter, compile_all

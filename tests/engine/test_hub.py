@@ -15,9 +15,9 @@ import pytest
 from hub_server import HubServer
 
 from engine.errors import CheckpointError
-from engine.models.hub import resolve_checkpoint
+from engine.hub import resolve_checkpoint
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FILES = {
     "config.json": b"{}",
     "qwen.tiktoken": b"IQ== 0\n",
@@ -30,7 +30,7 @@ FILES = {
 PROGRAM = """
 import json, sys
 from engine.errors import CheckpointError
-from engine.models.hub import resolve_checkpoint
+from engine.hub import resolve_checkpoint
 calls = []
 options = json.loads(sys.argv[2])
 try:

@@ -36,6 +36,7 @@ def resolve_checkpoint(
     download_dir: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     has_weights: bool = True,
+    flag: str = "--model-path",
 ) -> Path:
     """Return the directory of a checkpoint, downloading it where it is a name on the hub.
 
@@ -45,6 +46,7 @@ def resolve_checkpoint(
         download_dir: Cache to download into; by default the hub's own.
         on_progress: Told the bytes fetched and the bytes known of so far.
         has_weights: False fetches configuration and tokenizer alone.
+        flag: What `model_path` was given by, for messages.
 
     Raises:
         CheckpointError: There is no such directory, and no such model can be fetched or found in
@@ -55,7 +57,7 @@ def resolve_checkpoint(
         return directory
     if directory.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1:
         raise CheckpointError(
-            f"--model-path={model_path} is not a directory. Give a directory with config.json and "
+            f"{flag}={model_path} is not a directory. Give a directory with config.json and "
             "safetensors, or a name on the Hugging Face hub, such as Qwen/Qwen2.5-0.5B-Instruct."
         )
     patterns = [*TEXT_PATTERNS, *(WEIGHT_PATTERNS if has_weights else ())]
@@ -78,13 +80,13 @@ def resolve_checkpoint(
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
-            f"--model-path={model_path} is neither a directory nor a model on the Hugging Face hub."
+            f"{flag}={model_path} is neither a directory nor a model on the Hugging Face hub."
         ) from error
     except (OSError, _TRANSPORT_ERROR) as error:
         is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         cause = "HF_HUB_OFFLINE is set" if is_offline else f"the hub cannot be reached ({error})"
         raise CheckpointError(
-            f"--model-path={model_path} is not a directory, it is not whole in the cache "
+            f"{flag}={model_path} is not a directory, it is not whole in the cache "
             f"({download_dir or 'the default one'}), and {cause}. Download it first, or give a "
             "directory."
         ) from error
