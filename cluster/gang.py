@@ -140,7 +140,11 @@ class Gang:
         self._actors = actors
         facts = await self._facts_of(actors)
         node_ranks = {node.node_id: node.rank for node in (await _read_cluster()).nodes}
-        order = rank_order([node_ranks.get(fact.node_id) for fact in facts])
+        own_node = ray.get_runtime_context().get_node_id()
+        order = rank_order(
+            [node_ranks.get(fact.node_id) for fact in facts],
+            [fact.node_id == own_node for fact in facts],
+        )
         self._actors = [actors[index] for index in order]
         self.hosts = [
             HostStatus(rank=rank, facts=facts[index], progress=StartProgress(phase="rendezvous"))
@@ -318,16 +322,19 @@ class Gang:
                 self._fail(EngineDiedError(f"A step took more than {_STEP_TIMEOUT_S:.0f} s."))
 
 
-def rank_order(node_ranks: list[int | None]) -> list[int]:
-    """Order bundles by the ranks that their nodes must take; their own order where nodes have none.
+def rank_order(node_ranks: list[int | None], is_local: list[bool]) -> list[int]:
+    """Order bundles by the ranks that their nodes must take.
+
+    Where nodes have none, those on the leader's own node come first: rank 0's results then travel
+    no further than they must.
 
     Returns:
         Bundle indices; the one at position r becomes rank r.
     """
-    indices = range(len(node_ranks))
-    if None in node_ranks or len(set(node_ranks)) < len(node_ranks):
-        return list(indices)
-    return sorted(indices, key=lambda index: node_ranks[index] or 0)
+    ranks = [rank for rank in node_ranks if rank is not None]
+    if len(set(ranks)) == len(node_ranks):
+        return sorted(range(len(node_ranks)), key=lambda index: ranks[index])
+    return sorted(range(len(node_ranks)), key=lambda index: not is_local[index])
 
 
 async def _read_cluster() -> Cluster:

@@ -156,9 +156,12 @@ async def test_executing_without_a_gang_fails(tmp_path: Path) -> None:
 
 
 def test_ranks_follow_the_nodes_own_numbers_where_all_have_one() -> None:
-    assert rank_order([2, 0, 1]) == [1, 2, 0]
-    assert rank_order([None, 0]) == [0, 1]
-    assert rank_order([0, 0]) == [0, 1]
+    assert rank_order([2, 0, 1], [True, False, False]) == [1, 2, 0]
+
+
+def test_ranks_without_numbers_begin_on_the_leaders_node() -> None:
+    assert rank_order([None, 0, None], [False, True, False]) == [1, 0, 2]
+    assert rank_order([0, 0], [False, False]) == [0, 1]
 
 
 def test_leader_leaves_jax_alone() -> None:

@@ -1,0 +1,148 @@
+"""Two hosts with an address, a hostname and processes of their own serve one model together."""
+
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
+
+from cluster.placement import NODE_RANK_LABEL
+
+pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(900)]
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "demo-cpu.yaml"
+CLIENT = Path(__file__).with_name("chat_client.py")
+SCRIPTS = Path(sys.executable).parent
+QUESTION = "Why is the sky blue?"
+NUM_TOKENS = 24
+START_TIMEOUT_S = 400
+RECOVERY_TIMEOUT_S = 240
+PORT = 8000
+WORKER_TITLE = "^ray::HostWorker"
+
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
+    # One token on both hosts; else Ray writes one into the user's home.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NetworkHost]]:
+    try:
+        with network_hosts(2, tmp_path_factory.mktemp("hosts")) as made:
+            yield made
+    except HostsUnavailableError as error:
+        pytest.skip(str(error))
+
+
+def write_config(folder: Path, checkpoint: Path) -> Path:
+    """The demo's configuration over two hosts; in float32, so that answers repeat exactly."""
+    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    config["http_options"] = {"host": "0.0.0.0", "port": PORT}
+    config["applications"][0]["args"] |= {
+        "model_path": str(checkpoint),
+        "nnodes": 2,
+        "tp_size": 2,
+        "dtype": "float32",
+        "context_length": 512,
+        "max_total_tokens": 2048,
+        "max_running_requests": 2,
+        "chunked_prefill_size": 64,
+        # Two hosts share this machine's few cores, so beats may come late.
+        "host_timeout_s": 15.0,
+    }
+    path = folder / "two-hosts.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def ask(host: NetworkHost, num_tokens: int = NUM_TOKENS) -> dict[str, Any]:
+    """One streamed answer; its `error` is None if it came whole."""
+    url = f"http://{host.address}:{PORT}/v1"
+    printed = host.run(
+        sys.executable, str(CLIENT), url, QUESTION, str(num_tokens), environment=ENVIRONMENT,
+        timeout_s=320,
+    )  # fmt: skip
+    return json.loads(printed.splitlines()[-1])
+
+
+def wait_for_answer(host: NetworkHost, timeout_s: float, log: str) -> dict[str, Any]:
+    """Ask until an answer comes whole."""
+    deadline_s = time.monotonic() + timeout_s
+    while (answer := ask(host))["error"] is not None:
+        logger.info("not yet: %s", answer["error"])
+        assert time.monotonic() < deadline_s, f"{answer['error']}\n{host.log(log)[-6000:]}"
+        time.sleep(1)
+    return answer
+
+
+def test_killed_rank_comes_back_and_the_same_request_is_answered_alike(
+    hosts: list[NetworkHost], demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    head, other = hosts
+    started_s = time.monotonic()
+    ray_start = ["ray", "start", "--num-cpus=1", "--object-store-memory=100000000"]
+    head_flags = ["--head", "--port=6379", "--include-dashboard=false"]
+    for rank, flags in enumerate([head_flags, [f"--address={head.address}:6379"]]):
+        # The label makes the second host rank 1, as --node-rank=1 of the command line does.
+        hosts[rank].run(
+            *ray_start,
+            *flags,
+            f"--node-ip-address={hosts[rank].address}",
+            f"--labels={NODE_RANK_LABEL}={rank}",
+            environment=ENVIRONMENT,
+        )
+    logger.info("Ray on both hosts after %.1f s", time.monotonic() - started_s)
+
+    config = write_config(tmp_path, demo_checkpoint)
+    served_s = time.monotonic()
+    head.start(
+        "serve",
+        "run",
+        f"--address={head.address}:6379",
+        str(config),
+        environment=ENVIRONMENT,
+        log="serve.log",
+    )
+    expected = wait_for_answer(head, START_TIMEOUT_S, "serve.log")
+    logger.info("first answer %.1f s after `serve run`", time.monotonic() - served_s)
+    assert expected["text"]
+    assert [len(host.pids(WORKER_TITLE)) for host in hosts] == [1, 1], "one rank on each host"
+
+    long_answer = head.start(
+        sys.executable, str(CLIENT), f"http://{head.address}:{PORT}/v1", QUESTION, "400",
+        environment=ENVIRONMENT, log="long.log",
+    )  # fmt: skip
+    deadline_s = time.monotonic() + 60
+    while "first" not in head.log("long.log"):
+        assert time.monotonic() < deadline_s, head.log("long.log")
+        time.sleep(0.05)
+    victim = other.pids(WORKER_TITLE)
+    killed_s = time.monotonic()
+    other.run("kill", "-9", str(victim[0]))
+    long_answer.wait(60)
+    interrupted = json.loads(head.log("long.log").splitlines()[-1])
+    logger.info("the running answer ended %.1f s after the kill", time.monotonic() - killed_s)
+    assert interrupted["error"], "a request that ran on the dead rank is told so"
+    assert "rank 1" in interrupted["error"]
+
+    again = wait_for_answer(head, RECOVERY_TIMEOUT_S, "serve.log")
+    recovery_s = time.monotonic() - killed_s
+    logger.info("served again %.1f s after the kill of rank 1", recovery_s)
+    assert again["text"] == expected["text"]
+    assert other.pids(WORKER_TITLE) not in ([], victim), "rank 1 runs in a fresh process"
