@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from engine.kernels.head_pages import gather_pages
 from engine.kernels.metadata import AttentionMetadata
 
 
@@ -30,14 +31,10 @@ def dense_attention(
     Returns:
         [T, N, H] in the dtype of `q_TNH`; padding rows are zero.
     """
-    num_rows, pages_per_seq = metadata.page_indices.shape
+    pages_per_seq = metadata.page_indices.shape[1]
     _, num_kv_heads, page_size, head_dim = k_pages.shape
     num_tokens, num_heads, _ = q_TNH.shape
     seq_len = pages_per_seq * page_size
-
-    def rows_first(pages: jax.Array) -> jax.Array:
-        gathered = pages[metadata.page_indices].swapaxes(1, 2)
-        return gathered.reshape(num_rows, num_kv_heads, seq_len, head_dim).astype(jnp.float32)
 
     position_T = metadata.position_T[:, None]
     key_position_S = jnp.arange(seq_len)[None, :]
@@ -45,9 +42,11 @@ def dense_attention(
     if sliding_window is not None:
         is_seen_TS &= key_position_S > position_T - sliding_window
     is_cached_RS = jnp.arange(seq_len)[None, :] < metadata.kv_lens[:, None]
+    k_RKSH = gather_pages(k_pages, metadata.page_indices).astype(jnp.float32)
+    v_RKSH = gather_pages(v_pages, metadata.page_indices).astype(jnp.float32)
     # What lies in pages that no token was written to yet may be anything, not-a-number included.
-    k_RKSH = jnp.where(is_cached_RS[:, None, :, None], rows_first(k_pages), 0.0)
-    v_RKSH = jnp.where(is_cached_RS[:, None, :, None], rows_first(v_pages), 0.0)
+    k_RKSH = jnp.where(is_cached_RS[:, None, :, None], k_RKSH, 0.0)
+    v_RKSH = jnp.where(is_cached_RS[:, None, :, None], v_RKSH, 0.0)
 
     q_TKGH = q_TNH.reshape(num_tokens, num_kv_heads, -1, head_dim).astype(jnp.float32)
     k_TKSH = k_RKSH[metadata.row_T]

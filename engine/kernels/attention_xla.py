@@ -9,6 +9,7 @@ goes with the sequences' lengths: the loops' trip counts are read from `kv_lens`
 import jax
 import jax.numpy as jnp
 
+from engine.kernels.head_pages import gather_pages
 from engine.kernels.metadata import AttentionMetadata
 
 KV_BLOCK = 256
@@ -113,10 +114,10 @@ class _KeyLoop:
             )
             key_position_S = index * block_len + jnp.arange(block_len, dtype=jnp.int32)
             is_cached_BS = key_position_S[None, :] < kv_lens[:, None]
-            k_BKSH = self._gather(self._k_pages, page_ids)
+            k_BKSH = gather_pages(self._k_pages, page_ids)
             # Pages hold what was left in them; 0 * not-a-number would come through the sum.
             v_BKSH = jnp.where(
-                is_cached_BS[:, None, :, None], self._gather(self._v_pages, page_ids), 0
+                is_cached_BS[:, None, :, None], gather_pages(self._v_pages, page_ids), 0
             )
             is_seen_BMS = (key_position_S[None, None, :] <= position_BM[:, :, None]) & (
                 is_cached_BS[:, None, :]
@@ -141,14 +142,6 @@ class _KeyLoop:
         )
         _, total_BKM, sum_BKMH = jax.lax.fori_loop(first_block, num_blocks, attend_block, start)
         return sum_BKMH / jnp.maximum(total_BKM, 1e-30)[..., None]
-
-    def _gather(self, pages: jax.Array, page_ids: jax.Array) -> jax.Array:
-        """[B, n] page ids → [B, K, n * page_size, H]."""
-        _, num_kv_heads, _, head_dim = pages.shape
-        gathered = pages.at[page_ids].get(mode="clip")
-        return gathered.swapaxes(1, 2).reshape(
-            page_ids.shape[0], num_kv_heads, self._block_len, head_dim
-        )
 
 
 def _attend_decodes(q_BNH: jax.Array, loop: _KeyLoop) -> jax.Array:

@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
@@ -20,7 +21,11 @@ from jax.typing import ArrayLike, DTypeLike
 from engine.kernels.metadata import AttentionMetadata
 
 Pages = tuple[jax.Array, jax.Array]
-"""Keys and values, each [L, num_pages, K, page_size, H]."""
+"""Keys and values, each [L, num_pages, K, page_size, H]; bfloat16 as its bits, uint16."""
+
+# XLA CPU (of jax 0.10) gathers bfloat16 by converting the whole cache to float32 first. As bits
+# it is moved as it is.
+_STORED_BFLOAT16 = np.dtype(np.uint16)
 
 _HEADS = P(None, "tp")
 _HEADS_OF_PAGES = P(None, None, "tp")
@@ -54,7 +59,7 @@ class HeadPagesAttention:
         """See `AttentionBackend.cache_shapes`."""
         pages = jax.ShapeDtypeStruct(
             (num_layers, num_pages, num_kv_heads, page_size, head_dim),
-            jnp.dtype(dtype),
+            _stored_dtype(dtype),
             sharding=NamedSharding(self._mesh, _HEADS_OF_PAGES),
         )
         return pages, pages
@@ -151,6 +156,35 @@ def store_tokens(
     page_T = jnp.where(is_token_T, metadata.page_indices[metadata.row_T, entry_T], 0)
     offset_T = jnp.where(is_token_T, position_T % metadata.page_size, 0)
     with jax.named_scope("store_kv"):
-        k_pages = k_pages.at[page_T, :, offset_T].set(k_TKH.astype(k_pages.dtype))
-        v_pages = v_pages.at[page_T, :, offset_T].set(v_TKH.astype(v_pages.dtype))
+        k_pages = k_pages.at[page_T, :, offset_T].set(_as_stored(k_TKH, k_pages.dtype))
+        v_pages = v_pages.at[page_T, :, offset_T].set(_as_stored(v_TKH, v_pages.dtype))
     return k_pages, v_pages
+
+
+def gather_pages(pages: jax.Array, page_ids: jax.Array) -> jax.Array:
+    """Put the positions of consecutive pages in a row, in the dtype that they are computed in.
+
+    Args:
+        pages: [num_pages, K, page_size, H].
+        page_ids: int32 [B, n], each of them valid.
+
+    Returns:
+        [B, K, n * page_size, H].
+    """
+    batch, pages_per_row = page_ids.shape
+    _, num_kv_heads, page_size, head_dim = pages.shape
+    gathered = pages.at[page_ids].get(mode="clip").swapaxes(1, 2)
+    gathered = gathered.reshape(batch, num_kv_heads, pages_per_row * page_size, head_dim)
+    if gathered.dtype == _STORED_BFLOAT16:
+        gathered = jax.lax.bitcast_convert_type(gathered, jnp.bfloat16)
+    return gathered
+
+
+def _stored_dtype(dtype: DTypeLike) -> np.dtype:
+    return _STORED_BFLOAT16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+def _as_stored(x_TKH: jax.Array, stored: DTypeLike) -> jax.Array:
+    if stored == _STORED_BFLOAT16:
+        return jax.lax.bitcast_convert_type(x_TKH.astype(jnp.bfloat16), _STORED_BFLOAT16)
+    return x_TKH.astype(stored)
