@@ -44,10 +44,11 @@ _MONITOR_PERIOD_S = 0.25
 # Loading and tracing can hold Python's lock for seconds, and delay beats by as much.
 _START_TIMEOUT_FACTOR = 6
 # A rank that dies takes the others' collectives with it: wait this long for the one that knows.
-_BLAME_WINDOW_S = 0.3
+_BLAME_WINDOW_S = 1.0
 _STEP_TIMEOUT_S = 600.0
 _PROCESS_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 30.0
+_KILL_PATIENCE_S = 2.0
 _POLL_S = 0.02
 
 
@@ -253,6 +254,8 @@ class Gang:
     def _take(self, message: HostMessage) -> None:
         host = self.hosts[message.rank]
         if message.kind is MessageKind.RESULT:
+            if self.failure.done():
+                return  # Its step has been told already that it failed.
             result = decode_result(message.payload)
             step, _, future = self._pending.popleft()
             if result.step != step:
@@ -273,14 +276,15 @@ class Gang:
 
     async def _watch_actor(self, rank: int, run: ray.ObjectRef) -> None:
         try:
-            failure: HostFailure | None = await run
-            logger.error("%s failed: %s", self.hosts[rank].name, failure)
+            failure: HostFailure = await _answer(run)
+            logger.error("%s failed:\n%s", self.hosts[rank].name, failure.traceback)
         except ray.exceptions.RayError as error:
             logger.error("%s died: %s", self.hosts[rank].name, error)
-            failure = None
-        self._blame[rank] = failure
-        if failure is not None and len(self._blame) < len(self.hosts):
-            await asyncio.sleep(_BLAME_WINDOW_S)
+            self._blame[rank] = None
+        else:
+            self._blame[rank] = failure
+            if len(self._blame) < len(self.hosts):
+                await asyncio.sleep(_BLAME_WINDOW_S)
         self._fail(self._explain())
 
     def _explain(self) -> QwenOnRayError:
@@ -292,7 +296,10 @@ class Gang:
         rank, failure = next(iter(self._blame.items()))
         assert failure is not None
         name = self.hosts[rank].name
-        if failure.is_own and not self._is_started.is_set():
+        if self._is_started.is_set():
+            # Clients read this one; the traceback is in the log.
+            return EngineDiedError(f"{name} failed: {failure.kind}: {failure.message}")
+        if failure.is_own:
             return getattr(errors, failure.kind, EngineError)(f"{name}: {failure.message}")
         return EngineDiedError(f"{name} failed:\n{failure.traceback}")
 
@@ -368,14 +375,17 @@ async def _end_local_processes(hosts: Iterable[HostStatus]) -> None:
     """
     own_node = ray.get_runtime_context().get_node_id()
     pids = [host.facts.pid for host in hosts if host.facts.node_id == own_node]
-    deadline_s = time.monotonic() + _KILL_TIMEOUT_S
-    while (pids := [pid for pid in pids if psutil.pid_exists(pid)]) and (
-        time.monotonic() < deadline_s
-    ):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    while (waited_s := time.monotonic() - began_s) < _KILL_TIMEOUT_S:
+        pids = [pid for pid in pids if psutil.pid_exists(pid)]
+        if not pids:
+            return
+        if waited_s > _KILL_PATIENCE_S:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(_POLL_S)
+    logger.error("processes %s outlived %.0f s", pids, _KILL_TIMEOUT_S)
 
 
 def _describe(progress: StartProgress) -> str:

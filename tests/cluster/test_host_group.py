@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,11 +114,16 @@ async def test_silent_host_counts_as_dead(tmp_path: Path) -> None:
         assert not psutil.pid_exists(stopped)
 
 
-async def test_fault_while_running_reports_the_traceback_of_its_host(tmp_path: Path) -> None:
+async def test_fault_while_running_names_the_host_and_leaves_the_traceback_to_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with gang(tmp_path) as group:
         await group.start(ignore)
-        with pytest.raises(EngineDiedError, match=r"(?s)Traceback.*the device caught fire"):
+        with pytest.raises(
+            EngineDiedError, match=r"^rank [01] on .*RuntimeError: the device caught"
+        ):
             await asyncio.wait_for(group.execute(plan(null_program.FAULTY_STEP)), 10)
+    assert re.search(r"(?s)Traceback.*null_program\.py.*the device caught fire", caplog.text)
 
 
 async def test_fault_at_start_names_the_rank_and_carries_its_traceback(tmp_path: Path) -> None:
