@@ -137,11 +137,9 @@ async def test_a_client_that_goes_away_frees_its_pages(client):
             break
     await stream.close()
     async with asyncio.timeout(TIMEOUT_S):
-        while (stats := await engine_stats()).num_running:
+        while (stats := await engine_stats()).num_running or stats.num_pages_used:
             await asyncio.sleep(0.02)
     assert stats.aborted_total >= 1
-    # The router may hold a request's record a moment longer; the engine holds no page.
-    assert stats.num_pages_used == 0
 
 
 async def test_a_stop_string_ends_the_request_in_the_engine_too(client, expected_text):
