@@ -133,6 +133,27 @@ def test_plans_and_results_survive_the_wire(started):
     assert decode_result(encode(result)).token_ids.tolist() == result.token_ids.tolist()
 
 
+def test_bfloat16_tokens_and_logprobs_do_not_depend_on_the_batch_or_the_chunks():
+    runner, limits = start_runner(model_path=str(DATA / "tiny-qwen3"), dtype="bfloat16")
+    driver = PlanDriver(runner, limits)
+    prompts = [PROMPT, PROMPT[4:9], PROMPT[::-1]]
+    batch = [driver.admit(slot, prompt) for slot, prompt in enumerate(prompts)]
+    driver.step([], [(batch[0], 9), (batch[1], 5)], has_logprobs=True)
+    driver.step([batch[1]], [(batch[0], len(PROMPT) - 9)], has_logprobs=True)
+    driver.step([batch[0], batch[1]], [(batch[2], 20)], has_logprobs=True)
+    for _ in range(5):
+        driver.step([batch[1], batch[0]], has_logprobs=True)
+    for sequence in batch[:2]:
+        alone = driver.admit(3, sequence.tokens[: sequence.prompt_len])
+        driver.step([], [(alone, alone.prompt_len)], has_logprobs=True)
+        while len(alone.output) < len(sequence.output):
+            driver.step([alone], has_logprobs=True)
+        assert alone.output == sequence.output
+        for mine, theirs in zip(alone.results, sequence.results, strict=True):
+            assert mine[0] == theirs[0]
+            np.testing.assert_array_equal(mine[2], theirs[2])
+
+
 @pytest.mark.parametrize("tp_size", [2, 3])
 def test_several_devices_give_the_same_tokens(tp_size):
     config = {"model_path": str(DATA / "tiny-qwen2"), "max_running_requests": 2}
