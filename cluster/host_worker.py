@@ -22,7 +22,7 @@ import msgspec
 import ray
 
 from cluster.gang_socket import GangInvitation, HostSocket, MessageKind
-from cluster.rendezvous import free_port, join_jax_distributed
+from cluster.jax_rendezvous import free_port, join_jax_distributed
 from engine.config import EngineConfig
 from engine.errors import QwenOnRayError
 from engine.step import (

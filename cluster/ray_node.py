@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 10.0
 _SHOWN_LINES = 15
+_STARTED = "Ray runtime started."
+_TIMED_OUT = "timed out during startup"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,20 +34,13 @@ class RayNode:
     Args:
         arguments: What follows `ray start`: whether it is a head, addresses, ports.
         labels: The node's, as `ray.nodes()` will show them.
-        environment: What the process needs beside our own environment.
     """
 
-    def __init__(
-        self,
-        arguments: Sequence[str],
-        *,
-        labels: Mapping[str, str],
-        environment: Mapping[str, str],
-    ) -> None:
+    def __init__(self, arguments: Sequence[str], *, labels: Mapping[str, str]) -> None:
         # Short, because paths of Unix sockets end at 107 characters and Ray appends some 80.
         self._folder = Path(tempfile.mkdtemp(prefix="qor-", dir="/tmp"))
         self._output = self._folder / "ray-start.log"
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        command = [sys.executable, "-u", "-m", "ray.scripts.scripts", "start", "--block"]
         command += ["--temp-dir", str(self._folder), "--disable-usage-stats"]
         command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
         # By default Ray takes 10002 to 19999 for workers, where the cluster's own port may lie.
@@ -58,7 +53,6 @@ class RayNode:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
                 # Ctrl-C in a terminal reaches our group only: we end Ray after Serve, in order.
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
@@ -66,6 +60,14 @@ class RayNode:
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    def has_started(self) -> bool:
+        """Whether the node is part of its cluster."""
+        return _STARTED in self._output.read_text(errors="replace")
+
+    def has_timed_out(self) -> bool:
+        """Whether it ended because it was too slow, so that another try may work."""
+        return _TIMED_OUT in self._output.read_text(errors="replace")
 
     def output_tail(self) -> str:
         """The last lines that it printed."""

@@ -1,12 +1,13 @@
-"""How hosts find each other: by jax.distributed in a gang, by a Ray cluster on the command line.
+"""How the command line's flags form a Ray cluster: the same command on every host, and no more.
 
-`--dist-init-addr` is where the cluster forms; JAX's coordinator takes a fresh port of rank 0 for
-each epoch, because a port of the last epoch may still be in use. Must not know of plans.
+`--dist-init-addr` is where rank 0's head listens; `cluster.jax_rendezvous` has how the hosts of a
+gang then meet in JAX. Must not know of gangs or of Serve.
 """
 
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from ray._private.authentication.authentication_token_setup import (
 )
 from ray._raylet import Config as RayCoreConfig  # pyright: ignore[reportAttributeAccessIssue]
 
+from cluster.jax_rendezvous import free_port
 from cluster.placement import NODE_RANK_LABEL, TPU_WORKER_LABEL, Node, read_cluster
 from cluster.ray_node import HeadWatch, RayNode
 from engine.config import EngineConfig
@@ -27,92 +29,10 @@ from engine.errors import ConfigError, EngineError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_RETRY_S = 20.0
+"""Less time than that is not enough to start a Ray node once more."""
 _HEAD_PATIENCE_S = 5.0
 """How long rank 0 may be unreachable before the other hosts take it for ended."""
-
-
-def free_port(address: str) -> int:
-    """A TCP port of `address`, one of this machine's, that nothing listens on at present."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
-def join_jax_distributed(
-    config: EngineConfig,
-    *,
-    rank: int,
-    num_hosts: int,
-    num_local_hosts: int,
-    address: str,
-    coordinator_address: str,
-) -> None:
-    """Join the gang's other hosts, with JAX's platform already chosen.
-
-    Must come before anything that uses a JAX device, and once in a process.
-
-    Args:
-        config: `device` is not "auto" any more.
-        rank: This host's, 0 to num_hosts - 1; rank 0 opens the coordinator.
-        num_hosts: Hosts of the gang; one alone needs no coordinator.
-        num_local_hosts: How many of them are processes of this machine, this one included.
-        address: This host's own, by which the others reach it.
-        coordinator_address: host:port on rank 0; the port is a fresh one for each epoch.
-
-    Raises:
-        ConfigError: This host's name does not lead to its address.
-        EngineError: The others did not come within `dist_timeout_s`.
-    """
-    if num_hosts == 1:
-        return
-    # Here and not at the top, because the leader imports this file and must not import JAX.
-    import jax
-
-    if config.device == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        if num_local_hosts < num_hosts:
-            check_own_hostname(address)
-    logger.info("rank %d of %d joins the coordinator at %s", rank, num_hosts, coordinator_address)
-    try:
-        jax.distributed.initialize(
-            coordinator_address=coordinator_address,
-            num_processes=num_hosts,
-            process_id=rank,
-            initialization_timeout=int(config.dist_timeout_s),
-            # The leader is quicker to notice; this ends a host that the leader cannot reach.
-            heartbeat_timeout_seconds=max(10, int(4 * config.host_timeout_s)),
-            coordinator_bind_address=coordinator_address if rank == 0 else None,
-        )
-    except RuntimeError as error:
-        raise EngineError(
-            f"Rank {rank} on {socket.gethostname()} ({address}) did not meet the other "
-            f"{num_hosts - 1} at {coordinator_address} within {config.dist_timeout_s:.0f} s. Check "
-            "that every host can open connections to that address, or raise --dist-timeout-s. "
-            f"JAX says: {error}"
-        ) from error
-
-
-def check_own_hostname(address: str) -> None:
-    """Check that this host's name resolves to where the others can reach it.
-
-    Gloo, which carries collectives between CPU hosts, listens where the host's own name leads.
-
-    Raises:
-        ConfigError: Naming the line that /etc/hosts needs.
-    """
-    hostname = socket.gethostname()
-    try:
-        resolved = socket.gethostbyname(hostname)
-    except OSError:
-        resolved = None
-    if resolved == address:
-        return
-    raise ConfigError(
-        f"This host's name, {hostname}, resolves to {resolved or 'nothing'}, not to its address, "
-        f"{address}: other hosts could not reach it. Add the line '{address} {hostname}' to its "
-        "/etc/hosts, before any other line with that name."
-    )
 
 
 class ClusterMembership:
@@ -175,7 +95,7 @@ def form_cluster(
         )
     check_tpu_worker_id(os.environ.get("TPU_WORKER_ID"), config)
     if config.dist_init_addr is None and "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+        _connect(None)
         try:
             yield ClusterMembership(0, os.environ["RAY_ADDRESS"], None)
         finally:
@@ -239,11 +159,10 @@ def _lead(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
     arguments += ["--ray-client-server-port", str(free_port(host))]
     # The dashboard can run code, so nobody but this machine may reach it.
     arguments += ["--dashboard-host", "127.0.0.1"]
-    node = RayNode(arguments, labels={NODE_RANK_LABEL: "0"}, environment={})
+    deadline_s = time.monotonic() + config.dist_timeout_s
+    node = _start_node(arguments, config, deadline_s, stop)
     try:
-        deadline_s = time.monotonic() + config.dist_timeout_s
-        _wait_for_head(host, port, deadline_s, stop, node)
-        ray.init(address=address, log_to_driver=False)
+        _connect(address)
         _wait_for_ranks(config, address, deadline_s, stop, node)
         yield ClusterMembership(0, address, node)
     finally:
@@ -258,18 +177,63 @@ def _join(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
     _agree_on_authentication(config.nnodes)
     deadline_s = time.monotonic() + config.dist_timeout_s
     logger.info("Rank %d waits for rank 0 at %s.", config.node_rank, config.dist_init_addr)
-    _wait_for_head(host, port, deadline_s, stop, None)
+    _wait_for_head(host, port, deadline_s, stop)
     own_address = _address_towards(host, port)
-    node = RayNode(
-        ["--address", config.dist_init_addr, "--node-ip-address", own_address],
-        labels={NODE_RANK_LABEL: str(config.node_rank)},
-        environment={},
-    )
+    logger.info("Rank %d joins from %s.", config.node_rank, own_address)
+    arguments = ["--address", config.dist_init_addr, "--node-ip-address", own_address]
+    node = _start_node(arguments, config, deadline_s, stop)
     try:
-        logger.info("Rank %d joins from %s.", config.node_rank, own_address)
         yield ClusterMembership(config.node_rank, config.dist_init_addr, node)
     finally:
         node.stop()
+
+
+def _start_node(
+    arguments: list[str], config: EngineConfig, deadline_s: float, stop: threading.Event
+) -> RayNode:
+    """Start this host's node, again and again until it is part of the cluster.
+
+    `ray start` gives up after 30 s, which a machine that does something else as well may need, and
+    a head that opens its port may be as slow to be ready. What else ails a head is final.
+    """
+    labels = {NODE_RANK_LABEL: str(config.node_rank)}
+    what = f"Rank {config.node_rank} could not make its Ray node"
+    while True:
+        node = RayNode(arguments, labels=labels)
+        try:
+            while node.is_alive() and not node.has_started():
+                _wait(stop)
+                if time.monotonic() > deadline_s:
+                    raise EngineError(
+                        f"{what} within --dist-timeout-s={config.dist_timeout_s:g}. `ray start` "
+                        f"printed:\n{node.output_tail()}"
+                    )
+            if node.is_alive():
+                return node
+            is_final = config.node_rank == 0 and not node.has_timed_out()
+            if is_final or time.monotonic() > deadline_s - _RETRY_S:
+                node.check(what)
+            last_line = node.output_tail().rpartition("\n")[2]
+            logger.warning("`ray start` failed and is tried again: %s", last_line)
+        except BaseException:
+            node.stop()
+            raise
+        node.stop()
+
+
+def _wait(stop: threading.Event) -> None:
+    if stop.wait(_POLL_S):
+        raise EngineError("Stopped while the cluster formed.")
+
+
+def _connect(address: str | None) -> None:
+    """Connect this process to a cluster, by default the one that RAY_ADDRESS names."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(address=address, log_to_driver=False)
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts handlers of its own in their place, and its SIGTERM ends in an abort.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _head_address(config: EngineConfig) -> tuple[str, int]:
@@ -303,16 +267,11 @@ def _agree_on_authentication(num_hosts: int) -> None:
     RayCoreConfig.initialize("")
 
 
-def _wait_for_head(
-    host: str, port: int, deadline_s: float, stop: threading.Event, node: RayNode | None
-) -> None:
+def _wait_for_head(host: str, port: int, deadline_s: float, stop: threading.Event) -> None:
     head = HeadWatch(host, port)
     try:
         while not head.is_there(0):
-            if node is not None:
-                node.check(f"Rank 0 could not open the cluster at {host}:{port}")
-            if stop.wait(_POLL_S):
-                raise EngineError("Stopped while the cluster formed.")
+            _wait(stop)
             if time.monotonic() > deadline_s:
                 raise EngineError(
                     f"Rank 0 did not appear at {host}:{port} within --dist-timeout-s. Start the "
@@ -332,8 +291,7 @@ def _wait_for_ranks(
         if missing != said:
             logger.info("Waiting at %s for --node-rank %s.", address, _listed(missing))
             said = missing
-        if stop.wait(_POLL_S):
-            raise EngineError("Stopped while the cluster formed.")
+        _wait(stop)
         if time.monotonic() > deadline_s:
             raise EngineError(
                 f"{len(missing)} of {config.nnodes} hosts did not join {address} within "

@@ -14,15 +14,10 @@ import psutil
 import pytest
 import ray
 
+from cluster.jax_rendezvous import check_own_hostname, free_port
 from cluster.placement import NODE_RANK_LABEL, Node
 from cluster.ray_node import HeadWatch
-from cluster.rendezvous import (
-    check_own_hostname,
-    check_tpu_worker_id,
-    form_cluster,
-    free_port,
-    missing_ranks,
-)
+from cluster.rendezvous import check_tpu_worker_id, form_cluster, missing_ranks
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
 
