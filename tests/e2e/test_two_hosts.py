@@ -41,21 +41,21 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NetworkHost]]:
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[NetworkHost]]:
     try:
-        with network_hosts(2, tmp_path_factory.mktemp("hosts")) as made:
+        with network_hosts(2, tmp_path) as made:
             yield made
     except HostsUnavailableError as error:
         pytest.skip(str(error))
 
 
-def write_config(folder: Path, checkpoint: Path) -> Path:
-    """The demo's configuration over two hosts; in float32, so that answers repeat exactly."""
-    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
-    config["http_options"] = {"host": "0.0.0.0", "port": PORT}
-    config["applications"][0]["args"] |= {
+def two_host_fields(checkpoint: Path) -> dict[str, Any]:
+    """The engine over two hosts; in float32, so that answers repeat exactly."""
+    return {
         "model_path": str(checkpoint),
+        "served_model_name": "smollm2-135m-instruct",
+        "device": "cpu",
         "nnodes": 2,
         "tp_size": 2,
         "dtype": "float32",
@@ -66,6 +66,13 @@ def write_config(folder: Path, checkpoint: Path) -> Path:
         # Two hosts share this machine's few cores, so beats may come late.
         "host_timeout_s": 15.0,
     }
+
+
+def write_config(folder: Path, checkpoint: Path) -> Path:
+    """The demo's configuration over two hosts."""
+    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    config["http_options"] = {"host": "0.0.0.0", "port": PORT}
+    config["applications"][0]["args"] |= two_host_fields(checkpoint)
     path = folder / "two-hosts.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -146,3 +153,31 @@ def test_killed_rank_comes_back_and_the_same_request_is_answered_alike(
     logger.info("served again %.1f s after the kill of rank 1", recovery_s)
     assert again["text"] == expected["text"]
     assert other.pids(WORKER_TITLE) not in ([], victim), "rank 1 runs in a fresh process"
+
+
+def test_same_command_on_both_hosts_serves_and_ends_with_rank_0(
+    hosts: list[NetworkHost], demo_checkpoint: Path
+) -> None:
+    head, other = hosts
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in two_host_fields(demo_checkpoint).items()
+    ]
+    command = [sys.executable, "-m", "serve_app", *flags, f"--dist-init-addr={head.address}:10011"]
+    command += ["--host=0.0.0.0", f"--port={PORT}"]
+    started_s = time.monotonic()
+    processes = [
+        host.start(*command, f"--node-rank={rank}", environment=ENVIRONMENT, log="serve_app.log")
+        for rank, host in enumerate(hosts)
+    ]
+    answer = wait_for_answer(head, START_TIMEOUT_S, "serve_app.log")
+    logger.info("first answer %.1f s after the commands", time.monotonic() - started_s)
+    assert answer["text"]
+    assert [len(host.pids(WORKER_TITLE)) for host in hosts] == [1, 1], "one rank on each host"
+
+    main_process = head.pids("python.* -m serve_app")[0]
+    head.run("kill", "-TERM", str(main_process))
+    assert [process.wait(120) for process in processes] == [0, 0], other.log("serve_app.log")
+    assert [host.pids("raylet|gcs_server|ray::") for host in hosts] == [[], []], (
+        "nothing is left on either host"
+    )
