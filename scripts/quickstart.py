@@ -155,6 +155,8 @@ def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
     """
     (application,) = config["applications"]
     args = application["args"]
+    # What processes that are killed in the end leave lying goes away with the folder.
+    os.environ["TMPDIR"] = str(folder)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without it Ray prints advice about accelerators, which is not this script's reader's concern.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
