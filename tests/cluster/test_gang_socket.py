@@ -9,18 +9,20 @@ from cluster.curve import CurveKeys
 from cluster.gang_socket import HostMessage, HostSocket, LeaderSocket, MessageKind
 from engine.errors import EngineDiedError
 
+TIMEOUT_S = 60
+
 
 async def test_plans_go_to_every_host_and_reports_come_back() -> None:
     leader = LeaderSocket("127.0.0.1", epoch=3, num_hosts=2)
     hosts = [HostSocket(leader.invitation, rank) for rank in range(2)]
     try:
-        hellos = {await asyncio.wait_for(leader.receive(), 5) for _ in hosts}
+        hellos = {await asyncio.wait_for(leader.receive(), TIMEOUT_S) for _ in hosts}
         assert hellos == {HostMessage(rank, MessageKind.HELLO, b"") for rank in range(2)}
         leader.broadcast(MessageKind.PLAN, b"do")
         for host in hosts:
             assert await asyncio.to_thread(host.receive, 5) == (MessageKind.PLAN, b"do")
         hosts[1].send(MessageKind.RESULT, b"done")
-        message = await asyncio.wait_for(leader.receive(), 5)
+        message = await asyncio.wait_for(leader.receive(), TIMEOUT_S)
         assert message == HostMessage(1, MessageKind.RESULT, b"done")
     finally:
         for host in hosts:
@@ -35,7 +37,7 @@ async def test_host_with_another_epochs_keys_is_refused_and_the_right_one_heard(
     try:
         stranger.send(MessageKind.RESULT, b"forged")
         host.send(MessageKind.RESULT, b"genuine")
-        heard = [await asyncio.wait_for(leader.receive(), 5) for _ in range(2)]
+        heard = [await asyncio.wait_for(leader.receive(), TIMEOUT_S) for _ in range(2)]
         assert {message.payload for message in heard} == {b"", b"genuine"}
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(leader.receive(), 0.3)
@@ -46,13 +48,13 @@ async def test_host_with_another_epochs_keys_is_refused_and_the_right_one_heard(
 
 
 async def test_messages_of_another_epoch_are_dropped() -> None:
-    leader = LeaderSocket("127.0.0.1", epoch=2, num_hosts=1)
-    late = HostSocket(dataclasses.replace(leader.invitation, epoch=1), 0)
+    leader = LeaderSocket("127.0.0.1", epoch=2, num_hosts=2)
+    late = HostSocket(dataclasses.replace(leader.invitation, epoch=1), 1)
     host = HostSocket(leader.invitation, 0)
     try:
         late.send(MessageKind.RESULT, b"late")
         host.send(MessageKind.RESULT, b"in time")
-        heard = [(await asyncio.wait_for(leader.receive(), 5)).payload for _ in range(2)]
+        heard = [(await asyncio.wait_for(leader.receive(), TIMEOUT_S)).payload for _ in range(2)]
         assert sorted(heard) == [b"", b"in time"]
     finally:
         late.close()

@@ -85,7 +85,7 @@ class Client:
 
     async def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         self.add(prompts)
-        await asyncio.wait_for(self.core.wait_until_idle(), 60)
+        await asyncio.wait_for(self.core.wait_until_idle(), 120)
         return list(self.tokens.values())
 
 
@@ -105,7 +105,7 @@ async def test_two_hosts_give_the_tokens_of_one_and_come_back_after_a_death() ->
             assert await client.generate(PROMPTS) == expected
             client.has_first_token.clear()
             client.add(PROMPTS)
-            await asyncio.wait_for(client.has_first_token.wait(), 30)
+            await asyncio.wait_for(client.has_first_token.wait(), 120)
             killed_s = time.monotonic()
             os.kill(group.hosts[1].facts.pid, signal.SIGKILL)
             with pytest.raises(EngineDiedError, match="died: rank 1"):

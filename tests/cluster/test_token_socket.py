@@ -16,7 +16,7 @@ from cluster.token_socket import (
 )
 from engine.request import TokenLogprobs
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 
 
 @pytest.fixture
