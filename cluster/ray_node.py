@@ -42,7 +42,8 @@ class RayNode:
         self._output = self._folder / "ray-start.log"
         command = [sys.executable, "-u", "-m", "ray.scripts.scripts", "start", "--block"]
         command += ["--temp-dir", str(self._folder), "--disable-usage-stats"]
-        command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
+        if labels:
+            command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
         # By default Ray takes 10002 to 19999 for workers, where the cluster's own port may lie.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         command += ["--dashboard-agent-listen-port", "0", *arguments]

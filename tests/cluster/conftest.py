@@ -2,8 +2,7 @@
 
 import os
 import secrets
-import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,26 +15,44 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import ray
 
+from cluster.jax_rendezvous import free_port
+from cluster.ray_node import RayNode
+
 _TESTS = Path(__file__).parent
+_START_ATTEMPTS = 4
 
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Ray with two CPUs, as a laptop has, and a temporary folder and a token of its own."""
-    # Ray's socket paths must stay under 108 characters, so pytest's own folders are too long.
-    folder = tempfile.mkdtemp(prefix="qor-", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=100_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=folder,
-        # Host programs of the tests lie beside this file.
-        runtime_env={"env_vars": {"PYTHONPATH": f"{_TESTS}:{_TESTS.parents[1]}"}},
-    )
+    host = ray.util.get_node_ip_address()
+    port = free_port(host)
+    node = start_head(host, port)
     try:
+        ray.init(
+            address=f"{host}:{port}",
+            log_to_driver=False,
+            # Host programs of the tests lie beside this file.
+            runtime_env={"env_vars": {"PYTHONPATH": f"{_TESTS}:{_TESTS.parents[1]}"}},
+        )
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        node.stop()
+
+
+def start_head(host: str, port: int) -> RayNode:
+    """Start a head; again where the machine was too busy for Ray's patience of 30 s."""
+    arguments = ["--head", "--node-ip-address", host, "--port", str(port), "--num-cpus", "2"]
+    arguments += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
+    arguments += ["--ray-client-server-port", str(free_port(host))]
+    output = ""
+    for _ in range(_START_ATTEMPTS):
+        node = RayNode(arguments, labels={})
+        while node.is_alive() and not node.has_started():
+            time.sleep(0.1)
+        if node.is_alive():
+            return node
+        output = node.output_tail()
+        node.stop()
+    raise AssertionError(f"Ray did not start:\n{output}")
