@@ -8,64 +8,31 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from ray import serve
 
+from cluster.calls import CallTable
 from cluster.host_group import HostGroup, HostStatus
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.status import StartStatus
-from cluster.token_socket import (
-    AbortChoice,
-    CallError,
-    ChoiceTokens,
-    GenerateCall,
-    GenerateEnd,
-    RouterInvitation,
-    TokenSender,
-)
+from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd
 from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
 from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, RequestError
 from engine.hub import resolve_checkpoint
 from engine.models.config import load_generation_defaults, load_model_config
-from engine.request import Request, RequestOutput, SamplingParams
+from engine.request import Request, SamplingParams
 from engine.stats import EngineStats
 from engine.step import EngineLimits
 
 logger = logging.getLogger(__name__)
 
-_MONITOR_PERIOD_S = 1.0
 _WARM_UP_TIMEOUT_S = 600.0
 _RESTART_PAUSE_S = 1.0
 _MAX_RESTART_PAUSE_S = 30.0
-
-
-class _Call:
-    """A router's call: which requests it is, and what has been sent of each."""
-
-    def __init__(self, call: GenerateCall, sender: TokenSender) -> None:
-        self.request_id = call.request_id
-        self.attempt = call.attempt
-        self.sender = sender
-        self.num_tokens = [0] * len(call.choices)
-        self.request_ids = [
-            f"{call.request_id}/{call.attempt}/{index}" for index in range(len(call.choices))
-        ]
-        self.unfinished = set(range(len(call.choices)))
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def finish(self, choice: int) -> None:
-        self.unfinished.discard(choice)
-        if not self.unfinished and not self.ended.done():
-            self.ended.set_result(None)
-
-    def fail(self, error: QwenOnRayError) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(error)
 
 
 class Engine:
@@ -89,8 +56,7 @@ class Engine:
         self._core: EngineCore | None = None
         self._core_ready = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
-        self._calls: dict[str, tuple[_Call, int]] = {}
-        self._senders: dict[bytes, TokenSender] = {}
+        self._calls = CallTable(on_abort=self._abort, silence_timeout_s=self._config.host_timeout_s)
         self._fatal: QwenOnRayError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._limits: EngineLimits | None = None
@@ -104,7 +70,7 @@ class Engine:
             raise
         self._tasks = [
             asyncio.create_task(self._supervise()),
-            asyncio.create_task(self._watch_routers()),
+            asyncio.create_task(self._calls.watch_routers()),
         ]
 
     async def __del__(self) -> None:
@@ -113,8 +79,7 @@ class Engine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for sender in self._senders.values():
-            sender.close()
+        self._calls.disconnect()
         await self._group.stop()
         if self._limits is not None:
             # Why a start failed stays to be read after this replica.
@@ -167,29 +132,36 @@ class Engine:
 
     async def _run_call(self, call: GenerateCall) -> GenerateEnd:
         core = await self._wait_for_core()
-        running = _Call(call, self._sender(call.reply_to))
-        # Empty: tells the router that the call has arrived here, and from where tokens will come.
-        running.sender.send([ChoiceTokens(call.request_id, call.attempt, 0, 0, ())])
+        running = self._calls.open(call)
         try:
-            for index, choice in enumerate(call.choices):
-                prompt_len = len(choice.prompt_token_ids)
-                request = Request(
-                    request_id=running.request_ids[index],
-                    prompt_token_ids=choice.prompt_token_ids,
-                    sampling=_with_seed(choice.sampling, core),
-                    choice_index=choice.sample_index,
-                    eos_token_ids=self._model.eos_token_ids,
-                    rope_alpha=self._model.rope_alpha(prompt_len),
-                    cache_salt=call.cache_salt,
-                )
-                core.add(request)
-                self._calls[request.request_id] = (running, index)
+            for request_id, choice in zip(running.request_ids, call.choices, strict=True):
+                core.add(self._request(request_id, choice, call.cache_salt, core))
             await running.ended
         finally:
+            self._calls.close(running)
             for request_id in running.request_ids:
-                self._calls.pop(request_id, None)
                 core.abort(request_id)
         return GenerateEnd(running.num_tokens)
+
+    def _request(
+        self, request_id: str, choice: ChoiceCall, cache_salt: bytes, core: EngineCore
+    ) -> Request:
+        sampling = choice.sampling
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=core.draw_seed())
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=choice.prompt_token_ids,
+            sampling=sampling,
+            choice_index=choice.sample_index,
+            eos_token_ids=self._model.eos_token_ids,
+            rope_alpha=self._model.rope_alpha(len(choice.prompt_token_ids)),
+            cache_salt=cache_salt,
+        )
+
+    def _abort(self, request_id: str) -> None:
+        if self._core is not None:
+            self._core.abort(request_id)
 
     async def _wait_for_core(self) -> EngineCore:
         with contextlib.suppress(TimeoutError):
@@ -202,74 +174,6 @@ class Engine:
                 f"within --hold-timeout-s={self._config.hold_timeout_s:g}."
             )
         return self._core
-
-    # Tokens out, aborts in ---------------------------------------------------------------------
-
-    def _on_outputs(self, outputs: list[RequestOutput]) -> None:
-        batches: dict[TokenSender, list[ChoiceTokens]] = defaultdict(list)
-        ended: list[tuple[_Call, int]] = []
-        for output in outputs:
-            entry = self._calls.get(output.request_id)
-            if entry is None:
-                continue
-            call, choice = entry
-            call.num_tokens[choice] += len(output.token_ids)
-            batches[call.sender].append(
-                ChoiceTokens(
-                    call.request_id,
-                    call.attempt,
-                    choice,
-                    output.first_index,
-                    output.token_ids,
-                    output.finish_reason,
-                    output.stop_token_id,
-                    output.num_cached_tokens,
-                    output.logprobs,
-                )
-            )
-            if output.finish_reason is not None:
-                ended.append(entry)
-        for sender, tokens in batches.items():
-            if not sender.send(tokens):
-                self._drop_router(sender, "does not drain its connection")
-        for call, choice in ended:
-            call.finish(choice)
-
-    def _abort_choice(self, abort: AbortChoice) -> None:
-        entry = self._calls.get(f"{abort.request_id}/{abort.attempt}/{abort.choice}")
-        if entry is not None and self._core is not None:
-            call, choice = entry
-            self._core.abort(call.request_ids[choice])
-            call.finish(choice)
-
-    def _sender(self, invitation: RouterInvitation) -> TokenSender:
-        sender = self._senders.get(invitation.router_public_key)
-        if sender is None:
-            sender = TokenSender(invitation, self._abort_choice)
-            self._senders[invitation.router_public_key] = sender
-        if not any(call.sender is sender for call, _ in self._calls.values()):
-            sender.heard_s = time.monotonic()
-        return sender
-
-    def _drop_router(self, sender: TokenSender, reason: str) -> None:
-        logger.warning("A router %s: its requests are aborted.", reason)
-        for call, _ in list(self._calls.values()):
-            if call.sender is sender:
-                call.fail(EngineDiedError(f"the router {reason}"))
-
-    async def _watch_routers(self) -> None:
-        while True:
-            await asyncio.sleep(_MONITOR_PERIOD_S)
-            now_s = time.monotonic()
-            busy = {call.sender for call, _ in self._calls.values()}
-            for key, sender in list(self._senders.items()):
-                if now_s - sender.heard_s <= self._config.host_timeout_s:
-                    continue
-                if sender in busy:
-                    self._drop_router(sender, f"was silent for {now_s - sender.heard_s:.1f} s")
-                else:
-                    sender.close()
-                    del self._senders[key]
 
     # Life and death of the gang ----------------------------------------------------------------
 
@@ -287,7 +191,7 @@ class Engine:
     async def _start_core(self) -> None:
         started_s = time.monotonic()
         self._limits = await self._group.start(self._status.update)
-        core = EngineCore(self._config, self._limits, self._group, self._on_outputs)
+        core = EngineCore(self._config, self._limits, self._group, self._calls.deliver)
         self._run = asyncio.create_task(core.run())
         if not self._config.skip_server_warmup:
             await self._warm_up(core, self._run)
@@ -355,10 +259,10 @@ class Engine:
             await asyncio.gather(run, failed, return_exceptions=True)
         self._core = None
         self._core_ready.clear()
-        num_calls = len({id(call) for call, _ in self._calls.values()})
-        logger.error("Epoch %d ended, %d calls fail: %s", self._group.epoch, num_calls, error)
-        for call, _ in list(self._calls.values()):
-            call.fail(EngineDiedError(str(error)))
+        logger.error(
+            "Epoch %d ended, %d calls fail: %s", self._group.epoch, self._calls.num_calls, error
+        )
+        self._calls.fail_all(EngineDiedError(str(error)))
 
     def _rank_status(self, host: HostStatus) -> RankStatus:
         age_s = time.monotonic() - host.heard_s
@@ -367,9 +271,3 @@ class Engine:
         return RankStatus(
             rank=host.rank, state=state, note=host.name, seconds_since_answer=round(age_s, 1)
         )
-
-
-def _with_seed(sampling: SamplingParams, core: EngineCore) -> SamplingParams:
-    if sampling.seed is not None:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=core.draw_seed())

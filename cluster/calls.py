@@ -1,0 +1,181 @@
+"""The calls that an engine's leader has under way, and the routers that wait for their tokens.
+
+Knows which request of the engine belongs to which choice of which call; neither what is computed
+for it nor how hosts live and die.
+"""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from cluster.token_socket import (
+    AbortChoice,
+    ChoiceTokens,
+    GenerateCall,
+    RouterInvitation,
+    TokenSender,
+)
+from engine.errors import EngineDiedError, QwenOnRayError
+from engine.request import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+_WATCH_PERIOD_S = 1.0
+
+
+class Call:
+    """A router's call: which requests it is, and how many tokens of each were sent.
+
+    Attributes:
+        request_ids: The engine's, one per choice.
+        num_tokens: Sent so far, one per choice.
+        ended: Done when every choice has ended; fails with what ended the call early.
+    """
+
+    def __init__(self, call: GenerateCall, sender: TokenSender) -> None:
+        self.request_id = call.request_id
+        self.attempt = call.attempt
+        self.sender = sender
+        self.num_tokens = [0] * len(call.choices)
+        self.request_ids = [
+            _request_id(call.request_id, call.attempt, choice)
+            for choice in range(len(call.choices))
+        ]
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unfinished = set(range(len(call.choices)))
+
+    def finish(self, choice: int) -> None:
+        self._unfinished.discard(choice)
+        if not self._unfinished and not self.ended.done():
+            self.ended.set_result(None)
+
+    def fail(self, error: QwenOnRayError) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
+class CallTable:
+    """All calls under way. Belongs to one event loop.
+
+    Invariant: a request id is in `_choices` from `open` to `close` of its call.
+    """
+
+    def __init__(self, *, on_abort: Callable[[str], None], silence_timeout_s: float) -> None:
+        """Make an empty table.
+
+        Args:
+            on_abort: Called with the id of a request that its router no longer wants.
+            silence_timeout_s: After so long without a sign of life, a router's calls fail.
+        """
+        self._on_abort = on_abort
+        self._silence_timeout_s = silence_timeout_s
+        self._choices: dict[str, tuple[Call, int]] = {}
+        self._senders: dict[bytes, TokenSender] = {}
+
+    @property
+    def num_calls(self) -> int:
+        return len({id(call) for call, _ in self._choices.values()})
+
+    def open(self, call: GenerateCall) -> Call:
+        """Enter a call, and tell its router that it has arrived here."""
+        opened = Call(call, self._sender(call.reply_to))
+        for choice, request_id in enumerate(opened.request_ids):
+            self._choices[request_id] = (opened, choice)
+        # Empty: it says from where tokens will come.
+        opened.sender.send([ChoiceTokens(call.request_id, call.attempt, 0, 0, ())])
+        return opened
+
+    def close(self, call: Call) -> None:
+        """Forget a call; what the engine still computes for it is dropped."""
+        for request_id in call.request_ids:
+            self._choices.pop(request_id, None)
+
+    def deliver(self, outputs: list[RequestOutput]) -> None:
+        """Send one step's tokens: one message to each router, with all its requests in it."""
+        batches: dict[TokenSender, list[ChoiceTokens]] = defaultdict(list)
+        ended: list[tuple[Call, int]] = []
+        for output in outputs:
+            entry = self._choices.get(output.request_id)
+            if entry is None:
+                continue
+            call, choice = entry
+            call.num_tokens[choice] += len(output.token_ids)
+            batches[call.sender].append(_tokens(call, choice, output))
+            if output.finish_reason is not None:
+                ended.append(entry)
+        for sender, tokens in batches.items():
+            if not sender.send(tokens):
+                self._fail_router(sender, "does not drain its connection")
+        for call, choice in ended:
+            call.finish(choice)
+
+    def fail_all(self, error: QwenOnRayError) -> None:
+        """Fail every call with the same error."""
+        for call, _ in list(self._choices.values()):
+            call.fail(error)
+
+    async def watch_routers(self) -> None:
+        """Fail the calls of routers that fall silent, and forget idle routers; runs for ever."""
+        while True:
+            await asyncio.sleep(_WATCH_PERIOD_S)
+            now_s = time.monotonic()
+            busy = {call.sender for call, _ in self._choices.values()}
+            for key, sender in list(self._senders.items()):
+                silence_s = now_s - sender.heard_s
+                if silence_s <= self._silence_timeout_s:
+                    continue
+                if sender in busy:
+                    self._fail_router(sender, f"was silent for {silence_s:.1f} s")
+                else:
+                    sender.close()
+                    del self._senders[key]
+
+    def disconnect(self) -> None:
+        """Close the connections to all routers."""
+        for sender in self._senders.values():
+            sender.close()
+        self._senders.clear()
+
+    def _abort_choice(self, abort: AbortChoice) -> None:
+        request_id = _request_id(abort.request_id, abort.attempt, abort.choice)
+        entry = self._choices.get(request_id)
+        if entry is not None:
+            call, choice = entry
+            self._on_abort(request_id)
+            call.finish(choice)
+
+    def _sender(self, invitation: RouterInvitation) -> TokenSender:
+        sender = self._senders.get(invitation.router_public_key)
+        if sender is None:
+            sender = TokenSender(invitation, self._abort_choice)
+            self._senders[invitation.router_public_key] = sender
+        if not any(call.sender is sender for call, _ in self._choices.values()):
+            # A router beats only while it waits for tokens: silence counts from here on.
+            sender.heard_s = time.monotonic()
+        return sender
+
+    def _fail_router(self, sender: TokenSender, reason: str) -> None:
+        logger.warning("A router %s: its calls fail.", reason)
+        for call, _ in list(self._choices.values()):
+            if call.sender is sender:
+                call.fail(EngineDiedError(f"The router {reason}."))
+
+
+def _request_id(request_id: str, attempt: int, choice: int) -> str:
+    return f"{request_id}/{attempt}/{choice}"
+
+
+def _tokens(call: Call, choice: int, output: RequestOutput) -> ChoiceTokens:
+    return ChoiceTokens(
+        call.request_id,
+        call.attempt,
+        choice,
+        output.first_index,
+        output.token_ids,
+        output.finish_reason,
+        output.stop_token_id,
+        output.num_cached_tokens,
+        output.logprobs,
+    )
