@@ -38,6 +38,7 @@ PROMPT = "Why is the sky blue? Answer in two sentences."
 HOST = "127.0.0.1"
 POLL_S = 0.2
 STOP_TIMEOUT_S = 20.0
+RAY_START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20
 """Arrays never pass through Ray's object store, whose default is a third of the memory."""
 
@@ -161,17 +162,7 @@ def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
     # Without it Ray prints advice about accelerators, which is not this script's reader's concern.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     lines.show("Ray", "starting")
-    ray.init(
-        address="local",
-        # Logical CPUs: router, leader and each host process must find a place on any machine.
-        num_cpus=max(os.cpu_count() or 1, 2 + args["nnodes"]),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=True,
-        dashboard_host=HOST,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=str(folder),
-    )
+    start_ray(folder, num_cpus=max(os.cpu_count() or 1, 2 + args["nnodes"]))
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     lines.show("Ray", f"dashboard on {dashboard_url()}")
     lines.show("Serve", "starting", end_note=f"on port {config['http_options']['port']}")
@@ -184,6 +175,36 @@ def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
     base_url = f"http://{HOST}:{config['http_options']['port']}"
     wait_until_ready(name, base_url, lines)
     return base_url
+
+
+def start_ray(folder: Path, num_cpus: int) -> None:
+    """Start a Ray of its own, which asks for the token that scripts/quickstart made.
+
+    Args:
+        folder: Where it keeps its files.
+        num_cpus: Logical: router, leader and each host process must find a place on any machine.
+
+    Raises:
+        QuickstartError: It did not start.
+    """
+    for attempt in range(1, RAY_START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=True,
+                dashboard_host=HOST,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
+            return
+        except Exception as error:  # Ray has no narrower class for a node that did not start.
+            # A busy machine can be too slow for the 30 s that Ray gives its own processes.
+            end_processes()
+            if attempt == RAY_START_ATTEMPTS:
+                raise QuickstartError(f"Ray did not start: {error}") from error
 
 
 def wait_until_ready(name: str, base_url: str, lines: StepLines) -> None:
@@ -289,12 +310,14 @@ def read_events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def print_addresses(base_url: str, terminal: TextIO) -> None:
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    token = token and f"  token {token}"
     bold = "\033[1m{}\033[0m" if terminal.isatty() else "{}"
     print(
         f"""
   {bold.format("OpenAI API")}     {base_url}/v1
   {bold.format("API docs")}       {base_url}/docs
-  {bold.format("Ray dashboard")}  {dashboard_url()}
+  {bold.format("Ray dashboard")}  {dashboard_url()}{token}
 
   from openai import OpenAI
   client = OpenAI(base_url="{base_url}/v1", api_key="none")
@@ -337,6 +360,10 @@ def stop() -> None:
     """End Ray, Serve with it, and every process that they started, politely first."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    end_processes()
+
+
+def end_processes() -> None:
     family = psutil.Process().children(recursive=True)
     polite = threading.Thread(target=ray.shutdown, daemon=True)
     polite.start()

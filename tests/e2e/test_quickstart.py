@@ -1,6 +1,7 @@
 """The quickstart as a newcomer runs it: an answer on the terminal, and nothing left behind."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,7 +28,13 @@ def short_folder() -> Iterator[Path]:
 def start_quickstart(folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-u", str(QUICKSTART), *words],
-        env=os.environ | {"TMPDIR": str(folder)},
+        # The token as the launcher makes it.
+        env=os.environ
+        | {
+            "TMPDIR": str(folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
