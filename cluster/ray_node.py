@@ -21,7 +21,7 @@ from engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 10
 _SHOWN_LINES = 15
 _STARTED = "Ray runtime started."
 _TIMED_OUT = "timed out during startup"
@@ -59,6 +59,19 @@ class RayNode:
                 preexec_fn=_end_with_parent,
             )
 
+        # `ray start` may hang in its farewell to a cluster that is gone; this insists for us.
+        insist = (
+            f"while kill -0 {os.getpid()}; do sleep 1; done; "
+            f"sleep {_STOP_TIMEOUT_S}; kill -s KILL -- -{self._process.pid}; rm -rf {self._folder}"
+        )
+        self._guard = subprocess.Popen(
+            ["sh", "-c", insist],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
@@ -93,6 +106,8 @@ class RayNode:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._guard.kill()
+        self._guard.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
