@@ -159,7 +159,7 @@ def check_capacity(need: Need, cluster: Cluster) -> None:
     remedy = (
         "Add CPUs to the cluster or lower --nnodes."
         if need.device == "cpu"
-        else "Start a cluster that has them (`ray up configs/ray/…`), change --tp-size and "
+        else "Start a cluster that has them (`ray up`), change --tp-size and "
         "--nnodes, or set --device=cpu."
     )
     raise CapacityError(f"The model needs {need}; this cluster has {has}. {remedy}")

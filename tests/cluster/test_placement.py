@@ -51,7 +51,7 @@ def test_missing_chips_are_named_with_what_the_cluster_has_and_what_to_do() -> N
         check_capacity(FOUR_TPU_HOSTS, cluster({"CPU": 8}))
     assert str(raised.value) == (
         "The model needs 4 hosts with 4 TPU chips each (one slice of 16 chips); this cluster has "
-        "0 TPU chips on 1 node. Start a cluster that has them (`ray up configs/ray/…`), change "
+        "0 TPU chips on 1 node. Start a cluster that has them (`ray up`), change "
         "--tp-size and --nnodes, or set --device=cpu."
     )
 
