@@ -57,7 +57,6 @@ class Engine:
         self._core_ready = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
         self._calls = CallTable(on_abort=self._abort, silence_timeout_s=self._config.host_timeout_s)
-        self._fatal: QwenOnRayError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._limits: EngineLimits | None = None
         try:
@@ -84,11 +83,6 @@ class Engine:
         if self._limits is not None:
             # Why a start failed stays to be read after this replica.
             self._status.clear()
-
-    def check_health(self) -> None:
-        """Raise where only a new replica can help; a gang that is rebuilt is not such a case."""
-        if self._fatal is not None:
-            raise self._fatal
 
     async def describe(self) -> bytes:
         """How this engine is, as an encoded `EngineInfo`."""
