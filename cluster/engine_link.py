@@ -28,6 +28,7 @@ from cluster.token_socket import (
     TokenReceiver,
     TokenStream,
 )
+from cluster.watched_tasks import WatchedTasks
 from engine import errors
 from engine.errors import EngineDiedError, EngineError, EngineNotReadyError
 
@@ -57,12 +58,23 @@ class EngineLink:
         self._info = EngineInfo(is_ready=False, status="waiting for the engine to be placed")
         self._info_changed = asyncio.Event()
         self._calls: set[asyncio.Future[GenerateEnd]] = set()
-        self._watch = asyncio.create_task(self._watch_engine())
+        self._tasks = WatchedTasks()
+        self._tasks.start("watch the engine", self._watch_engine())
+
+    def check(self) -> None:
+        """Return if this link works.
+
+        Raises:
+            EngineError: It does not, and never will again.
+        """
+        self._tasks.check()
+        self._receiver.check()
 
     async def close(self) -> None:
-        for task in (self._watch, *self._calls):
-            task.cancel()
-        await asyncio.gather(self._watch, *self._calls, return_exceptions=True)
+        await self._tasks.close()
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
         await self._receiver.close()
 
     async def engine_info(self) -> EngineInfo:

@@ -6,25 +6,20 @@ epoch; `cluster.host_group` makes the next. No JAX here.
 
 import asyncio
 import collections
-import contextlib
 import logging
-import os
-import signal
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import psutil
 import ray
 import ray.exceptions
-from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.gang_socket import HostMessage, LeaderSocket, MessageKind
-from cluster.host_worker import BEAT_PERIOD_S, HostFacts, HostFailure, HostTask, HostWorker
-from cluster.placement import Claim, Cluster, read_cluster
+from cluster.host_processes import HostProcess, end_processes, start_processes
+from cluster.host_worker import BEAT_PERIOD_S, HostFacts, HostFailure, HostTask
+from cluster.placement import Claim
 from engine import errors
 from engine.config import EngineConfig
 from engine.errors import CapacityError, EngineDiedError, EngineError, QwenOnRayError
@@ -43,13 +38,10 @@ logger = logging.getLogger(__name__)
 _MONITOR_PERIOD_S = 0.25
 # Loading and tracing can hold Python's lock for seconds, and delay beats by as much.
 _START_TIMEOUT_FACTOR = 6
-# A rank that dies takes the others' collectives with it: wait this long for the one that knows.
+# A rank that dies takes the others' collectives with it, and its connection: wait this long for
+# the one that knows.
 _BLAME_WINDOW_S = 1.0
 _STEP_TIMEOUT_S = 600.0
-_PROCESS_TIMEOUT_S = 120.0
-_KILL_TIMEOUT_S = 30.0
-_KILL_PATIENCE_S = 2.0
-_POLL_S = 0.02
 
 
 @dataclass(slots=True)
@@ -79,7 +71,7 @@ class Gang:
         self._claim = claim
         self._epoch = epoch
         self._program = program
-        self._actors: list[ActorHandle] = []
+        self._processes: list[HostProcess] = []
         self._socket: LeaderSocket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._pending: collections.deque[tuple[int, float, asyncio.Future[StepResult]]] = (
@@ -90,12 +82,17 @@ class Gang:
         self._is_started = asyncio.Event()
         self._on_progress: ProgressCallback = lambda progress: None
         self._blame: dict[int, HostFailure | None] = {}
+        self._lost: set[int] = set()
         self.hosts: list[HostStatus] = []
         self.failure: asyncio.Future[QwenOnRayError] = asyncio.get_running_loop().create_future()
 
     async def start(self, on_progress: ProgressCallback) -> EngineLimits:
         self._on_progress = on_progress
-        await self._start_processes()
+        self._processes = await start_processes(self._claim, self._config.nnodes)
+        self.hosts = [
+            HostStatus(rank=rank, facts=process.facts, progress=StartProgress(phase="rendezvous"))
+            for rank, process in enumerate(self._processes)
+        ]
         # The leader is reached at its own node's address, never at all of a machine's.
         self._socket = LeaderSocket(
             ray.util.get_node_ip_address(), self._epoch, self._config.nnodes
@@ -103,7 +100,7 @@ class Gang:
         self._spawn(self._receive())
         coordinator = self.hosts[0].facts
         addresses = [host.facts.address for host in self.hosts]
-        for host, actor in zip(self.hosts, self._actors, strict=True):
+        for host, process in zip(self.hosts, self._processes, strict=True):
             host.heard_s = time.monotonic()
             task = HostTask(
                 config=self._config,
@@ -115,55 +112,10 @@ class Gang:
                 invitation=self._socket.invitation,
                 program=self._program,
             )
-            self._spawn(self._watch_actor(host.rank, actor.run.remote(task)))
+            self._spawn(self._watch_process(host.rank, process, task))
         self._spawn(self._watch_silence())
         await self._wait_for_start()
         return self._common_limits()
-
-    async def _start_processes(self) -> None:
-        """Make the actors and number them: rank order, not bundle order, is what TPUs need."""
-        num_hosts = self._config.nnodes
-        bundle = self._claim.need.bundle
-        worker: Any = ray.remote(HostWorker)
-        actors = [
-            worker.options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                resources={name: bundle[name] for name in bundle if name not in ("CPU", "GPU")},
-                max_restarts=0,
-                max_concurrency=2,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._claim.group, placement_group_bundle_index=index
-                ),
-            ).remote()
-            for index in range(num_hosts)
-        ]
-        self._actors = actors
-        facts = await self._facts_of(actors)
-        node_ranks = {node.node_id: node.rank for node in (await _read_cluster()).nodes}
-        own_node = ray.get_runtime_context().get_node_id()
-        order = rank_order(
-            [node_ranks.get(fact.node_id) for fact in facts],
-            [fact.node_id == own_node for fact in facts],
-        )
-        self._actors = [actors[index] for index in order]
-        self.hosts = [
-            HostStatus(rank=rank, facts=facts[index], progress=StartProgress(phase="rendezvous"))
-            for rank, index in enumerate(order)
-        ]
-
-    async def _facts_of(self, actors: list[ActorHandle]) -> list[HostFacts]:
-        questions = [asyncio.ensure_future(_answer(actor.facts.remote())) for actor in actors]
-        done, silent = await asyncio.wait(questions, timeout=_PROCESS_TIMEOUT_S)
-        for question in silent:
-            question.cancel()
-        died = [question.exception() for question in done if question.exception()]
-        if silent or died:
-            raise EngineError(
-                f"{len(silent) + len(died)} of {len(actors)} hosts did not start a process within "
-                f"{_PROCESS_TIMEOUT_S:.0f} s. " + " ".join(str(error) for error in died)
-            )
-        return [question.result() for question in questions]
 
     async def _wait_for_start(self) -> None:
         started = asyncio.ensure_future(self._is_started.wait())
@@ -203,10 +155,7 @@ class Gang:
     def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         if not self.failure.done() and self._socket is not None:
-            try:
-                self._socket.broadcast(MessageKind.PLAN, encode(plan))
-            except EngineDiedError as error:
-                self._fail(error)
+            self._broadcast(self._socket, MessageKind.PLAN, encode(plan))
         if self.failure.done():
             future.set_exception(self.failure.result())
         else:
@@ -218,8 +167,7 @@ class Gang:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await _kill(self._actors)
-        await _end_local_processes(self.hosts)
+        await end_processes(self._processes)
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -274,9 +222,9 @@ class Gang:
         if len(self._limits) == len(self._greeted) == len(self.hosts):
             self._is_started.set()
 
-    async def _watch_actor(self, rank: int, run: ray.ObjectRef) -> None:
+    async def _watch_process(self, rank: int, process: HostProcess, task: HostTask) -> None:
         try:
-            failure: HostFailure = await _answer(run)
+            failure = await process.run(task)
             logger.error("%s failed:\n%s", self.hosts[rank].name, failure.traceback)
         except ray.exceptions.RayError as error:
             logger.error("%s died: %s", self.hosts[rank].name, error)
@@ -286,6 +234,17 @@ class Gang:
             if len(self._blame) < len(self.hosts):
                 await asyncio.sleep(_BLAME_WINDOW_S)
         self._fail(self._explain())
+
+    def _broadcast(self, socket: LeaderSocket, kind: MessageKind, payload: bytes = b"") -> None:
+        for rank, reason in socket.broadcast(kind, payload).items():
+            if rank not in self._lost:
+                self._lost.add(rank)
+                self._spawn(self._fail_unless_explained(rank, reason))
+
+    async def _fail_unless_explained(self, rank: int, reason: str) -> None:
+        """A process that dies loses its connection first; whoever watches it can say more."""
+        await asyncio.sleep(_BLAME_WINDOW_S)
+        self._fail(EngineDiedError(f"{self.hosts[rank].name} died or is cut off: {reason}."))
 
     def _explain(self) -> QwenOnRayError:
         """Name the rank at fault: a dead one before those that only lost their connection to it."""
@@ -313,7 +272,7 @@ class Gang:
             if slept_s > 2 * BEAT_PERIOD_S:
                 continue  # This loop was held up itself: first read what has come meanwhile.
             if self._is_started.is_set():
-                self._socket.broadcast(MessageKind.BEAT)
+                self._broadcast(self._socket, MessageKind.BEAT)
             timeout_s = self._config.host_timeout_s
             if not self._is_started.is_set():
                 timeout_s *= _START_TIMEOUT_FACTOR
@@ -327,65 +286,6 @@ class Gang:
                     )
             if self._pending and woke_s - self._pending[0][1] > _STEP_TIMEOUT_S:
                 self._fail(EngineDiedError(f"A step took more than {_STEP_TIMEOUT_S:.0f} s."))
-
-
-def rank_order(node_ranks: list[int | None], is_local: list[bool]) -> list[int]:
-    """Order bundles by the ranks that their nodes must take.
-
-    Where nodes have none, those on the leader's own node come first: rank 0's results then travel
-    no further than they must.
-
-    Returns:
-        Bundle indices; the one at position r becomes rank r.
-    """
-    ranks = [rank for rank in node_ranks if rank is not None]
-    if len(set(ranks)) == len(node_ranks):
-        return sorted(range(len(node_ranks)), key=lambda index: ranks[index])
-    return sorted(range(len(node_ranks)), key=lambda index: not is_local[index])
-
-
-async def _read_cluster() -> Cluster:
-    return await asyncio.to_thread(read_cluster)
-
-
-async def _answer(reference: ray.ObjectRef) -> Any:
-    return await reference
-
-
-async def _kill(actors: Iterable[ActorHandle]) -> None:
-    """End the actors' processes and wait until Ray says so."""
-    farewells = []
-    for actor in actors:
-        # Sent before the kill, so that it fails once the actor is gone.
-        farewells.append(asyncio.ensure_future(_answer(actor.facts.remote())))
-        ray.kill(actor, no_restart=True)
-    if farewells:
-        _, living = await asyncio.wait(farewells, timeout=_KILL_TIMEOUT_S)
-        for farewell in farewells:
-            farewell.cancel()
-        await asyncio.gather(*farewells, return_exceptions=True)
-        if living:
-            logger.error("%d actors outlived %.0f s", len(living), _KILL_TIMEOUT_S)
-
-
-async def _end_local_processes(hosts: Iterable[HostStatus]) -> None:
-    """Wait for the end of processes on the leader's own node, and hasten it.
-
-    Ray counts an actor as dead before its process is, and is slow to end one that does not answer.
-    """
-    own_node = ray.get_runtime_context().get_node_id()
-    pids = [host.facts.pid for host in hosts if host.facts.node_id == own_node]
-    began_s = time.monotonic()
-    while (waited_s := time.monotonic() - began_s) < _KILL_TIMEOUT_S:
-        pids = [pid for pid in pids if psutil.pid_exists(pid)]
-        if not pids:
-            return
-        if waited_s > _KILL_PATIENCE_S:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        await asyncio.sleep(_POLL_S)
-    logger.error("processes %s outlived %.0f s", pids, _KILL_TIMEOUT_S)
 
 
 def _describe(progress: StartProgress) -> str:

@@ -19,7 +19,6 @@ import zmq
 import zmq.asyncio
 
 from cluster.curve import CurveKeys, admit_only
-from engine.errors import EngineDiedError
 
 
 class MessageKind(enum.Enum):
@@ -80,22 +79,23 @@ class LeaderSocket:
             host_keys=host_keys,
         )
 
-    def broadcast(self, kind: MessageKind, payload: bytes = b"") -> None:
+    def broadcast(self, kind: MessageKind, payload: bytes = b"") -> dict[int, str]:
         """Send to every host that said hello; returns at once.
 
-        Raises:
-            EngineDiedError: A host's connection is gone or no longer drained.
+        Returns:
+            The ranks that could not be sent to, each with the reason; none if all is well.
         """
+        lost = {}
         for rank in range(self._num_hosts):
             frames = [_identity("plan", rank), self._epoch, kind.value, payload]
             sent = cast("asyncio.Future[None]", self._socket.send_multipart(frames, zmq.DONTWAIT))
             # The future is done on return, unless the host reads so slowly that buffers are full.
             if not sent.done():
                 sent.cancel()
-                raise EngineDiedError(f"rank {rank} does not read its plans")
-            error = sent.exception()
-            if error is not None:
-                raise EngineDiedError(f"the connection to rank {rank} is gone: {error}")
+                lost[rank] = "it does not read its plans"
+            elif (error := sent.exception()) is not None:
+                lost[rank] = f"its connection is gone ({error})"
+        return lost
 
     async def receive(self) -> HostMessage:
         """Wait for a message of this epoch; others are dropped."""

@@ -19,6 +19,7 @@ from cluster.host_group import HostGroup, HostStatus
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd
+from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
 from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, RequestError
@@ -57,7 +58,7 @@ class Engine:
         self._core_ready = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
         self._calls = CallTable(on_abort=self._abort, silence_timeout_s=self._config.host_timeout_s)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = WatchedTasks()
         self._limits: EngineLimits | None = None
         try:
             await self._load_model_facts()
@@ -67,22 +68,31 @@ class Engine:
             self._status.failed(str(error))
             await self._group.stop()
             raise
-        self._tasks = [
-            asyncio.create_task(self._supervise()),
-            asyncio.create_task(self._calls.watch_routers()),
-        ]
+        self._tasks.start("bring the hosts back when one dies", self._supervise())
+        self._tasks.start("watch over the routers", self._calls.watch_routers())
 
     async def __del__(self) -> None:
         # Serve awaits this when the replica is to go, after its requests have drained.
-        tasks = [*self._tasks, *([self._run] if self._run else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
+        if self._run is not None:
+            self._run.cancel()
+            await asyncio.gather(self._run, return_exceptions=True)
         self._calls.disconnect()
         await self._group.stop()
         if self._limits is not None:
             # Why a start failed stays to be read after this replica.
             self._status.clear()
+
+    async def check_health(self) -> None:
+        """Serve's question, asked every few seconds; it replaces a replica that raises.
+
+        A dead gang is no reason, because this replica brings it back. That nobody is left to do
+        so is one.
+
+        Raises:
+            EngineError: A task that should run as long as the replica has ended.
+        """
+        self._tasks.check()
 
     async def describe(self) -> bytes:
         """How this engine is, as an encoded `EngineInfo`."""

@@ -249,6 +249,14 @@ class Router:
         # Serve calls this after the constructor: the app can hold what only a replica has.
         return create_app(self.service)
 
+    async def check_health(self) -> None:
+        """Serve's question, asked every few seconds; it replaces a replica that raises.
+
+        Raises:
+            EngineError: The link to the engine has broken for good.
+        """
+        self._link.check()
+
     async def __del__(self) -> None:
         await self._link.close()
         self.service.close()

@@ -20,6 +20,7 @@ import zmq
 import zmq.asyncio
 
 from cluster.curve import CurveKeys, admit_only
+from cluster.watched_tasks import WatchedTasks
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,17 @@ class TokenReceiver:
         self.invitation = RouterInvitation(
             f"tcp://{bracketed}:{port}", router_keys.public, leader_keys.public, leader_keys.secret
         )
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._beat())]
+        self._tasks = WatchedTasks()
+        self._tasks.start("receive tokens", self._receive())
+        self._tasks.start("beat to the engines", self._beat())
+
+    def check(self) -> None:
+        """Return if tokens are being received.
+
+        Raises:
+            EngineError: They are not, and never will be again.
+        """
+        self._tasks.check()
 
     def open_stream(self, request_id: str, attempt: int, num_choices: int) -> TokenStream:
         """Expect tokens of a call that is about to be made."""
@@ -177,9 +188,7 @@ class TokenReceiver:
             self._send(stream.leader, _ABORT, payload)
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         self._authenticator.stop()
         self._context.destroy(linger=0)
 

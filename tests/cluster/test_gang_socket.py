@@ -7,7 +7,6 @@ import pytest
 
 from cluster.curve import CurveKeys
 from cluster.gang_socket import HostMessage, HostSocket, LeaderSocket, MessageKind
-from engine.errors import EngineDiedError
 
 TIMEOUT_S = 60
 
@@ -62,12 +61,18 @@ async def test_messages_of_another_epoch_are_dropped() -> None:
         leader.close()
 
 
-async def test_plan_for_a_host_that_is_not_connected_fails_at_once() -> None:
-    leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=1)
+async def test_hosts_that_cannot_be_sent_to_are_named_and_the_others_get_it() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=3)
+    host = HostSocket(leader.invitation, 1)
     try:
-        with pytest.raises(EngineDiedError, match="connection to rank 0 is gone"):
-            leader.broadcast(MessageKind.PLAN, b"do")
+        hello = await asyncio.wait_for(leader.receive(), TIMEOUT_S)
+        assert hello.kind is MessageKind.HELLO
+        lost = leader.broadcast(MessageKind.PLAN, b"do")
+        assert lost.keys() == {0, 2}
+        assert "connection is gone" in lost[0]
+        assert await asyncio.to_thread(host.receive, TIMEOUT_S) == (MessageKind.PLAN, b"do")
     finally:
+        host.close()
         leader.close()
 
 

@@ -1,6 +1,7 @@
 """The gang against real processes under a local Ray, with a program that has no model."""
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -16,8 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.gang import rank_order
 from cluster.host_group import HostGroup
+from cluster.host_processes import rank_order
 from engine.config import EngineConfig
 from engine.errors import CapacityError, CheckpointError, EngineDiedError
 from engine.step import Bucket, StartProgress, StepPlan
@@ -100,6 +101,22 @@ async def test_gang_serves_again_in_a_new_epoch_after_a_rank_was_killed(tmp_path
         assert group.epoch == 2
         assert (await asyncio.wait_for(group.execute(plan(0)), 10)).step == 0
         assert not any(psutil.pid_exists(pid) for pid in old)
+
+
+async def test_plans_that_a_dying_host_does_not_take_end_with_the_reason_of_its_death(
+    tmp_path: Path,
+) -> None:
+    async with gang(tmp_path) as group:
+        await group.start(ignore)
+        os.kill(group.hosts[1].facts.pid, signal.SIGKILL)
+
+        # The connection may be gone before Ray tells of the process; plan on until the end shows.
+        async def plan_on() -> None:
+            for step in itertools.count():
+                await group.execute(plan(step))
+
+        with pytest.raises(EngineDiedError, match="process of the engine died: rank 1"):
+            await asyncio.wait_for(plan_on(), 10)
 
 
 async def test_silent_host_counts_as_dead(tmp_path: Path) -> None:

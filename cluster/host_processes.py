@@ -1,0 +1,160 @@
+"""The processes of a gang, one actor per host: made in rank order, and ended for certain.
+
+Knows Ray's actors and the machine's processes, and not what they run. No JAX here.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.host_worker import HostFacts, HostFailure, HostTask, HostWorker
+from cluster.placement import Claim, read_cluster
+from engine.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 120.0
+_KILL_TIMEOUT_S = 30.0
+_KILL_PATIENCE_S = 2.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostProcess:
+    """A host's process and where it runs; its rank is its place in the gang's list."""
+
+    actor: ActorHandle
+    facts: HostFacts
+
+    async def run(self, task: HostTask) -> HostFailure:
+        """Have it do its part until that fails.
+
+        Raises:
+            ray.exceptions.RayError: The process is gone.
+        """
+        return await _answer(self.actor.run.remote(task))
+
+
+async def start_processes(claim: Claim, num_hosts: int) -> list[HostProcess]:
+    """Make the actors of a gang on the hosts that it has claimed.
+
+    Returns:
+        By rank, not by bundle: TPUs have an order of their own.
+
+    Raises:
+        EngineError: A process did not start or did not answer.
+    """
+    bundle = claim.need.bundle
+    worker: Any = ray.remote(HostWorker)
+    actors: list[ActorHandle] = [
+        worker.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            resources={name: bundle[name] for name in bundle if name not in ("CPU", "GPU")},
+            max_restarts=0,
+            max_concurrency=2,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=claim.group, placement_group_bundle_index=index
+            ),
+        ).remote()
+        for index in range(num_hosts)
+    ]
+    try:
+        facts = await _facts_of(actors)
+        cluster = await asyncio.to_thread(read_cluster)
+    except BaseException:
+        await _kill(actors)
+        raise
+    node_ranks = {node.node_id: node.rank for node in cluster.nodes}
+    own_node = ray.get_runtime_context().get_node_id()
+    order = rank_order(
+        [node_ranks.get(fact.node_id) for fact in facts],
+        [fact.node_id == own_node for fact in facts],
+    )
+    return [HostProcess(actor=actors[index], facts=facts[index]) for index in order]
+
+
+async def end_processes(processes: Sequence[HostProcess]) -> None:
+    """End the processes, and return when they are gone."""
+    await _kill([process.actor for process in processes])
+    await _end_local(process.facts for process in processes)
+
+
+def rank_order(node_ranks: Sequence[int | None], is_local: Sequence[bool]) -> list[int]:
+    """Order bundles by the ranks that their nodes must take.
+
+    Where nodes have none, those on the leader's own node come first: rank 0's results then travel
+    no further than they must.
+
+    Returns:
+        Bundle indices; the one at position r becomes rank r.
+    """
+    ranks = [rank for rank in node_ranks if rank is not None]
+    if len(set(ranks)) == len(node_ranks):
+        return sorted(range(len(node_ranks)), key=lambda index: ranks[index])
+    return sorted(range(len(node_ranks)), key=lambda index: not is_local[index])
+
+
+async def _facts_of(actors: Sequence[ActorHandle]) -> list[HostFacts]:
+    questions = [asyncio.ensure_future(_answer(actor.facts.remote())) for actor in actors]
+    done, silent = await asyncio.wait(questions, timeout=_START_TIMEOUT_S)
+    for question in silent:
+        question.cancel()
+    died = [question.exception() for question in done if question.exception()]
+    if silent or died:
+        raise EngineError(
+            f"{len(silent) + len(died)} of {len(actors)} hosts did not start a process within "
+            f"{_START_TIMEOUT_S:.0f} s. " + " ".join(str(error) for error in died)
+        )
+    return [question.result() for question in questions]
+
+
+async def _kill(actors: Sequence[ActorHandle]) -> None:
+    """End the actors and wait until Ray says so."""
+    farewells = []
+    for actor in actors:
+        # Sent before the kill, so that it fails once the actor is gone.
+        farewells.append(asyncio.ensure_future(_answer(actor.facts.remote())))
+        ray.kill(actor, no_restart=True)
+    if farewells:
+        _, living = await asyncio.wait(farewells, timeout=_KILL_TIMEOUT_S)
+        for farewell in farewells:
+            farewell.cancel()
+        await asyncio.gather(*farewells, return_exceptions=True)
+        if living:
+            logger.error("%d actors outlived %.0f s", len(living), _KILL_TIMEOUT_S)
+
+
+async def _end_local(hosts: Iterable[HostFacts]) -> None:
+    """Wait for the end of processes on the leader's own node, and hasten it.
+
+    Ray counts an actor as dead before its process is, and is slow to end one that does not answer.
+    """
+    own_node = ray.get_runtime_context().get_node_id()
+    pids = [host.pid for host in hosts if host.node_id == own_node]
+    began_s = time.monotonic()
+    while (waited_s := time.monotonic() - began_s) < _KILL_TIMEOUT_S:
+        pids = [pid for pid in pids if psutil.pid_exists(pid)]
+        if not pids:
+            return
+        if waited_s > _KILL_PATIENCE_S:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(_POLL_S)
+    logger.error("processes %s outlived %.0f s", pids, _KILL_TIMEOUT_S)
+
+
+async def _answer(reference: ray.ObjectRef) -> Any:
+    return await reference
