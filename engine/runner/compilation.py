@@ -5,9 +5,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+
+from engine.runner.program_store import ProgramStore
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +20,7 @@ Key = TypeVar("Key")
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process from its making on, those of the cache included.
+    """Counts XLA compilations of this process from its making on, those of JAX's cache included.
 
     Zero after an engine is ready: a program that compiles while requests wait is a fault.
     """
@@ -32,35 +35,62 @@ class CompileCounter:
             logger.debug("compiled a program in %.2f s", duration_secs)
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A function to be compiled for arguments of certain shapes.
+
+    Attributes:
+        name: Tells it from other functions of the same arguments.
+        jitted: What `jax.jit` returned.
+        arguments: Pytrees of `jax.ShapeDtypeStruct`s with shardings, one per parameter.
+    """
+
+    name: str
+    jitted: Any
+    arguments: tuple[Any, ...]
+
+
 def compile_all(
-    lower: Mapping[Key, Callable[[], Any]], on_compiled: Callable[[Key], None]
-) -> dict[Key, Any]:
-    """Lower and compile programs in parallel threads.
+    programs: Mapping[Key, Program], store: ProgramStore, on_compiled: Callable[[Key], None]
+) -> dict[Key, jax.stages.Compiled]:
+    """Take programs from the store, or compile and store them, in parallel threads.
 
     XLA compiles outside of Python's lock, so that threads do run side by side.
 
     Args:
-        lower: What names a program → the function that lowers it.
+        programs: By what the caller calls them.
+        store: Where compiled ones are kept from one start to the next.
         on_compiled: Called in the caller's thread with the name of each program as it is ready.
-
-    Returns:
-        Name → compiled program.
     """
 
-    def compile_one(name: Key) -> Any:
+    def compile_one(program: Program) -> tuple[jax.stages.Compiled, bool]:
         started = time.monotonic()
-        compiled = lower[name]().compile()
-        logger.debug("compiled %s in %.1f s", name, time.monotonic() - started)
-        return compiled
+        key = store.key(program.name, program.arguments)
+        stored = store.load(key)
+        if stored is not None:
+            return stored, True
+        compiled = program.jitted.lower(*program.arguments).compile()
+        store.save(key, compiled)
+        logger.debug("compiled %s in %.1f s", program.name, time.monotonic() - started)
+        return compiled, False
 
-    compiled: dict[Key, Any] = {}
+    started = time.monotonic()
+    ready: dict[Key, jax.stages.Compiled] = {}
+    num_stored = 0
     with ThreadPoolExecutor(os.cpu_count() or 1, "compile") as pool:
-        names = {pool.submit(compile_one, name): name for name in lower}
+        names = {pool.submit(compile_one, program): name for name, program in programs.items()}
         try:
             for future in as_completed(names):
-                compiled[names[future]] = future.result()
+                ready[names[future]], was_stored = future.result()
+                num_stored += was_stored
                 on_compiled(names[future])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return compiled
+    logger.info(
+        "%d programs compiled, %d found compiled, in %.1f s",
+        len(ready) - num_stored,
+        num_stored,
+        time.monotonic() - started,
+    )
+    return ready

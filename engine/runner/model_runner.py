@@ -21,10 +21,11 @@ from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.registry import make_model, stack_layers
 from engine.runner.batch import BatchBuilder, padding_inputs
-from engine.runner.compilation import CompileCounter, compile_all
+from engine.runner.compilation import CompileCounter, Program, compile_all
 from engine.runner.fingerprint import model_fingerprint
 from engine.runner.kv_cache import MemoryUse, bytes_per_device, gang_capacity, num_pages
-from engine.runner.platform import configure_jax
+from engine.runner.platform import compilation_cache_dir, configure_jax
+from engine.runner.program_store import ProgramStore
 from engine.runner.sampler import Sampled
 from engine.runner.slot_state import (
     SlotState,
@@ -150,6 +151,11 @@ class ModelRunner:
             self._params = stack_layers(model_config, self._params)
 
         buckets = bucket_table(config, context_length=context_length)
+        self._store = ProgramStore(
+            compilation_cache_dir(config),
+            mesh,
+            [model_config, platform, dtype, config.attention_backend, config.page_size],
+        )
         pages = self._compile(buckets, model_config, dtype, platform, context_length, on_progress)
         self._cache = self._attention.init_cache(
             **self._cache_numbers(model_config, pages), dtype=dtype
@@ -235,7 +241,7 @@ class ModelRunner:
 
         def compile_some(names: list[Bucket | str], pages: int) -> None:
             cache = self._cache_shapes(model_config, dtype, pages)
-            lower = {name: self._lowering(name, cache, state) for name in names}
+            programs = {name: self._program(name, cache, state) for name in names}
             done = len(self._programs)
 
             def on_compiled(name: Bucket | str) -> None:
@@ -245,7 +251,7 @@ class ModelRunner:
                     StartProgress(phase="compile", done=done, total=total, note=_name(name))
                 )
 
-            self._programs.update(compile_all(lower, on_compiled))
+            self._programs.update(compile_all(programs, self._store, on_compiled))
 
         on_progress(StartProgress(phase="compile", total=total, note=_name(largest)))
         pages = num_pages(config, memory, context_length=context_length, platform=platform)
@@ -265,12 +271,12 @@ class ModelRunner:
         compile_some([*others, _ADMISSION], fitting)
         return fitting
 
-    def _lowering(self, name: Bucket | str, cache: Cache, state: SlotState) -> Any:
+    def _program(self, name: Bucket | str, cache: Cache, state: SlotState) -> Program:
         slots = self._config.max_running_requests
         if isinstance(name, str):
             nothing = self._shapes(padding_admission(slots, self._vocab_size))
             jitted = jax.jit(admit, donate_argnums=0, out_shardings=self._replicated)
-            return lambda: jitted.lower(state, nothing)
+            return Program(name, jitted, (state, nothing))
         inputs = self._shapes(
             padding_inputs(name, num_slots=slots, pages_per_seq=self._pages_per_seq)
         )
@@ -284,7 +290,7 @@ class ModelRunner:
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self._params,
         )
-        return lambda: jitted.lower(params, cache, state, inputs)
+        return Program(f"step of {_name(name)}", jitted, (params, cache, state, inputs))
 
     def _warm_up(self, buckets: tuple[Bucket, ...], on_progress: ProgressCallback) -> None:
         """Run the smallest programs once on padding: first calls allocate, and find faults."""

@@ -4,6 +4,7 @@ Arguments: coordinator address, number of ranks, this rank, model directory, pro
 """
 
 import json
+import logging
 import os
 import sys
 
@@ -15,6 +16,7 @@ from plan_driver import PlanDriver, start_runner
 
 def main() -> None:
     address, num_ranks, rank, model_path, prompt = sys.argv[1:]
+    logging.basicConfig(level="INFO")
     jax.config.update("jax_num_cpu_devices", 1)
     jax.distributed.initialize(address, int(num_ranks), int(rank), initialization_timeout=60)
     runner, limits = start_runner(
