@@ -1,9 +1,11 @@
 """Compiling every program before the first request, and counting what compiles after that."""
 
+import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from engine.runner.program_store import ProgramStore
 logger = logging.getLogger(__name__)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 Key = TypeVar("Key")
 
@@ -69,8 +72,12 @@ def compile_all(
         stored = store.load(key)
         if stored is not None:
             return stored, True
-        compiled = program.jitted.lower(*program.arguments).compile()
-        store.save(key, compiled)
+        with _cache_hits() as hits:
+            compiled = program.jitted.lower(*program.arguments).compile()
+        if not hits:
+            # What JAX read from its own cache cannot be written again: on CPUs it would load, and
+            # lack functions when it runs.
+            store.save(key, compiled)
         logger.debug("compiled %s in %.1f s", program.name, time.monotonic() - started)
         return compiled, False
 
@@ -94,3 +101,20 @@ def compile_all(
         time.monotonic() - started,
     )
     return ready
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Collect what this thread finds in JAX's compilation cache."""
+    hits: list[str] = []
+    thread = threading.get_ident()
+
+    def on_event(event: str, **_: str | int) -> None:
+        if event == _CACHE_HIT_EVENT and threading.get_ident() == thread:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(on_event)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(on_event)

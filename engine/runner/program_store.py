@@ -156,6 +156,8 @@ def _processor() -> str:
 
 def _describe_devices(mesh: Mesh) -> str:
     client = mesh.devices.flat[0].client
-    devices = [(device.id, device.process_index, device.device_kind) for device in mesh.devices.flat]
+    devices = [
+        (device.id, device.process_index, device.device_kind) for device in mesh.devices.flat
+    ]
     shape = np.shape(mesh.devices)
     return repr((client.platform_version, jax.process_index(), shape, mesh.axis_names, devices))

@@ -3,12 +3,15 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.runner.compilation import Program, compile_all
@@ -52,7 +55,9 @@ def test_a_kept_program_is_not_traced_again_and_computes_the_same(tmp_path: Path
         np.testing.assert_array_equal(got, wanted)
         assert got.sharding.is_equivalent_to(wanted.sharding, got.ndim)
     assert cache.is_deleted()
-    assert found.memory_analysis().alias_size_in_bytes == 4 * 8 * 4 // 2
+    memory = found.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes == 4 * 8 * 4 // 2
 
 
 def test_what_a_program_depends_on_is_in_its_key(tmp_path: Path, mesh: Mesh):
@@ -99,6 +104,33 @@ def test_a_broken_entry_is_compiled_again(
     mended = CountedProgram(mesh)
     take(mended, ProgramStore(tmp_path, mesh, []))
     assert mended.num_traces == 0
+
+
+def test_what_jax_found_in_its_own_cache_is_not_kept(tmp_path: Path, mesh: Mesh):
+    with jax_cache(tmp_path / "jax"):
+        take(CountedProgram(mesh), ProgramStore(tmp_path / "first", mesh, []))
+        take(CountedProgram(mesh), ProgramStore(tmp_path / "second", mesh, []))
+    assert len(list((tmp_path / "first" / "executables").iterdir())) == 1
+    assert not list((tmp_path / "second" / "executables").iterdir())
+
+
+@contextmanager
+def jax_cache(folder: Path) -> Iterator[None]:
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_entries_that_nobody_used_for_long_are_dropped(tmp_path: Path, mesh: Mesh):
