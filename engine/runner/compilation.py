@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from engine.runner.program_store import ProgramStore
 
@@ -72,11 +73,9 @@ def compile_all(
         stored = store.load(key)
         if stored is not None:
             return stored, True
-        with _cache_hits() as hits:
+        with _jax_cache_hits() as hits:
             compiled = program.jitted.lower(*program.arguments).compile()
         if not hits:
-            # What JAX read from its own cache cannot be written again: on CPUs it would load, and
-            # lack functions when it runs.
             store.save(key, compiled)
         logger.debug("compiled %s in %.1f s", program.name, time.monotonic() - started)
         return compiled, False
@@ -84,7 +83,11 @@ def compile_all(
     started = time.monotonic()
     ready: dict[Key, jax.stages.Compiled] = {}
     num_stored = 0
-    with ThreadPoolExecutor(os.cpu_count() or 1, "compile") as pool:
+    # What a CPU's XLA reads from JAX's cache it cannot write again: a program made of that loads,
+    # and lacks functions when it runs. So JAX's cache is left alone where the store could not be
+    # filled from it.
+    jax_cache = _without_jax_cache() if store.platform == "cpu" else contextlib.nullcontext()
+    with jax_cache, ThreadPoolExecutor(os.cpu_count() or 1, "compile") as pool:
         names = {pool.submit(compile_one, program): name for name, program in programs.items()}
         try:
             for future in as_completed(names):
@@ -104,7 +107,23 @@ def compile_all(
 
 
 @contextlib.contextmanager
-def _cache_hits() -> Iterator[list[str]]:
+def _without_jax_cache() -> Iterator[None]:
+    was_enabled = jax.config.values["jax_enable_compilation_cache"]
+    _enable_jax_cache(False)
+    try:
+        yield
+    finally:
+        _enable_jax_cache(was_enabled)
+
+
+def _enable_jax_cache(is_enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", is_enabled)
+    # JAX decides once whether it has a cache; this makes it decide again.
+    compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _jax_cache_hits() -> Iterator[list[str]]:
     """Collect what this thread finds in JAX's compilation cache."""
     hits: list[str] = []
     thread = threading.get_ident()

@@ -1,8 +1,8 @@
 """Compiled programs on disk, found again by all that went into them, without tracing.
 
-JAX's own compilation cache stands below this and is not enough: it is asked after tracing (most of
-a warm start), and only process 0 of a gang writes to it, under a key that on CPUs other processes
-never ask for. So every rank keeps the programs that it runs.
+JAX's own compilation cache is not enough: it is asked after tracing (most of a warm start), and
+only process 0 of a gang writes to it, under a key that on CPUs other processes never ask for. So
+every rank keeps the programs that it runs.
 
 An entry is a pickle around machine code: whoever can write to the folder can run code here, as is
 true of JAX's cache.
@@ -57,6 +57,7 @@ class ProgramStore:
         self._base = hashlib.sha256()
         for part in (_environment(), _describe_devices(mesh), *map(repr, closed_over)):
             self._base.update(part.encode() + b"\0")
+        self.platform: str = self._devices[0].platform
         self._drop_unused()
 
     def key(self, name: str, arguments: Any) -> str:
