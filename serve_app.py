@@ -11,11 +11,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
+from cluster.placement import check_capacity, need_of, read_cluster, resolve_device
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
 from cluster.router import Router
@@ -44,6 +46,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
     Raises:
         ConfigError: With one line per fault.
+        CapacityError: The cluster that this process has joined can never hold the model; naming
+            what is needed, what there is and what to do.
     """
     for name in _HTTP_FIELDS:
         if name in args:
@@ -52,6 +56,10 @@ def build(args: Mapping[str, Any]) -> serve.Application:
                 "http_options (host, port)."
             )
     config = parse_config(args)
+    if ray.is_initialized():
+        # The leader asks again; said here, it is said once and before anything is downloaded.
+        cluster = read_cluster()
+        check_capacity(need_of(resolve_device(config, cluster)), cluster)
     fields = config.model_dump(exclude_unset=True)
     max_calls = int((config.max_running_requests + config.max_queued_requests) * _CALLS_ABOVE_OURS)
     engine = serve.deployment(

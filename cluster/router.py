@@ -242,7 +242,11 @@ class Router:
             bind_host=ray.util.get_node_ip_address(),
             silence_timeout_s=parsed.host_timeout_s,
         )
-        self.service = await asyncio.to_thread(make_service, parsed, self._link)
+        try:
+            self.service = await asyncio.to_thread(make_service, parsed, self._link)
+        except BaseException:
+            await self._link.close()
+            raise
         logger.info("Router takes requests for %s.", ", ".join(parsed.model_names))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -258,5 +262,7 @@ class Router:
         self._link.check()
 
     async def __del__(self) -> None:
-        await self._link.close()
-        self.service.close()
+        # Serve calls it for a constructor that failed, too, which has cleaned up by itself.
+        if hasattr(self, "service"):
+            await self._link.close()
+            self.service.close()
