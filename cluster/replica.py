@@ -24,7 +24,8 @@ from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
 from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, RequestError
 from engine.hub import resolve_checkpoint
-from engine.models.config import load_generation_defaults, load_model_config
+from engine.models.config import load_model_config
+from engine.models.generation_config import load_generation_defaults
 from engine.request import Request, SamplingParams
 from engine.stats import EngineStats
 from engine.step import EngineLimits

@@ -1,7 +1,7 @@
 """What a Hugging Face checkpoint says of itself: config.json read into a `ModelConfig`.
 
-The only file that knows the spellings of Hugging Face configurations. It must not import JAX: the
-leader and the routers read configurations too.
+With `rope_config` and `generation_config` beside it, all that knows the spellings of Hugging Face
+configurations. It must not import JAX: the leader and the routers read configurations too.
 """
 
 import math
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from engine.errors import CheckpointError
+from engine.models.generation_config import read_generation_config
 from engine.models.json_fields import JsonFields, read_json_object
+from engine.models.rope_config import RopeConfig, read_rope_config
 
 Architecture = Literal["QWenLMHeadModel", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 
@@ -45,55 +47,7 @@ _REQUIRED: dict[Architecture, tuple[tuple[str, ...], ...]] = {
     "Qwen2ForCausalLM": _QWEN2_REQUIRED,
     "Qwen3ForCausalLM": _QWEN2_REQUIRED,
 }
-_MAX_YARN_FACTOR = 1000
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
-_GENERATION_DEFAULTS = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "max_new_tokens": int,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """How positions turn queries and keys.
-
-    Attributes:
-        theta: Base of the wavelengths.
-        yarn: Stretched by YaRN (arXiv:2309.00071), or None.
-        dynamic_ntk_len: Prompts longer than this raise the base (Qwen1), or None.
-        log_n_len: Queries at positions past this are scaled by log_len(position + 1) (Qwen1), or
-            None.
-    """
-
-    theta: float
-    yarn: "YarnConfig | None" = None
-    dynamic_ntk_len: int | None = None
-    log_n_len: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class YarnConfig:
-    """YaRN's parameters.
-
-    Attributes:
-        factor: How many times longer the context is than the trained one.
-        original_len: Context that the model was trained with.
-        beta_fast: Wavelengths that turn more often than this in `original_len` stay.
-        beta_slow: Wavelengths that turn less often than this are stretched by `factor`.
-        attention_factor: Factor on cosines and sines.
-        truncate: Whether the bounds between them are rounded outwards to whole dimensions.
-    """
-
-    factor: float
-    original_len: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float
-    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +103,7 @@ def load_model_config(directory: Path) -> ModelConfig:
             what is at fault and what is supported.
     """
     fields = read_json_object(directory / "config.json")
-    generation = _read_generation_config(directory)
+    generation = read_generation_config(directory)
     architecture = _checked_architecture(fields)
     _refuse_unsupported(fields)
     fields.require(_REQUIRED[architecture])
@@ -163,37 +117,6 @@ def load_model_config(directory: Path) -> ModelConfig:
             "so the number must be even."
         )
     return config
-
-
-def load_generation_defaults(directory: Path) -> dict[str, float | int]:
-    """Read the sampling defaults that the checkpoint recommends.
-
-    Returns:
-        The subset of temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens that
-        generation_config.json sets; temperature 0 where it turns sampling off.
-
-    Raises:
-        CheckpointError: The file is malformed.
-    """
-    generation = _read_generation_config(directory)
-    defaults: dict[str, float | int] = {}
-    for name, kind in _GENERATION_DEFAULTS.items():
-        value = generation.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(
-                f"{directory / 'generation_config.json'}: {name} is {value!r}, not a number."
-            )
-        defaults[name] = kind(value)
-    if generation.get("do_sample") is False:
-        defaults["temperature"] = 0.0
-    return defaults
-
-
-def _read_generation_config(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    return read_json_object(path).values if path.exists() else {}
 
 
 def _checked_architecture(fields: JsonFields) -> Architecture:
@@ -307,7 +230,7 @@ def _qwen2_or_3_config(
             f"num_key_value_heads {num_kv_heads}."
         )
     max_position = fields.integer("max_position_embeddings")
-    rope = _rope_config(fields, max_position)
+    rope = read_rope_config(fields, max_position)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size"),
@@ -328,43 +251,6 @@ def _qwen2_or_3_config(
         ),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, generation),
-    )
-
-
-def _rope_config(fields: JsonFields, max_position: int) -> RopeConfig:
-    # transformers 5 writes one object, rope_parameters; before, rope_theta stood at the top level
-    # and rope_scaling held the rest, its kind called "type" in the oldest.
-    rope = fields.mapping("rope_parameters")
-    if not rope.values:
-        rope = fields.mapping("rope_scaling")
-    theta = (rope if rope.values.get("rope_theta") else fields).number(
-        "rope_theta", default=10000.0
-    )
-    if theta <= 1:
-        raise CheckpointError(f"{fields.path}: rope_theta is {theta}; it must be above 1.")
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind != "yarn":
-        raise CheckpointError(
-            f"{fields.path}: rope scaling {kind!r} is not supported. Supported: default, yarn."
-        )
-    original_len = rope.integer("original_max_position_embeddings", default=max_position)
-    factor = rope.number("factor", default=max_position / original_len)
-    if not 1 <= factor <= _MAX_YARN_FACTOR:
-        raise CheckpointError(
-            f"{fields.path}: YaRN's factor is {factor}; it must be 1 to {_MAX_YARN_FACTOR}."
-        )
-    return RopeConfig(
-        theta=theta,
-        yarn=YarnConfig(
-            factor=factor,
-            original_len=original_len,
-            beta_fast=rope.number("beta_fast", default=32.0),
-            beta_slow=rope.number("beta_slow", default=1.0),
-            attention_factor=rope.number("attention_factor", default=0.1 * math.log(factor) + 1.0),
-            truncate=rope.flag("truncate", True),
-        ),
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.models.config import RopeConfig, YarnConfig
+from engine.models.rope_config import RopeConfig, YarnConfig
 
 
 def inverse_wavelengths(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -10,10 +10,10 @@ from model_harness import DATA, read_json
 from engine.errors import CheckpointError
 from engine.models.config import (
     QWEN1_IM_END_ID,
-    RopeConfig,
-    load_generation_defaults,
     load_model_config,
 )
+from engine.models.generation_config import load_generation_defaults
+from engine.models.rope_config import RopeConfig
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
