@@ -107,7 +107,7 @@ class Engine:
             vocab_size=limits.vocab_size if limits else 0,
             eos_token_ids=self._model.eos_token_ids,
             generation_defaults=self._generation_defaults,
-            fingerprint=f"fp_{limits.model_fingerprint}" if limits else "",
+            fingerprint=limits.model_fingerprint if limits else "",
             ranks=ranks,
         )
         return msgspec.msgpack.encode(info)
