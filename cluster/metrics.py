@@ -1,23 +1,56 @@
-"""What a router counts, under the names that dashboards for vLLM read.
+"""What a router counts and its engine tells, under the names that dashboards for vLLM read.
 
-Each router has its own registry and shows it at `/metrics`; the engine's own figures (cache usage,
-steps, compiles) come from its leader.
+Each router has its own registry and shows it at `/metrics`.
 """
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.stats import EngineStats
 
 _LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
-class RouterMetrics:
+_ENGINE_COUNTERS = {
+    "vllm:num_preemptions": ("preemptions_total", "Requests whose pages were taken from them."),
+    "vllm:prefix_cache_queries": ("prompt_tokens_total", "Prompt tokens that were looked up."),
+    "vllm:prefix_cache_hits": ("cached_tokens_total", "Prompt tokens that needed no computing."),
+    "qwen_on_ray:engine_steps": ("steps_total", "Steps that the engine planned."),
+    "qwen_on_ray:engine_padding_tokens": (
+        "padding_tokens_total",
+        "Token rows that compiled programs computed and nobody wanted.",
+    ),
+    "qwen_on_ray:engine_compiles": (
+        "compiles_total",
+        "Programs compiled while serving; anything but 0 is a fault.",
+    ),
+    "qwen_on_ray:engine_host_ms": ("host_ms_total", "Leader's time in planning and taking in."),
+    "qwen_on_ray:engine_wait_ms": ("wait_ms_total", "Leader's time in waiting for results."),
+    "qwen_on_ray:engine_device_ms": ("device_ms_total", "From dispatch to result, on rank 0."),
+}
+_ENGINE_GAUGES = {
+    "vllm:kv_cache_usage_perc": ("page_use", "Share of KV pages that requests hold, 0 to 1."),
+    "qwen_on_ray:engine_requests_running": ("num_running", "Requests that have a slot."),
+    "qwen_on_ray:engine_requests_waiting": ("num_waiting", "Requests that wait for one."),
+}
+
+
+class RouterMetrics(Collector):
     """A router's counters; belongs to one event loop.
 
     Args:
         model_name: The label that every series carries.
+
+    Attributes:
+        engine_stats: The engine's figures, to be set before they are shown.
     """
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.engine_stats = EngineStats()
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(name, help_text, ["model_name", *labels], registry=self.registry)
@@ -37,6 +70,7 @@ class RouterMetrics:
             return metric.labels(model_name)
 
         self._model_name = model_name
+        self.registry.register(self)
         self.prompt_tokens = counter(
             "vllm:prompt_tokens", "Prompt tokens of requests that began."
         ).labels(model_name)
@@ -77,6 +111,17 @@ class RouterMetrics:
     def count_error(self, status: int) -> None:
         """Count a request that ended in an error."""
         self._errors.labels(self._model_name, str(status)).inc()
+
+    def collect(self) -> Iterable[Metric]:
+        """The engine's figures, for the registry."""
+        for families, figures in (
+            (CounterMetricFamily, _ENGINE_COUNTERS),
+            (GaugeMetricFamily, _ENGINE_GAUGES),
+        ):
+            for name, (attribute, help_text) in figures.items():
+                family = families(name, help_text, labels=["model_name"])
+                family.add_metric([self._model_name], getattr(self.engine_stats, attribute))
+                yield family
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""

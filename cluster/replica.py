@@ -109,6 +109,7 @@ class Engine:
             generation_defaults=self._generation_defaults,
             fingerprint=limits.model_fingerprint if limits else "",
             ranks=ranks,
+            stats=self._core.stats if self._core else EngineStats(),
         )
         return msgspec.msgpack.encode(info)
 

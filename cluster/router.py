@@ -118,7 +118,7 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        return Response(_service(request).exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await _service(request).exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _service(request: Request) -> OpenAIService:

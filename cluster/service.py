@@ -315,8 +315,9 @@ class OpenAIService:
         else:
             yield DONE
 
-    def exposition(self) -> bytes:
-        """This router's metrics in Prometheus' text format."""
+    async def exposition(self) -> bytes:
+        """This router's and its engine's metrics in Prometheus' text format."""
+        self.metrics.engine_stats = (await self.engine.engine_info()).stats
         self.metrics.num_requests_waiting.set(self._admission.num_waiting)
         return self.metrics.exposition()
 

@@ -200,6 +200,7 @@ class EngineCore:
                 stats.cached_tokens_total += output.num_cached_tokens
         stats.generated_tokens_total += len(outputs)
         stats.device_ms_total += result.device_ms
+        stats.compiles_total = result.num_compiles
         if outputs:
             self._on_outputs(outputs)
         self._note_if_idle()

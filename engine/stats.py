@@ -8,6 +8,7 @@ class EngineStats:
     """Counters since start (`*_total`) and the state after the last step.
 
     Attributes:
+        compiles_total: Programs compiled while serving; anything but 0 is a fault.
         padding_tokens_total: Token rows that compiled programs computed and nobody wanted.
         host_ms_total: Time in planning and in taking results in.
         wait_ms_total: Time in which the leader waited for a result.
@@ -27,6 +28,7 @@ class EngineStats:
     requests_total: int = 0
     finished_total: int = 0
     aborted_total: int = 0
+    compiles_total: int = 0
     host_ms_total: float = 0.0
     wait_ms_total: float = 0.0
     device_ms_total: float = 0.0

@@ -129,6 +129,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         top_token_ids: int32 [num_rows * MAX_TOP_LOGPROBS], likeliest first, or empty.
         top_logprobs: float32 [num_rows * MAX_TOP_LOGPROBS], or empty.
         device_ms: From dispatch to the tokens' arrival on the host.
+        num_compiles: Programs that rank 0 compiled since it was ready; anything but 0 is a fault.
     """
 
     step: int
@@ -137,6 +138,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     top_token_ids: np.ndarray
     top_logprobs: np.ndarray
     device_ms: float = 0.0
+    num_compiles: int = 0
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
+from engine.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ class EngineInfo:
             where the client gives nothing.
         fingerprint: Reported as `system_fingerprint`.
         ranks: Of all engines, one after the other.
+        stats: The engine's counters, as of this answer.
     """
 
     is_ready: bool
@@ -102,6 +104,7 @@ class EngineInfo:
     generation_defaults: Mapping[str, float | int] = field(default_factory=dict)
     fingerprint: str = ""
     ranks: tuple[RankStatus, ...] = ()
+    stats: EngineStats = field(default_factory=EngineStats)
 
 
 class EngineClient(Protocol):

@@ -57,7 +57,10 @@ _NO_INTS = np.empty(0, np.int32)
 class PendingStep:
     """A step that the device may still be computing."""
 
-    def __init__(self, plan: StepPlan, sampled: Sampled, started_s: float) -> None:
+    def __init__(
+        self, plan: StepPlan, sampled: Sampled, started_s: float, num_compiles: int
+    ) -> None:
+        self._num_compiles = num_compiles
         self._step = plan.step
         self._has_logprobs = plan.has_logprobs
         self._sampled = sampled
@@ -85,6 +88,7 @@ class PendingStep:
             top_token_ids=top_token_ids,
             top_logprobs=top_logprobs,
             device_ms=device_ms,
+            num_compiles=self._num_compiles,
         )
 
     def _read(self, array: jax.Array) -> np.ndarray:
@@ -198,7 +202,7 @@ class ModelRunner:
         sampled, self._cache, self._state = self._programs[plan.bucket](
             self._params, self._cache, self._state, inputs
         )
-        return PendingStep(plan, sampled, started_s)
+        return PendingStep(plan, sampled, started_s, self.num_compiles_since_ready)
 
     def _load_weights(
         self,

@@ -17,6 +17,7 @@ from cluster.admission import Admission, ApiKeys
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.errors import AuthenticationError, ConfigError, EngineBusyError
+from engine.stats import EngineStats
 
 CHAT = "/v1/chat/completions"
 MODEL = "Tiny/Tiny-Chat"
@@ -222,6 +223,18 @@ async def test_metrics_count_requests_and_tokens(
     assert float(lines[f"vllm:num_requests_running{{{label}}}"]) == 0
     assert float(lines[f'qwen_on_ray:request_errors_total{{{label},status="400"}}']) == 1
     assert float(lines[f"qwen_on_ray:special_tokens_in_messages_total{{{label}}}"]) == 1
+
+
+async def test_metrics_show_the_engines_figures(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    stats = EngineStats(num_pages=8, num_pages_used=2, preemptions_total=3, compiles_total=0)
+    engine.info = replace(engine.info, stats=stats)
+    text = (await client.get("/metrics")).text
+    label = f'{{model_name="{MODEL}"}}'
+    assert f"vllm:kv_cache_usage_perc{label} 0.25" in text
+    assert f"vllm:num_preemptions_total{label} 3.0" in text
+    assert f"qwen_on_ray:engine_compiles_total{label} 0.0" in text
 
 
 async def test_a_fault_of_ours_is_told_without_its_inside(

@@ -6,6 +6,7 @@ without Ray generates is what counts.
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -201,3 +202,12 @@ def test_the_leader_and_the_routers_hold_no_jax(base_url):
     for process in psutil.Process().children(recursive=True):
         if process.name().startswith("ray::ServeReplica"):
             assert "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+async def test_nothing_was_compiled_while_all_this_was_served(base_url):
+    async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT_S) as client:
+        text = (await client.get("/metrics")).text
+    assert 'qwen_on_ray:engine_compiles_total{model_name="tiny"} 0.0' in text
+    steps = re.search(r"qwen_on_ray:engine_steps_total\{.*\} (\S+)", text)
+    assert steps is not None
+    assert float(steps[1]) > 0
