@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from engine.request import Request, SamplingParams
 from engine.runner.batch import BatchBuilder, IntColumn, StepInputs, padding_inputs
@@ -143,8 +144,6 @@ def _null_program(bucket: Bucket, num_slots: int, pages_per_seq: int) -> Any:
 
 def plot(rows: dict[int, dict[str, float]], path: Path) -> None:
     """Draw milliseconds per step, stacked by part, against running requests."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.stackplot(list(rows), [[row[part] for row in rows.values()] for part in PARTS])

@@ -46,6 +46,11 @@ class EngineConfig(BaseModel):
     load_format: Literal["auto", "safetensors", "dummy"] = Field(
         default="auto", description="dummy: random weights from config.json alone, for benchmarks."
     )
+    quantization: Literal["none", "int8"] = Field(
+        default="none",
+        description="int8: weights as 8-bit integers with a scale per output, activations with one "
+        "per token; half the memory and, on CPUs, half the time of a step.",
+    )
     download_dir: str | None = Field(
         default=None, description="Where hub downloads are kept. Default: the hub's own cache."
     )

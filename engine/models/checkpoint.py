@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from engine.errors import CheckpointError
 from engine.models.config import ModelConfig
 from engine.models.names import CheckpointTensor
+from engine.models.quantization import Quantization, quantize_weight
 from engine.models.registry import (
     MODEL_FILES,
     ParameterSpec,
@@ -61,6 +62,7 @@ def load_weights(
     mesh: Mesh,
     dtype: DTypeLike,
     *,
+    quantization: Quantization = "none",
     on_progress: OnBytes = lambda done, total: None,
 ) -> Params:
     """Read a checkpoint's safetensors into sharded arrays.
@@ -70,6 +72,7 @@ def load_weights(
         model_config: Of the same directory.
         mesh: The model's; every process of it must call this.
         dtype: To convert to.
+        quantization: "int8" gives each weight matrix as int8, and a `scale` beside it.
         on_progress: Told the bytes that are on this process's devices, and of how many.
 
     Returns:
@@ -99,11 +102,18 @@ def load_weights(
     params: Params = {}
     with ThreadPoolExecutor(_NUM_READERS, "weights") as pool:
         for parameter, array in zip(parameters, pool.map(load, parameters), strict=True):
-            _put(params, parameter.path, array)
+            _put(params, parameter.path, array, quantization)
     return _with_layer_list(params)
 
 
-def dummy_weights(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike, seed: int) -> Params:
+def dummy_weights(
+    model_config: ModelConfig,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    seed: int,
+    *,
+    quantization: Quantization = "none",
+) -> Params:
     """Make random weights of the model's shapes, for benchmarks and tests.
 
     Each value follows from the seed, its parameter and its place in the unpadded parameter, so
@@ -127,7 +137,7 @@ def dummy_weights(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike, seed:
                 num_columns=layout.sizes[spec.axes[1]],
                 dtype=jnp.dtype(dtype),
             )
-        _put(params, parameter.path, array)
+        _put(params, parameter.path, array, quantization)
     return _with_layer_list(params)
 
 
@@ -172,9 +182,13 @@ def _flatten(specs: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any
         yield from _flatten(value, (*path, key))
 
 
-def _put(params: Params, path: tuple[Any, ...], array: jax.Array) -> None:
+def _put(
+    params: Params, path: tuple[Any, ...], array: jax.Array, quantization: Quantization
+) -> None:
     for key in path[:-1]:
         params = params.setdefault(key, {})
+    if quantization == "int8" and array.ndim == 2:
+        array, params["scale"] = quantize_weight(array)
     params[path[-1]] = array
 
 

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
 from engine.models.config import ModelConfig
+from engine.models.quantization import Quantization, dequantize, quantized_product
 from engine.models.rope import rotate
 from engine.sharding import ShardLayout, named_sharding
 
@@ -29,12 +30,14 @@ class Build:
         layout: Padded sizes.
         mesh: Where activations are sharded to.
         dtype: Of parameters and activations.
+        quantization: Of linear weights and the embedding table.
     """
 
     config: ModelConfig
     layout: ShardLayout
     mesh: Mesh
     dtype: jnp.dtype
+    quantization: Quantization = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,11 @@ def parameter(build: Build, *axes: str) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, build.dtype), logical_axes=axes)
 
 
+def weight_scale(build: Build, axis: str) -> nnx.Param | None:
+    """Declare the scales of a quantised weight's rows; None where weights are not quantised."""
+    return None if build.quantization == "none" else parameter(build, axis)
+
+
 class Linear(nnx.Module):
     """x W^T + b, with a weight of [out, in]."""
 
@@ -69,15 +77,21 @@ class Linear(nnx.Module):
         self, build: Build, out_axis: str, in_axis: str, *, has_bias: bool = False
     ) -> None:
         self.weight = parameter(build, out_axis, in_axis)
+        self.scale = weight_scale(build, out_axis)
         self.bias = parameter(build, out_axis) if has_bias else None
         self._sharding = named_sharding(build.mesh, (None, out_axis))
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """Map [T, in] to [T, out], sharded as `out_axis` is."""
-        out = jnp.einsum("TD,FD->TF", x_TD, self.weight[...])
-        # The constraint stands before the bias: with `in_axis` sharded it is where partial sums
-        # of the devices are added up.
-        out = jax.lax.with_sharding_constraint(out, self._sharding)
+        # The constraint stands before scales and bias: with `in_axis` sharded it is where partial
+        # sums of the devices are added up.
+        if self.scale is None:
+            out = jnp.einsum("TD,FD->TF", x_TD, self.weight[...])
+            out = jax.lax.with_sharding_constraint(out, self._sharding)
+        else:
+            product, scale_T1 = quantized_product(x_TD, self.weight[...])
+            product = jax.lax.with_sharding_constraint(product, self._sharding)
+            out = dequantize(product, scale_T1, self.scale[...], x_TD.dtype)
         return out if self.bias is None else out + self.bias[...][None, :]
 
 
@@ -86,10 +100,14 @@ class Embedding(nnx.Module):
 
     def __init__(self, build: Build) -> None:
         self.weight = parameter(build, "vocab", "embed")
+        self.scale = weight_scale(build, "vocab")
+        self._dtype = build.dtype
         self._sharding = named_sharding(build.mesh, (None, "embed"))
 
     def __call__(self, token_ids_T: jax.Array) -> jax.Array:
         x_TD = self.weight[...][token_ids_T]
+        if self.scale is not None:
+            x_TD = (x_TD * self.scale[...][token_ids_T][:, None]).astype(self._dtype)
         return jax.lax.with_sharding_constraint(x_TD, self._sharding)
 
 

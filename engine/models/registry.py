@@ -26,6 +26,7 @@ from engine.models.layers import (
     StepContext,
 )
 from engine.models.names import CheckpointTensor
+from engine.models.quantization import Quantization, dequantize, quantized_product
 from engine.models.rope import log_n_scale, rope_tables
 from engine.sharding import ShardLayout, make_layout, named_sharding
 
@@ -135,12 +136,14 @@ class Model:
         with jax.named_scope("lm_head"):
             # Sums are accumulated in float32 anyway; rounding them to bfloat16 would tie tokens
             # whose logits differ by less than 1 in 256.
-            logits_RV = jnp.einsum(
-                "RD,VD->RV",
-                hidden_RD,
-                params[head]["weight"],
-                preferred_element_type=jnp.float32,
-            )
+            weight_VD = params[head]["weight"]
+            if weight_VD.dtype == jnp.int8:
+                product_RV, scale_R1 = quantized_product(hidden_RD, weight_VD)
+                logits_RV = dequantize(product_RV, scale_R1, params[head]["scale"], jnp.float32)
+            else:
+                logits_RV = jnp.einsum(
+                    "RD,VD->RV", hidden_RD, weight_VD, preferred_element_type=jnp.float32
+                )
             logits_RV = jax.lax.with_sharding_constraint(logits_RV, self._logits_sharding)
             return logits_RV[:, : self.config.vocab_size]
 
@@ -181,6 +184,7 @@ def make_model(
     mesh: Mesh,
     attention: AttentionBackend,
     dtype: DTypeLike | None = None,
+    quantization: Quantization = "none",
 ) -> Model:
     """Put a model together.
 
@@ -189,8 +193,9 @@ def make_model(
         mesh: From `engine.sharding.make_mesh`.
         attention: Stores keys and values, and attends.
         dtype: Of weights and activations; by default the checkpoint's.
+        quantization: What `load_weights` was told.
     """
-    return Model(_make_build(model_config, mesh, dtype), attention)
+    return Model(_make_build(model_config, mesh, dtype, quantization), attention)
 
 
 def parameter_specs(
@@ -269,12 +274,18 @@ def _remove(tree: Params, path: tuple[str, ...]) -> jax.Array:
     return tree.pop(path[-1])
 
 
-def _make_build(model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike | None) -> Build:
+def _make_build(
+    model_config: ModelConfig,
+    mesh: Mesh,
+    dtype: DTypeLike | None,
+    quantization: Quantization = "none",
+) -> Build:
     return Build(
         config=model_config,
         layout=model_layout(model_config, mesh.size),
         mesh=mesh,
         dtype=jnp.dtype(dtype or model_config.dtype),
+        quantization=quantization,
     )
 
 

@@ -147,7 +147,7 @@ class ModelRunner:
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._attention = make_attention(platform, config.attention_backend, mesh)
-        self._model = make_model(model_config, mesh, self._attention, dtype)
+        self._model = make_model(model_config, mesh, self._attention, dtype, config.quantization)
         self._vocab_size = model_config.vocab_size
         self._pages_per_seq = -(-context_length // config.page_size)
         self._params = self._load_weights(directory, model_config, mesh, dtype, on_progress)
@@ -158,7 +158,14 @@ class ModelRunner:
         self._store = ProgramStore(
             compilation_cache_dir(config),
             mesh,
-            [model_config, platform, dtype, config.attention_backend, config.page_size],
+            [
+                model_config,
+                platform,
+                dtype,
+                config.quantization,
+                config.attention_backend,
+                config.page_size,
+            ],
         )
         pages = self._compile(buckets, model_config, dtype, platform, context_length, on_progress)
         self._cache = self._attention.init_cache(
@@ -187,7 +194,10 @@ class ModelRunner:
             buckets=buckets,
             vocab_size=model_config.vocab_size,
             model_fingerprint=model_fingerprint(
-                directory, dtype=dtype, tp_size=config.tp_size, load_format=config.load_format
+                directory,
+                dtype=dtype if config.quantization == "none" else config.quantization,
+                tp_size=config.tp_size,
+                load_format=config.load_format,
             ),
         )
 
@@ -213,9 +223,22 @@ class ModelRunner:
         on_progress: ProgressCallback,
     ) -> Any:
         if self._config.load_format == "dummy":
-            return dummy_weights(model_config, mesh, dtype, self._config.random_seed)
+            return dummy_weights(
+                model_config,
+                mesh,
+                dtype,
+                self._config.random_seed,
+                quantization=self._config.quantization,
+            )
         progress = _progress_of(on_progress, "weights", "reading")
-        return load_weights(directory, model_config, mesh, dtype, on_progress=progress)
+        return load_weights(
+            directory,
+            model_config,
+            mesh,
+            dtype,
+            quantization=self._config.quantization,
+            on_progress=progress,
+        )
 
     def _compile(
         self,

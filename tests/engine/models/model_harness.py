@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from engine.kernels.attention import AttentionMetadata, make_attention
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
+from engine.models.quantization import Quantization
 from engine.models.registry import make_model
 from engine.sharding import make_mesh
 
@@ -38,17 +39,22 @@ class LoadedModel:
         dtype: str = "float32",
         backend: str = "dense",
         dummy_seed: int | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         self.config = config or load_model_config(directory)
         self.dtype = dtype
         mesh = make_mesh(tp_size, jax.devices()[:tp_size])
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.attention = make_attention("cpu", backend, mesh)
-        self.model = make_model(self.config, mesh, self.attention, dtype)
+        self.model = make_model(self.config, mesh, self.attention, dtype, quantization)
         if dummy_seed is None:
-            self.params = load_weights(directory, self.config, mesh, dtype)
+            self.params = load_weights(
+                directory, self.config, mesh, dtype, quantization=quantization
+            )
         else:
-            self.params = dummy_weights(self.config, mesh, dtype, dummy_seed)
+            self.params = dummy_weights(
+                self.config, mesh, dtype, dummy_seed, quantization=quantization
+            )
         self._step = jax.jit(self._run_step, donate_argnums=2)
 
     def _run_step(
