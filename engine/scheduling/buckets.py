@@ -33,7 +33,8 @@ def bucket_table(config: EngineConfig, *, context_length: int) -> tuple[Bucket, 
     max_seqs = round_up_to_power_of_two(max(2, config.max_running_requests))
     decode_sizes = _powers_of_two(2, max_seqs)
     most_tokens = min(config.prefill_chunk_tokens, context_length * config.max_running_requests)
-    token_sizes = {min(most_tokens, size) for size in _quadruples(MIN_CHUNK_TOKENS, most_tokens)}
+    # A prefill step takes as long as its shape: a prompt of 256 tokens in one of 512 waits double.
+    token_sizes = {most_tokens, *_powers_of_two(MIN_CHUNK_TOKENS, most_tokens)}
     for padding in config.jax_precompile_prefill_token_paddings:
         if padding <= most_tokens:
             token_sizes.add(padding)
@@ -105,11 +106,3 @@ def _powers_of_two(low: int, high: int) -> list[int]:
         sizes.append(low)
         low *= 2
     return sizes
-
-
-def _quadruples(low: int, high: int) -> list[int]:
-    sizes = []
-    while low < high:
-        sizes.append(low)
-        low *= 4
-    return [*sizes, high]

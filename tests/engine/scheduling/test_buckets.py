@@ -32,7 +32,8 @@ def test_every_dot_has_two_rows_or_more():
 def test_the_cheapest_bucket_that_fits_is_taken():
     buckets = bucket_table(make_config(max_running_requests=8), context_length=4096)
     assert choose_bucket(buckets, 3, 0, 0) == Bucket(4)
-    assert choose_bucket(buckets, 3, 33, 1).num_chunk_tokens == 128
+    assert choose_bucket(buckets, 3, 33, 1).num_chunk_tokens == 64
+    assert choose_bucket(buckets, 3, 65, 1).num_chunk_tokens == 128
     assert choose_bucket(buckets, 3, 8, 8).num_chunks >= 8
 
 
