@@ -1,0 +1,205 @@
+"""Measures the parts of a step by themselves: attention, matrix products, sampling.
+
+    python benchmarks/bench_kernels.py
+    python benchmarks/bench_kernels.py --config qwen3-0.6b --rows 1 8 32 --context 128 1024 8192
+
+Times are minima over the runs, of one call on the default device. For attention and matrices the
+bytes that must be read (keys and values, weights) give a rate, to hold against the memory's: that
+of a plain copy, printed first.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.kernels.attention import AttentionMetadata, make_attention
+from engine.models.quantization import dequantize, quantize_rows, quantized_product
+from engine.runner.sampler import SamplingInputs, sample
+from engine.runner.slot_state import init_slot_state
+from engine.sharding import make_mesh
+
+PAGE_SIZE = 16
+COPY_BYTES = 512 * 2**20
+
+
+class Shape(NamedTuple):
+    """A model's sizes, as far as a step's time depends on them."""
+
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+SHAPES = {
+    "smollm2-135m": Shape(576, 1536, 9, 3, 64, 49152),
+    "qwen2.5-0.5b": Shape(896, 4864, 14, 2, 64, 151936),
+    "qwen3-0.6b": Shape(1024, 3072, 16, 8, 128, 151936),
+    "qwen-7b": Shape(4096, 11008, 32, 32, 128, 151936),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 8, 32], help="decoding rows")
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--runs", type=int, default=10)
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.config]
+    print(f"{arguments.config} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    source = jnp.ones(COPY_BYTES // 4, jnp.float32)
+    show("read memory", COPY_BYTES, best_s(jax.jit(jnp.sum), (source,), arguments.runs))
+    for rows in arguments.rows:
+        for context in arguments.context:
+            measure_attention(shape, rows, context, arguments.runs)
+    for rows in arguments.rows:
+        measure_matrices(shape, rows, arguments.runs)
+    for rows in arguments.rows:
+        measure_sampling(shape, rows, arguments.runs)
+    return 0
+
+
+def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
+    """One layer's decode attention, every row at the same context length."""
+    attention = make_attention(jax.default_backend(), "auto", make_mesh(1, jax.devices()[:1]))
+    pages_per_seq = context // PAGE_SIZE + 1
+    cache = attention.init_cache(
+        num_layers=1,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_pages=1 + rows * pages_per_seq,
+        page_size=PAGE_SIZE,
+        dtype=jnp.bfloat16,
+    )
+    num_rows = max(2, rows)
+    lens = np.where(np.arange(num_rows) < rows, context, 0).astype(np.int32)
+    pages = 1 + np.arange(num_rows * pages_per_seq, dtype=np.int32) % (rows * pages_per_seq)
+    metadata = AttentionMetadata(
+        position_T=jnp.asarray(lens - 1),
+        row_T=jnp.arange(num_rows, dtype=jnp.int32),
+        page_indices=jnp.asarray(pages.reshape(num_rows, pages_per_seq)),
+        kv_lens=jnp.asarray(lens),
+        cu_chunk_lens=jnp.zeros(1, jnp.int32),
+        num_decodes=jnp.int32(rows),
+        page_size=PAGE_SIZE,
+        num_decode_rows=num_rows,
+    )
+    query = jnp.ones((num_rows, shape.num_heads, shape.head_dim), jnp.bfloat16)
+    key = jnp.ones((num_rows, shape.num_kv_heads, shape.head_dim), jnp.bfloat16)
+
+    def attend(cache: Any) -> tuple[jax.Array, Any]:
+        return attention.attend(query, key, key, cache, 0, metadata, sm_scale=shape.head_dim**-0.5)
+
+    program = jax.jit(attend, donate_argnums=0)
+    _, cache = program(cache)
+    best = float("inf")
+    for _ in range(runs):
+        started_s = time.perf_counter()
+        out, cache = program(cache)
+        out.block_until_ready()
+        best = min(best, time.perf_counter() - started_s)
+    num_bytes = 2 * 2 * rows * context * shape.num_kv_heads * shape.head_dim
+    show(f"attention, {rows} rows at {context} tokens", num_bytes, best)
+
+
+def measure_matrices(shape: Shape, rows: int, runs: int) -> None:
+    """One layer's matrices in bfloat16 and in int8, and the head."""
+    query = shape.num_heads * shape.head_dim
+    key = shape.num_kv_heads * shape.head_dim
+    sizes = [(query, shape.hidden), (key, shape.hidden), (key, shape.hidden)]
+    sizes += [(shape.hidden, query), (shape.ffn, shape.hidden), (shape.ffn, shape.hidden)]
+    sizes += [(shape.hidden, shape.ffn)]
+    for what, matrices in (("a layer's matrices", sizes), ("head", [(shape.vocab, shape.hidden)])):
+        # Several copies, so that no cache holds them from one run to the next.
+        copies = max(1, 2**28 // sum(2 * rows_ * columns for rows_, columns in matrices))
+        weights = [jnp.full(size, 0.01, jnp.bfloat16) for _ in range(copies) for size in matrices]
+        inputs = {size[1]: jnp.ones((max(2, rows), size[1]), jnp.bfloat16) for size in matrices}
+
+        def multiply(inputs: Any, weights: Any) -> list[jax.Array]:
+            return [jnp.einsum("TD,FD->TF", inputs[weight.shape[1]], weight) for weight in weights]
+
+        def multiply_int8(inputs: Any, weights: Any) -> list[jax.Array]:
+            return [
+                dequantize(*quantized_product(inputs[weight.shape[1]], weight), scale, jnp.bfloat16)
+                for weight, scale in weights
+            ]
+
+        total = sum(weight.nbytes for weight in weights)
+        seconds = best_s(jax.jit(multiply), (inputs, weights), runs)
+        show(f"{what}, {rows} rows, bfloat16", total / copies, seconds / copies)
+        quantized = [jax.jit(quantize_rows)(weight) for weight in weights]
+        del weights
+        seconds = best_s(jax.jit(multiply_int8), (inputs, quantized), runs)
+        show(f"{what}, {rows} rows, int8", total / 2 / copies, seconds / copies)
+
+
+def measure_sampling(shape: Shape, rows: int, runs: int) -> None:
+    """One step's sampling: greedy, with temperature, and limited by top_k and top_p."""
+    logits = jax.random.normal(jax.random.key(0), (rows, shape.vocab), jnp.float32)
+    state = init_slot_state(rows, shape.vocab)
+    program = jax.jit(sample)
+    for what, temperature, top_k, top_p in (
+        ("greedy", 0.0, 0, 1.0),
+        ("temperature 1", 1.0, 0, 1.0),
+        ("top_k 50, top_p 0.9", 1.0, 50, 0.9),
+    ):
+        inputs = sampling_inputs(rows, temperature=temperature, top_k=top_k, top_p=top_p)
+        seconds = best_s(program, (logits, inputs, state), runs)
+        show(f"sampling, {rows} rows, {what}", logits.nbytes, seconds)
+
+
+def sampling_inputs(rows: int, *, temperature: float, top_k: int, top_p: float) -> SamplingInputs:
+    def floats(value: float) -> jax.Array:
+        return jnp.full(rows, value, jnp.float32)
+
+    def ints(value: int) -> jax.Array:
+        return jnp.full(rows, value, jnp.int32)
+
+    no = jnp.zeros(rows, bool)
+    return SamplingInputs(
+        slot=jnp.arange(rows, dtype=jnp.int32),
+        temperature=floats(temperature),
+        top_k=ints(top_k),
+        top_p=floats(top_p),
+        min_p=floats(0),
+        presence_penalty=floats(0),
+        frequency_penalty=floats(0),
+        repetition_penalty=floats(1),
+        has_penalties=no,
+        has_logit_bias=no,
+        bans_end_tokens=no,
+        seed=jnp.zeros((rows, 2), jnp.uint32),
+        choice_index=ints(0),
+        position=jnp.arange(rows, dtype=jnp.int32),
+        has_logprobs=jnp.bool_(False),
+    )
+
+
+def best_s(function: Callable[..., Any], arguments: tuple[Any, ...], runs: int) -> float:
+    """Fastest of `runs` calls, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    best = float("inf")
+    for _ in range(runs):
+        started_s = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        best = min(best, time.perf_counter() - started_s)
+    return best
+
+
+def show(what: str, num_bytes: float, seconds: float) -> None:
+    print(f"{what:44} {seconds * 1e3:9.3f} ms {num_bytes / seconds / 1e9:8.1f} GB/s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
