@@ -60,6 +60,7 @@ class EngineLink:
         self._calls: set[asyncio.Future[GenerateEnd]] = set()
         self._tasks = WatchedTasks()
         self._tasks.start("watch the engine", self._watch_engine())
+        self._tasks.start("wake who waits in silence", self._watch_silence())
 
     def check(self) -> None:
         """Return if this link works.
@@ -118,13 +119,14 @@ class EngineLink:
         end = asyncio.ensure_future(_await_end(response))
         self._calls.add(end)
         end.add_done_callback(self._calls.discard)
+        end.add_done_callback(lambda _: stream.wake())
         try:
             unfinished = set(range(num_choices))
             while unfinished:
-                tokens = await self._next_tokens(stream, end)
-                if tokens.finish_reason is not None:
-                    unfinished.discard(tokens.choice)
-                yield tokens.choice, _delta(tokens)
+                for tokens in await self._next_tokens(stream, end):
+                    if tokens.finish_reason is not None:
+                        unfinished.discard(tokens.choice)
+                    yield tokens.choice, _delta(tokens)
         except BaseException:
             response.cancel()
             raise
@@ -133,32 +135,32 @@ class EngineLink:
 
     async def _next_tokens(
         self, stream: TokenStream, end: "asyncio.Future[GenerateEnd]"
-    ) -> ChoiceTokens:
+    ) -> list[ChoiceTokens]:
         """Wait for tokens, for the call's end, or for a silence that is too long."""
-        tokens = stream.get_nowait()
-        if tokens is not None:
-            return tokens
-        getter = asyncio.ensure_future(stream.get())
+        while not (tokens := stream.take()):
+            if end.done():
+                return await self._late_tokens(stream, end.result())
+            silence_s = time.monotonic() - stream.heard_s
+            if stream.leader is not None and silence_s > self._silence_timeout_s:
+                raise EngineDiedError(f"The engine has been silent for {silence_s:.1f} s.")
+            await stream.wait()
+        return tokens
+
+    async def _late_tokens(self, stream: TokenStream, end: GenerateEnd) -> list[ChoiceTokens]:
+        """Wait for what is on its way over the socket, though its call has returned."""
+        _raise_if_failed(end)
         try:
-            while not end.done():
-                await asyncio.wait(
-                    [getter, end],
-                    timeout=self._silence_timeout_s / 2,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if getter.done():
-                    return getter.result()
-                silence_s = time.monotonic() - stream.heard_s
-                if stream.leader is not None and silence_s > self._silence_timeout_s:
-                    raise EngineDiedError(f"The engine has been silent for {silence_s:.1f} s.")
-            _raise_if_failed(end.result())
-            # The call has returned, so what is missing is on its way over the socket.
             async with asyncio.timeout(_LATE_TOKENS_TIMEOUT_S):
-                return await getter
+                while not (tokens := stream.take()):
+                    await stream.wait()
         except TimeoutError:
             raise EngineDiedError("The engine's last tokens did not arrive.") from None
-        finally:
-            getter.cancel()
+        return tokens
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(self._silence_timeout_s / 2)
+            self._receiver.wake_silent_streams(self._silence_timeout_s)
 
     async def _watch_engine(self) -> None:
         while True:

@@ -9,10 +9,10 @@ that router's requests in it. Knows token ids, and neither text nor plans.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import cast
 
 import msgspec
@@ -101,6 +101,8 @@ _abort_decoder = msgspec.msgpack.Decoder(AbortChoice)
 class TokenStream:
     """The router's end of one call: the choices' tokens in order, each index once.
 
+    What comes while nobody waits is handed out together, so a slow client costs fewer events.
+
     Attributes:
         num_tokens: Tokens received so far, per choice.
         heard_s: When the engine was heard last (monotonic clock).
@@ -110,29 +112,59 @@ class TokenStream:
         self.num_tokens = [0] * num_choices
         self.heard_s = time.monotonic()
         self.leader: bytes | None = None
-        self._items: asyncio.Queue[ChoiceTokens] = asyncio.Queue()
+        self._received: list[ChoiceTokens] = []
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, tokens: ChoiceTokens) -> None:
         """Take in tokens; what was received before is dropped."""
         known = self.num_tokens[tokens.choice] - tokens.first_index
         if known > 0:
             tokens = msgspec.structs.replace(
-                tokens, first_index=tokens.first_index + known, token_ids=tokens.token_ids[known:]
+                tokens,
+                first_index=tokens.first_index + known,
+                token_ids=tokens.token_ids[known:],
+                logprobs=tokens.logprobs[known:],
             )
         if not tokens.token_ids and tokens.finish_reason is None:
             return  # Only says that the engine took the call.
         self.num_tokens[tokens.choice] += len(tokens.token_ids)
-        self._items.put_nowait(tokens)
+        self._received.append(tokens)
+        self.wake()
 
-    async def get(self) -> ChoiceTokens:
-        """Wait for the next tokens; the caller bounds or cancels the wait."""
-        return await self._items.get()
+    def take(self) -> list[ChoiceTokens]:
+        """Hand out what has come, each choice's tokens joined; empty if nothing has."""
+        received = self._received
+        if len(received) > 1:
+            by_choice: dict[int, list[ChoiceTokens]] = {}
+            for tokens in received:
+                by_choice.setdefault(tokens.choice, []).append(tokens)
+            received = [_join(parts) for parts in by_choice.values()]
+        self._received = []
+        return received
 
-    def get_nowait(self) -> ChoiceTokens | None:
-        """Tokens that have come already, or None."""
-        with contextlib.suppress(asyncio.QueueEmpty):
-            return self._items.get_nowait()
-        return None
+    async def wait(self) -> None:
+        """Wait until tokens have come or `wake` is called; only one task may."""
+        if not self._received:
+            # One bare future: a task and a timeout for each token would cost more than the token.
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def wake(self) -> None:
+        """End the wait under way, so that the task that waits looks around."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _join(parts: Sequence[ChoiceTokens]) -> ChoiceTokens:
+    """Make one of what several steps gave a choice."""
+    if len(parts) == 1:
+        return parts[0]
+    return msgspec.structs.replace(
+        parts[-1],
+        first_index=parts[0].first_index,
+        token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
+        logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+    )
 
 
 class TokenReceiver:
@@ -179,6 +211,13 @@ class TokenReceiver:
     def close_stream(self, request_id: str, attempt: int) -> None:
         """Drop what still arrives for a call."""
         self._streams.pop((request_id, attempt), None)
+
+    def wake_silent_streams(self, silence_s: float) -> None:
+        """Wake whoever waits for an engine that was not heard for so long."""
+        now_s = time.monotonic()
+        for stream in self._streams.values():
+            if now_s - stream.heard_s > silence_s:
+                stream.wake()
 
     def abort_choice(self, request_id: str, attempt: int, choice: int) -> None:
         """Tell the engine that a choice is no longer wanted; never blocks."""

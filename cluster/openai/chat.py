@@ -19,7 +19,7 @@ from cluster.openai.schema import (
     StopReason,
     TopLogprob,
 )
-from cluster.openai.sse import encode_event
+from cluster.openai.sse import TextEvent, encode_event
 from engine.errors import RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
@@ -68,46 +68,44 @@ async def stream_chat(
 ) -> AsyncGenerator[bytes, None]:
     """Yield the stream's events, without the [DONE] at its end."""
 
-    def event(choices: list[ChatChunkChoice], **usage: Any) -> bytes:
+    def chunk(choices: list[ChatChunkChoice], **usage: Any) -> ChatCompletionChunk:
         if include_usage and not usage:
             usage = {"usage": None}
-        return encode_event(
-            ChatCompletionChunk(
-                id=heading.id,
-                object="chat.completion.chunk",
-                created=heading.created,
-                model=heading.model,
-                choices=choices,
-                system_fingerprint=heading.system_fingerprint,
-                **usage,
-            )
+        return ChatCompletionChunk(
+            id=heading.id,
+            object="chat.completion.chunk",
+            created=heading.created,
+            model=heading.model,
+            choices=choices,
+            system_fingerprint=heading.system_fingerprint,
+            **usage,
         )
 
-    opened: set[int] = set()
+    def text_event(index: int) -> TextEvent:
+        return TextEvent(lambda text: chunk([_chunk_choice(index, ChatDelta(content=text))]))
+
+    text_events: dict[int, TextEvent] = {}
     async with aclosing(updates):
         async for update in updates:
             events = b""
-            if update.index not in opened:
-                opened.add(update.index)
+            if update.index not in text_events:
+                text_events[update.index] = text_event(update.index)
                 delta = ChatDelta(role="assistant", content="")
-                events += event([_chunk_choice(update.index, delta)])
-            if update.text or update.tokens or update.finish_reason is not None:
-                events += event(
-                    [
-                        _chunk_choice(
-                            update.index,
-                            ChatDelta(content=update.text)
-                            if update.text or update.tokens
-                            else ChatDelta(),
-                            logprobs=_logprobs(update.tokens, tokenizer) if update.tokens else None,
-                            finish_reason=update.finish_reason,
-                        )
-                    ]
+                events = encode_event(chunk([_chunk_choice(update.index, delta)]))
+            if update.tokens or update.finish_reason is not None:
+                choice = _chunk_choice(
+                    update.index,
+                    ChatDelta(content=update.text) if update.text or update.tokens else ChatDelta(),
+                    logprobs=_logprobs(update.tokens, tokenizer) if update.tokens else None,
+                    finish_reason=update.finish_reason,
                 )
+                events += encode_event(chunk([choice]))
+            elif update.text:
+                events += text_events[update.index].encode(update.text)
             if events:
                 yield events
     if include_usage:
-        yield event([], usage=generation.usage())
+        yield encode_event(chunk([], usage=generation.usage()))
 
 
 async def collect_chat(

@@ -12,7 +12,7 @@ from cluster.openai.schema import (
     CompletionRequest,
     StopReason,
 )
-from cluster.openai.sse import encode_event
+from cluster.openai.sse import TextEvent, encode_event
 from engine.errors import RequestError
 from engine.text.tokenizer import Tokenizer
 
@@ -84,22 +84,32 @@ async def stream_completion(
     unechoed = dict(enumerate(echoes))
     num_chars = [0] * len(echoes)
 
-    def event(choices: list[CompletionChoice]) -> bytes:
-        fields = {"usage": None} if include_usage else {}
-        return encode_event(_completion(heading, choices, **fields))
+    fields = {"usage": None} if include_usage else {}
+    text_events: dict[int, TextEvent] = {}
+
+    def text_event(index: int) -> TextEvent:
+        return TextEvent(
+            lambda text: _completion(heading, [_choice(index, text, None, None, None)], **fields)
+        )
 
     async with aclosing(updates):
         async for update in updates:
             text = unechoed.pop(update.index, "") + update.text
-            if not text and not update.tokens and update.finish_reason is None:
-                continue
-            logprobs = None
-            if has_logprobs:
-                logprobs = _logprobs(update.tokens, tokenizer, num_chars[update.index])
-                num_chars[update.index] += sum(map(len, logprobs.tokens))
-            yield event(
-                [_choice(update.index, text, logprobs, update.finish_reason, update.stop_reason)]
-            )
+            if has_logprobs or update.finish_reason is not None:
+                if not text and not update.tokens and update.finish_reason is None:
+                    continue
+                logprobs = None
+                if has_logprobs:
+                    logprobs = _logprobs(update.tokens, tokenizer, num_chars[update.index])
+                    num_chars[update.index] += sum(map(len, logprobs.tokens))
+                choice = _choice(
+                    update.index, text, logprobs, update.finish_reason, update.stop_reason
+                )
+                yield encode_event(_completion(heading, [choice], **fields))
+            elif text:
+                if update.index not in text_events:
+                    text_events[update.index] = text_event(update.index)
+                yield text_events[update.index].encode(text)
     if include_usage:
         yield encode_event(_completion(heading, [], usage=generation.usage()))
 

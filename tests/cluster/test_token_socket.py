@@ -46,7 +46,12 @@ def tokens(choice: int, first: int, *ids: int, attempt: int = 0, end: bool = Fal
 
 
 async def receive(stream: TokenStream) -> ChoiceTokens:
-    return await asyncio.wait_for(stream.get(), TIMEOUT_S)
+    """The next tokens of a stream that waits for them; those of several steps come joined."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (received := stream.take()):
+            await stream.wait()
+    (item,) = received
+    return item
 
 
 async def test_one_message_carries_the_tokens_of_many_requests(receiver: TokenReceiver):
@@ -67,19 +72,75 @@ async def test_log_probabilities_arrive_as_they_were_sent(receiver: TokenReceive
         assert await receive(stream) == sent
 
 
-async def test_indices_that_were_received_before_are_dropped(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 0, 2)
-    with Leader(receiver) as leader:
-        leader.sender.send([tokens(0, 0, 5, 6), tokens(1, 0, 50)])
-        leader.sender.send([tokens(0, 0, 5), tokens(0, 1, 6, 7, end=True), tokens(1, 1, 51)])
-        got = [await receive(stream) for _ in range(4)]
-    assert [(item.choice, item.first_index, item.token_ids) for item in got] == [
-        (0, 0, (5, 6)),
-        (1, 0, (50,)),
-        (0, 2, (7,)),
-        (1, 1, (51,)),
+def test_indices_that_were_received_before_are_dropped():
+    stream = TokenStream(1)
+    stream.put(tokens(0, 0, 5, 6))
+    assert [item.token_ids for item in stream.take()] == [(5, 6)]
+    stream.put(tokens(0, 0, 5))
+    stream.put(tokens(0, 1, 6, 7, end=True))
+    (item,) = stream.take()
+    assert (item.first_index, item.token_ids, item.finish_reason) == (2, (7,), "length")
+    assert stream.num_tokens == [3]
+
+
+def test_log_probabilities_of_tokens_that_were_received_before_are_dropped_with_them():
+    stream = TokenStream(1)
+    first, second, third = (
+        TokenLogprobs(logprob=-float(n), top_token_ids=(), top_logprobs=()) for n in range(3)
+    )
+    stream.put(msgspec.structs.replace(tokens(0, 0, 5, 6), logprobs=(first, second)))
+    stream.put(msgspec.structs.replace(tokens(0, 1, 6, 7), logprobs=(second, third)))
+    (item,) = stream.take()
+    assert (item.token_ids, item.logprobs) == ((5, 6, 7), (first, second, third))
+
+
+async def test_steps_that_came_while_nobody_waited_are_handed_out_as_one():
+    stream = TokenStream(2)
+    stream.put(tokens(0, 0, 5))
+    stream.put(tokens(1, 0, 50))
+    stream.put(tokens(0, 1, 6))
+    stream.put(tokens(1, 1, 51, 52, end=True))
+    await asyncio.wait_for(stream.wait(), TIMEOUT_S)
+    assert [
+        (item.choice, item.first_index, item.token_ids, item.finish_reason)
+        for item in stream.take()
+    ] == [
+        (0, 0, (5, 6), None),
+        (1, 0, (50, 51, 52), "length"),
     ]
-    assert stream.num_tokens == [3, 2]
+    assert stream.take() == []
+
+
+async def test_a_wait_can_be_ended_without_tokens():
+    stream = TokenStream(1)
+    waiting = asyncio.create_task(stream.wait())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    stream.wake()
+    await asyncio.wait_for(waiting, TIMEOUT_S)
+    assert stream.take() == []
+
+
+async def test_a_wait_that_was_given_up_takes_no_tokens_along():
+    stream = TokenStream(1)
+    waiting = asyncio.create_task(stream.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    stream.put(tokens(0, 0, 5))
+    await asyncio.wait_for(stream.wait(), TIMEOUT_S)
+    assert [item.token_ids for item in stream.take()] == [(5,)]
+
+
+async def test_only_streams_in_silence_are_woken(receiver: TokenReceiver):
+    old, fresh = receiver.open_stream("old", 0, 1), receiver.open_stream("fresh", 0, 1)
+    old.heard_s -= 100
+    waits = [asyncio.create_task(stream.wait()) for stream in (old, fresh)]
+    await asyncio.sleep(0)
+    receiver.wake_silent_streams(50)
+    await asyncio.wait_for(waits[0], TIMEOUT_S)
+    assert not waits[1].done()
+    fresh.wake()
+    await asyncio.wait_for(waits[1], TIMEOUT_S)
 
 
 async def test_tokens_of_an_earlier_attempt_are_dropped(receiver: TokenReceiver):
