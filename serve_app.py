@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import ray
@@ -34,6 +35,14 @@ _LEADER_CPUS = 0.2
 _ROUTER_CPUS = 0.2
 # Serve's own bound on requests in flight stands above ours, which answers in OpenAI's words.
 _CALLS_ABOVE_OURS = 1.25
+# Serve runs a replica's code and its handles in threads of their own, so that code that blocks does
+# no harm; each token would change threads twice. Ours does not block: it tokenizes in threads.
+_ROUTER_ENVIRONMENT = MappingProxyType(
+    {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    }
+)
 _POLL_S = 0.5
 _HTTP_FIELDS = ("host", "port", "http_host", "http_port")
 
@@ -61,21 +70,40 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         cluster = read_cluster()
         check_capacity(need_of(resolve_device(config, cluster)), cluster)
     fields = config.model_dump(exclude_unset=True)
-    max_calls = int((config.max_running_requests + config.max_queued_requests) * _CALLS_ABOVE_OURS)
-    engine = serve.deployment(
+    return router_deployment(config).bind(fields, engine_deployment(config, Engine).bind(fields))
+
+
+def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
+    """Make the deployment of an engine's leader, `cluster.replica.Engine` or a stand-in for it."""
+    return serve.deployment(
         name="Engine",
         num_replicas=1,
-        max_ongoing_requests=max_calls,
+        max_ongoing_requests=_max_calls(config),
         ray_actor_options={"num_cpus": _LEADER_CPUS},
         # Routers ask it how it is each second; a line for each would bury what matters.
         logging_config=LoggingConfig(enable_access_log=False),
         graceful_shutdown_timeout_s=30,
-    )(Engine).bind(fields)
+    )(leader)
+
+
+def router_deployment(
+    config: EngineConfig, environment: Mapping[str, str] = MappingProxyType({})
+) -> serve.Deployment:
+    """Make the deployment of the routers.
+
+    Args:
+        environment: Variables of the routers' processes, beside those that they need.
+    """
+    variables = {**_ROUTER_ENVIRONMENT, **environment}
+    options = {"num_cpus": _ROUTER_CPUS, "runtime_env": {"env_vars": variables}}
     # Its decorators hide from type checkers what it has become.
-    router = cast(serve.Deployment, Router).options(
-        max_ongoing_requests=max_calls, ray_actor_options={"num_cpus": _ROUTER_CPUS}
+    return cast(serve.Deployment, Router).options(
+        max_ongoing_requests=_max_calls(config), ray_actor_options=options
     )
-    return router.bind(fields, engine)
+
+
+def _max_calls(config: EngineConfig) -> int:
+    return int((config.max_running_requests + config.max_queued_requests) * _CALLS_ABOVE_OURS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
