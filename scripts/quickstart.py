@@ -31,6 +31,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from terminal import StepLines, WrappedText
 
 import serve_app
+from cluster.ray_node import proxy_environment
 from cluster.status import read_all
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo-cpu.yaml"
@@ -69,6 +70,9 @@ def main() -> int:
     lines = StepLines(terminal)
     has_answer = False
     folder = Path(tempfile.mkdtemp(prefix="qwen-on-ray-"))
+    # Unix sockets lie in it, whose paths end at 107 characters.
+    proxy_folder = Path(tempfile.mkdtemp(prefix="qor-", dir="/tmp"))
+    os.environ.update(proxy_environment(proxy_folder))
     failure = ""
     print(file=terminal)
     with (folder / "quickstart.log").open("w") as log:
@@ -91,6 +95,7 @@ def main() -> int:
                 lines.failed()
             with redirect_output(log):
                 stop()
+    shutil.rmtree(proxy_folder, ignore_errors=True)
     print("\nStopped; no process is left.")
     if not failure:
         shutil.rmtree(folder, ignore_errors=True)
