@@ -43,6 +43,9 @@ _ROUTER_ENVIRONMENT = MappingProxyType(
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     }
 )
+# The command line's one HTTP address is rank 0's, and may be a loopback address, which HAProxy
+# could not reach on another host: routers bind what it names.
+_ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
 _POLL_S = 0.5
 _HTTP_FIELDS = ("host", "port", "http_host", "http_port")
 
@@ -64,13 +67,17 @@ def build(args: Mapping[str, Any]) -> serve.Application:
                 f"{name} does not belong into args: HTTP's address stands in the YAML file's "
                 "http_options (host, port)."
             )
-    config = parse_config(args)
+    return _build(parse_config(args), router_resources={})
+
+
+def _build(config: EngineConfig, router_resources: Mapping[str, float]) -> serve.Application:
     if ray.is_initialized():
         # The leader asks again; said here, it is said once and before anything is downloaded.
         cluster = read_cluster()
         check_capacity(need_of(resolve_device(config, cluster)), cluster)
     fields = config.model_dump(exclude_unset=True)
-    return router_deployment(config).bind(fields, engine_deployment(config, Engine).bind(fields))
+    router = router_deployment(config, resources=router_resources)
+    return router.bind(fields, engine_deployment(config, Engine).bind(fields))
 
 
 def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
@@ -87,15 +94,23 @@ def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
 
 
 def router_deployment(
-    config: EngineConfig, environment: Mapping[str, str] = MappingProxyType({})
+    config: EngineConfig,
+    *,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    resources: Mapping[str, float] = MappingProxyType({}),
 ) -> serve.Deployment:
     """Make the deployment of the routers.
 
     Args:
         environment: Variables of the routers' processes, beside those that they need.
+        resources: What a node must have for a router to be put there.
     """
     variables = {**_ROUTER_ENVIRONMENT, **environment}
-    options = {"num_cpus": _ROUTER_CPUS, "runtime_env": {"env_vars": variables}}
+    options = {
+        "num_cpus": _ROUTER_CPUS,
+        "resources": dict(resources),
+        "runtime_env": {"env_vars": variables},
+    }
     # Its decorators hide from type checkers what it has become.
     return cast(serve.Deployment, Router).options(
         max_ongoing_requests=_max_calls(config), ray_actor_options=options
@@ -139,7 +154,7 @@ def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: i
         logging_config=LoggingConfig(enable_access_log=False),
     )
     try:
-        application = build(config.model_dump(exclude_unset=True))
+        application = _build(config, router_resources=_ON_THE_HEAD)
         target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
         is_said = False

@@ -229,7 +229,7 @@ def serve_until_stdin_ends(arguments: argparse.Namespace) -> None:
         engine = serve_app.engine_deployment(config, FakeEngine).bind(
             tokenizer.encode(TEXT), tokenizer.vocab_size, arguments.tick_ms / 1000
         )
-        router = serve_app.router_deployment(config, read_pairs(arguments.router_env))
+        router = serve_app.router_deployment(config, environment=read_pairs(arguments.router_env))
         fields = config.model_dump(exclude_unset=True)
         serve.run(router.bind(fields, engine), name="bench", route_prefix="/")
         print(port, flush=True)
