@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -205,7 +206,9 @@ class LLM:
         self._bar.refresh()
 
     async def _make_core(self) -> EngineCore:
-        return EngineCore(self.config, self.limits, self._executor, self._take)
+        # The bound protects a server from its clients; here one caller waits for all of them.
+        config = self.config.model_copy(update={"max_queued_requests": sys.maxsize})
+        return EngineCore(config, self.limits, self._executor, self._take)
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):

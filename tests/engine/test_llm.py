@@ -104,6 +104,12 @@ def test_requests_get_the_tokens_that_each_gets_alone(alone, sampling, overrides
         assert_same(llm.generate(PROMPTS, sampling), alone)
 
 
+def test_any_number_of_prompts_may_be_given_at_once():
+    with engine(max_running_requests=2, max_queued_requests=1) as llm:
+        completions = llm.generate(PROMPTS * 3, SamplingParams(max_tokens=2, ignore_eos=True))
+        assert [len(completion.token_ids) for completion in completions] == [2] * len(PROMPTS) * 3
+
+
 def test_a_cached_prompt_gets_the_tokens_of_a_cold_one(alone, sampling):
     with engine() as llm:
         llm.generate(PROMPTS, sampling)
