@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, count
 from typing import cast
 
 import msgspec
@@ -26,6 +26,7 @@ from engine.request import FinishReason, SamplingParams, TokenLogprobs
 logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 0.5
+_MESSAGES_PER_TURN = 8
 _TOKENS, _BEAT, _ABORT = b"tokens", b"beat", b"abort"
 
 
@@ -235,8 +236,12 @@ class TokenReceiver:
         _send_at_once(self._socket, [leader, *frames])
 
     async def _receive(self) -> None:
-        while True:
+        for num_received in count(1):
             leader, kind, *payload = await self._socket.recv_multipart()
+            if num_received % _MESSAGES_PER_TURN == 0:
+                # A message that lies there is received without a pause, and a leader may be faster
+                # than this loop: let the streams send on what they have.
+                await asyncio.sleep(0)
             now_s = time.monotonic()
             if kind == _BEAT:
                 for stream in self._streams.values():
