@@ -4,6 +4,7 @@ Each implementation owns the layout of its KV cache; to everyone else the cache 
 that goes in donated and comes out. This file must not know any layout, nor what a request is.
 """
 
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from engine.errors import ConfigError
 from engine.kernels.attention_dense import dense_attention
-from engine.kernels.attention_xla import flash_attention
+from engine.kernels.attention_xla import CPU_BLOCKS, DEVICE_BLOCKS, flash_attention
 from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.metadata import AttentionMetadata, Cache
 
@@ -93,7 +94,8 @@ def make_attention(platform: str, flag: str, mesh: Mesh) -> AttentionBackend:
         ConfigError: No such implementation.
     """
     if flag in ("auto", "fa", "xla"):
-        return HeadPagesAttention(mesh, flash_attention)
+        blocks = CPU_BLOCKS if platform == "cpu" else DEVICE_BLOCKS
+        return HeadPagesAttention(mesh, partial(flash_attention, blocks=blocks))
     if flag == "dense":
         return HeadPagesAttention(mesh, dense_attention)
     raise ConfigError(

@@ -172,7 +172,7 @@ def test_any_mix_of_chunks_and_decodes_equals_numpy(
 @pytest.mark.parametrize("sliding_window", [None, 100])
 def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
     rng = np.random.default_rng(5)
-    length = 2 * attention_xla.KV_BLOCK + 9
+    length = 8 * attention_xla.CPU_BLOCKS.num_keys + 9
     sequences = [oracle.random_sequence(rng, n, 2, 1, 16) for n in (length, 20)]
     expected = [oracle.attend(sequence, sliding_window) for sequence in sequences]
     harness = Harness(sequences, page_size=16, sliding_window=sliding_window)
@@ -198,7 +198,7 @@ def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
 def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
     rng = np.random.default_rng(1)
-    length = attention_xla.KV_BLOCK + 60
+    length = 4 * attention_xla.CPU_BLOCKS.num_keys + 60
     sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
     whole = Harness(sequences, dtype=dtype, page_size=16).prefill(0, 0, length)
     harness = Harness(sequences, dtype=dtype, page_size=16, seed=9)
@@ -213,7 +213,7 @@ def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, num_heads, num_
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
 def test_decode_equals_prefill_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
     rng = np.random.default_rng(2)
-    length = attention_xla.KV_BLOCK + 20
+    length = 4 * attention_xla.CPU_BLOCKS.num_keys + 20
     sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
     whole = Harness(sequences, dtype=dtype).prefill(0, 0, length)
     harness = Harness(sequences, dtype=dtype)
