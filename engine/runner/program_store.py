@@ -147,7 +147,11 @@ def _versions() -> tuple[str, ...]:
 @cache
 def _processor() -> str:
     """What XLA generates code for on a CPU: its kind, its instructions, and how many there are."""
-    described = [platform.machine(), platform.processor(), str(len(os.sched_getaffinity(0)))]
+    try:
+        num_cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS cannot bind processes to cores
+        num_cpus = os.cpu_count() or 1
+    described = [platform.machine(), platform.processor(), str(num_cpus)]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         wanted = ("flags", "Features", "model name", "CPU part")
