@@ -40,8 +40,10 @@ def test_a_product_is_as_exact_as_its_rounded_factors():
     np.testing.assert_allclose(got, rounded, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["qwen1", "qwen2", "qwen2-tied", "qwen3"])
-@pytest.mark.parametrize("tp_size", [2, 3, 4])
+# Each family once: a tensor-parallel size more costs a compilation, and tells nothing new of it.
+@pytest.mark.parametrize(
+    ("family", "tp_size"), [("qwen1", 2), ("qwen2", 4), ("qwen2-tied", 3), ("qwen3", 2)]
+)
 def test_tensor_parallel_sizes_agree(family: str, tp_size: int):
     directory = DATA / f"tiny-{family}"
     ids = list(range(3, 40))
