@@ -278,10 +278,17 @@ async def test_ctrl_c_prints_what_there_is():
             cwd=Path(__file__).parents[2],
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            # Where the tests run in a shell's background, SIGINT is ignored by all that they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        await asyncio.wait_for(is_waiting.wait(), 60)
-        process.send_signal(signal.SIGINT)
-        output, errors = await asyncio.wait_for(process.communicate(), 60)
+        try:
+            await asyncio.wait_for(is_waiting.wait(), 60)
+            process.send_signal(signal.SIGINT)
+            output, errors = await asyncio.wait_for(process.communicate(), 60)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
     assert "Successful requests:                     1" in output.decode()
     assert "interrupted: 1 of 6 requests had ended" in errors.decode()
     assert process.returncode == 130
