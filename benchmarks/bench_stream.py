@@ -40,7 +40,7 @@ import serve_app
 from cluster.calls import CallTable
 from cluster.jax_rendezvous import free_port
 from cluster.openai.engine_client import EngineInfo, RankStatus
-from cluster.ray_node import RayNode
+from cluster.ray_node import RayNode, start_node
 from cluster.token_socket import GenerateCall, GenerateEnd, TokenSender
 from engine.config import EngineConfig
 from engine.request import RequestOutput
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 MODEL = "fake"
 CONTEXT_LENGTH = 1 << 20
-START_ATTEMPTS = 3  # a busy machine can be too slow for Ray's patience of 30 s
+RAY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60.0
 ROUND_TIMEOUT_S = 300.0
 SILENCE_TIMEOUT_S = 30.0
@@ -247,16 +247,9 @@ def start_head(host: str) -> tuple[RayNode, str]:
     arguments = ["--head", "--node-ip-address", host, "--port", str(port), "--num-cpus", "2"]
     arguments += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
     arguments += ["--ray-client-server-port", str(free_port(host))]
-    output = ""
-    for _ in range(START_ATTEMPTS):
-        node = RayNode(arguments, labels={})
-        while node.is_alive() and not node.has_started():
-            time.sleep(0.1)
-        if node.is_alive():
-            return node, f"{host}:{port}"
-        output = node.output_tail()
-        node.stop()
-    raise RuntimeError(f"Ray did not start:\n{output}")
+    deadline_s = time.monotonic() + RAY_TIMEOUT_S
+    node = start_node(arguments, labels={}, what="Ray did not start", deadline_s=deadline_s)
+    return node, f"{host}:{port}"
 
 
 def read_pairs(pairs: list[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ Knows the `ray start` command and no gang. A node that was there before is never
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -28,12 +27,14 @@ except ImportError:  # Ray has it for Linux only.
 
 logger = logging.getLogger(__name__)
 
+_POLL_S = 0.1
+_RETRY_S = 20.0
+"""Less time than that is not enough to start a Ray node once more."""
 _STOP_TIMEOUT_S = 10
 _WORKERS_TIMEOUT_S = 3
 _SHOWN_LINES = 15
 _STARTED = "Ray runtime started."
 _TIMED_OUT = "timed out during startup"
-_PR_SET_PDEATHSIG = 1
 _LONGEST_STREAM_S = 3600
 
 
@@ -55,9 +56,11 @@ def proxy_environment(folder: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-            # Both are fixed by default, so that a second server on the machine would not start.
+            # All fixed by default, so that a second server on the machine would not start, or
+            # would share with the first one the proxy that answers where there is no router.
             "RAY_SERVE_HAPROXY_STATS_PORT": str(_unused_port()),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_unused_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_unused_port()),
             # Routers get ports from here; the default begins at 30000, where we serve by default.
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31000",
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "32000",
@@ -116,13 +119,13 @@ class RayNode:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C in a terminal reaches our group only: we end Ray after Serve, in order.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
 
-        # `ray start` may hang in its farewell to a cluster that is gone; this insists for us. Ray's
-        # workers notice by themselves, while HAProxy, in a group that Ray made, outlives all.
+        # A SIGKILL of ours must not leave a cluster behind, and `ray start` may hang in its
+        # farewell to one that is gone; this insists for us. Ray's workers notice by themselves,
+        # while HAProxy, in a group that Ray made, outlives all.
         insist = (
-            f"while kill -0 {os.getpid()}; do sleep 1; done; "
+            f"while kill -0 {os.getpid()}; do sleep 1; done; kill -s TERM {self._process.pid}; "
             f"sleep {_STOP_TIMEOUT_S}; kill -s KILL -- -{self._process.pid}; "
             f"for pid in $(grep -slF {proxy_folder}/ /proc/[0-9]*/cmdline | cut -d/ -f3); "
             "do [ $pid = $$ ] || kill -s KILL $pid; done; "
@@ -181,6 +184,49 @@ class RayNode:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def start_node(
+    arguments: Sequence[str],
+    *,
+    labels: Mapping[str, str],
+    what: str,
+    deadline_s: float,
+    pause: Callable[[], None] = lambda: time.sleep(_POLL_S),
+) -> RayNode:
+    """Start a node, again and again until it is part of its cluster.
+
+    `ray start` gives up after 30 s, which a machine that does something else as well may need, and
+    a head that opens its port may be as slow to be ready. What else ails a head is final.
+
+    Args:
+        arguments: As of `RayNode`.
+        labels: The node's.
+        what: How an error begins, as in "The head did not start".
+        deadline_s: On the clock of `time.monotonic`.
+        pause: Called between two looks at the node; what it raises ends the waiting.
+
+    Raises:
+        EngineError: It did not start, with what `ray start` printed.
+    """
+    while True:
+        node = RayNode(arguments, labels=labels)
+        try:
+            while node.is_alive() and not node.has_started():
+                pause()
+                if time.monotonic() > deadline_s:
+                    raise EngineError(f"{what} in time. It printed:\n{node.output_tail()}")
+            if node.is_alive():
+                return node
+            is_final = "--head" in arguments and not node.has_timed_out()
+            if is_final or time.monotonic() > deadline_s - _RETRY_S:
+                node.check(what)
+            last_line = node.output_tail().rpartition("\n")[2]
+            logger.warning("`ray start` failed and is tried again: %s", last_line)
+        except BaseException:
+            node.stop()
+            raise
+        node.stop()
+
+
 class HeadWatch:
     """Tells when the head's process ends, by a connection that ends with it."""
 
@@ -218,8 +264,3 @@ class HeadWatch:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _end_with_parent() -> None:
-    # Runs in the child before it becomes Ray: a SIGKILL of ours must not leave a cluster behind.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

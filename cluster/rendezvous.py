@@ -22,15 +22,13 @@ from ray._raylet import Config as RayCoreConfig  # pyright: ignore[reportAttribu
 
 from cluster.jax_rendezvous import free_port
 from cluster.placement import NODE_RANK_LABEL, TPU_WORKER_LABEL, Node, read_cluster
-from cluster.ray_node import HeadWatch, RayNode
+from cluster.ray_node import HeadWatch, RayNode, start_node
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_RETRY_S = 20.0
-"""Less time than that is not enough to start a Ray node once more."""
 _HEAD_PATIENCE_S = 5.0
 """How long rank 0 may be unreachable before the other hosts take it for ended."""
 
@@ -43,10 +41,13 @@ class ClusterMembership:
         address: host:port of the cluster's head.
     """
 
-    def __init__(self, rank: int, address: str, node: RayNode | None) -> None:
+    def __init__(
+        self, rank: int, address: str, node: RayNode | None = None, head: HeadWatch | None = None
+    ) -> None:
         self.rank = rank
         self.address = address
         self._node = node
+        self._head = head
 
     def wait(self, stop: threading.Event) -> None:
         """Lend this host to the cluster until rank 0 ends or `stop` is set.
@@ -54,20 +55,15 @@ class ClusterMembership:
         Raises:
             EngineError: This host's own Ray node ended first.
         """
-        host, port = _split(self.address)
-        head = HeadWatch(host, port)
-        try:
-            while not stop.wait(_POLL_S):
-                if not head.is_there(_HEAD_PATIENCE_S):
-                    logger.info("Rank 0 at %s has ended; so does rank %d.", self.address, self.rank)
-                    return
-                if self._node is not None and not self._node.is_alive():
-                    # A node ends by itself, too, when its head is gone.
-                    if not head.is_there(0):
-                        continue
-                    self._node.check(f"Rank {self.rank} left the cluster at {self.address}")
-        finally:
-            head.close()
+        assert self._node is not None, "only a host that has joined waits"
+        assert self._head is not None
+        while not stop.wait(_POLL_S):
+            if not self._head.is_there(_HEAD_PATIENCE_S):
+                logger.info("Rank 0 at %s has ended; so does rank %d.", self.address, self.rank)
+                return
+            # A node ends by itself, too, when its head is gone.
+            if not self._node.is_alive() and self._head.is_there(0):
+                self._node.check(f"Rank {self.rank} left the cluster at {self.address}")
 
 
 @contextlib.contextmanager
@@ -97,7 +93,7 @@ def form_cluster(
     if config.dist_init_addr is None and "RAY_ADDRESS" in os.environ:
         _connect(None)
         try:
-            yield ClusterMembership(0, os.environ["RAY_ADDRESS"], None)
+            yield ClusterMembership(0, os.environ["RAY_ADDRESS"])
         finally:
             ray.shutdown()
     elif config.node_rank == 0:
@@ -164,7 +160,7 @@ def _lead(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
     try:
         _connect(address)
         _wait_for_ranks(config, address, deadline_s, stop, node)
-        yield ClusterMembership(0, address, node)
+        yield ClusterMembership(0, address)
     finally:
         ray.shutdown()
         node.stop()
@@ -177,48 +173,47 @@ def _join(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
     _agree_on_authentication(config.nnodes)
     deadline_s = time.monotonic() + config.dist_timeout_s
     logger.info("Rank %d waits for rank 0 at %s.", config.node_rank, config.dist_init_addr)
-    _wait_for_head(host, port, deadline_s, stop)
-    own_address = _address_towards(host, port)
-    logger.info("Rank %d joins from %s.", config.node_rank, own_address)
-    arguments = ["--address", config.dist_init_addr, "--node-ip-address", own_address]
-    node = _start_node(arguments, config, deadline_s, stop)
-    try:
-        yield ClusterMembership(config.node_rank, config.dist_init_addr, node)
-    finally:
-        node.stop()
+    with contextlib.closing(HeadWatch(host, port)) as head:
+        _wait_for_head(head, config.dist_init_addr, deadline_s, stop)
+        own_address = _address_towards(host, port)
+        logger.info("Rank %d joins from %s.", config.node_rank, own_address)
+        arguments = ["--address", config.dist_init_addr, "--node-ip-address", own_address]
+        node = _start_node(arguments, config, deadline_s, stop, head)
+        try:
+            yield ClusterMembership(config.node_rank, config.dist_init_addr, node, head)
+        finally:
+            node.stop()
 
 
 def _start_node(
-    arguments: list[str], config: EngineConfig, deadline_s: float, stop: threading.Event
+    arguments: list[str],
+    config: EngineConfig,
+    deadline_s: float,
+    stop: threading.Event,
+    head: HeadWatch | None = None,
 ) -> RayNode:
-    """Start this host's node, again and again until it is part of the cluster.
+    """Start this host's node.
 
-    `ray start` gives up after 30 s, which a machine that does something else as well may need, and
-    a head that opens its port may be as slow to be ready. What else ails a head is final.
+    Args:
+        head: The one to join, if this node is not it: without it there is nothing to wait for.
     """
-    labels = {NODE_RANK_LABEL: str(config.node_rank)}
-    what = f"Rank {config.node_rank} could not make its Ray node"
-    while True:
-        node = RayNode(arguments, labels=labels)
-        try:
-            while node.is_alive() and not node.has_started():
-                _wait(stop)
-                if time.monotonic() > deadline_s:
-                    raise EngineError(
-                        f"{what} within --dist-timeout-s={config.dist_timeout_s:g}. `ray start` "
-                        f"printed:\n{node.output_tail()}"
-                    )
-            if node.is_alive():
-                return node
-            is_final = config.node_rank == 0 and not node.has_timed_out()
-            if is_final or time.monotonic() > deadline_s - _RETRY_S:
-                node.check(what)
-            last_line = node.output_tail().rpartition("\n")[2]
-            logger.warning("`ray start` failed and is tried again: %s", last_line)
-        except BaseException:
-            node.stop()
-            raise
-        node.stop()
+
+    def pause() -> None:
+        _wait(stop)
+        if head is not None and not head.is_there(_HEAD_PATIENCE_S):
+            raise EngineError(
+                f"Rank 0 at {config.dist_init_addr} ended before rank {config.node_rank} had "
+                "joined; what it printed says why."
+            )
+
+    return start_node(
+        arguments,
+        labels={NODE_RANK_LABEL: str(config.node_rank)},
+        what=f"With --dist-timeout-s={config.dist_timeout_s:g} rank {config.node_rank} could not "
+        "make its Ray node",
+        deadline_s=deadline_s,
+        pause=pause,
+    )
 
 
 def _wait(stop: threading.Event) -> None:
@@ -267,19 +262,15 @@ def _agree_on_authentication(num_hosts: int) -> None:
     RayCoreConfig.initialize("")
 
 
-def _wait_for_head(host: str, port: int, deadline_s: float, stop: threading.Event) -> None:
-    head = HeadWatch(host, port)
-    try:
-        while not head.is_there(0):
-            _wait(stop)
-            if time.monotonic() > deadline_s:
-                raise EngineError(
-                    f"Rank 0 did not appear at {host}:{port} within --dist-timeout-s. Start the "
-                    "same command with --node-rank=0 on that host, and let its firewall pass "
-                    f"connections to port {port} and above 1023."
-                )
-    finally:
-        head.close()
+def _wait_for_head(head: HeadWatch, address: str, deadline_s: float, stop: threading.Event) -> None:
+    while not head.is_there(0):
+        _wait(stop)
+        if time.monotonic() > deadline_s:
+            raise EngineError(
+                f"Rank 0 did not appear at {address} within --dist-timeout-s. Start the same "
+                "command with --node-rank=0 on that host, and let its firewall pass connections "
+                "to that port and to those above 1023."
+            )
 
 
 def _wait_for_ranks(

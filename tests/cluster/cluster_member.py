@@ -34,6 +34,7 @@ def main() -> None:
             print("0 sees", *seen, flush=True)
             stop.wait()
         else:
+            print(f"{membership.rank} has joined", flush=True)
             membership.wait(stop)
 
 

@@ -16,10 +16,10 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 import ray
 
 from cluster.jax_rendezvous import free_port
-from cluster.ray_node import RayNode
+from cluster.ray_node import start_node
 
 _TESTS = Path(__file__).parent
-_START_ATTEMPTS = 4
+_START_TIMEOUT_S = 150
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,11 @@ def local_ray() -> Iterator[None]:
     """Ray with two CPUs, as a laptop has, and a temporary folder and a token of its own."""
     host = ray.util.get_node_ip_address()
     port = free_port(host)
-    node = start_head(host, port)
+    arguments = ["--head", "--node-ip-address", host, "--port", str(port), "--num-cpus", "2"]
+    arguments += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
+    arguments += ["--ray-client-server-port", str(free_port(host))]
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    node = start_node(arguments, labels={}, what="Ray did not start", deadline_s=deadline_s)
     try:
         ray.init(
             address=f"{host}:{port}",
@@ -39,20 +43,3 @@ def local_ray() -> Iterator[None]:
     finally:
         ray.shutdown()
         node.stop()
-
-
-def start_head(host: str, port: int) -> RayNode:
-    """Start a head; again where the machine was too busy for Ray's patience of 30 s."""
-    arguments = ["--head", "--node-ip-address", host, "--port", str(port), "--num-cpus", "2"]
-    arguments += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
-    arguments += ["--ray-client-server-port", str(free_port(host))]
-    output = ""
-    for _ in range(_START_ATTEMPTS):
-        node = RayNode(arguments, labels={})
-        while node.is_alive() and not node.has_started():
-            time.sleep(0.1)
-        if node.is_alive():
-            return node
-        output = node.output_tail()
-        node.stop()
-    raise AssertionError(f"Ray did not start:\n{output}")

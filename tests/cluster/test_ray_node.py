@@ -1,13 +1,27 @@
 """What a Ray node of our own is told, and that nothing of it outlives it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from cluster import ray_node
+from cluster.jax_rendezvous import free_port
 from cluster.ray_node import proxy_environment
 
 FOLDER = Path("/tmp/qor-12345678/haproxy")
+
+OWNER = """
+import sys, time
+from cluster.ray_node import start_node
+
+start_node(sys.argv[1:], labels={}, what="head", deadline_s=time.monotonic() + 100)
+print("started", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +64,25 @@ def test_sockets_of_haproxy_have_paths_that_it_takes(monkeypatch: pytest.MonkeyP
     for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
         # Serve puts a folder of the node's id, 56 digits, in between; HAProxy appends ten more.
         assert len(environment[name]) + 57 <= 97
+
+
+@pytest.mark.slow
+def test_node_ends_with_an_owner_that_is_killed() -> None:
+    host = ray.util.get_node_ip_address()
+    arguments = ["--head", "--node-ip-address", host, "--port", str(free_port(host))]
+    arguments += ["--include-dashboard", "false", "--ray-client-server-port", str(free_port(host))]
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as owner:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == "started\n"
+            family = psutil.Process(owner.pid).children(recursive=True)
+            assert any("raylet" in process.name() for process in family)
+        finally:
+            owner.kill()
+    assert not psutil.wait_procs(family, timeout=60)[1]

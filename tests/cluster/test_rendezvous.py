@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,27 @@ def test_host_that_finds_no_rank_0_says_where_it_looked() -> None:
         pass
 
 
+def test_host_that_is_still_joining_hears_of_rank_0s_end() -> None:
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    host, port = address.split(":")
+    # Something that answers like rank 0, which a Ray node cannot join, however long it tries.
+    server = socket.create_server((host, int(port)))
+
+    def end_rank_0() -> None:
+        connection, _ = server.accept()
+        server.close()
+        connection.close()
+
+    ending = threading.Thread(target=end_rank_0)
+    ending.start()
+    with (
+        pytest.raises(EngineError, match=f"Rank 0 at {address} ended before rank 1 had joined"),
+        form_cluster(config(node_rank=1, dist_init_addr=address)),
+    ):
+        pass
+    ending.join()
+
+
 def test_watch_notices_the_end_of_what_it_watches() -> None:
     server = socket.create_server(("127.0.0.1", 0))
     watch = HeadWatch("127.0.0.1", server.getsockname()[1])
@@ -135,8 +157,10 @@ def test_same_command_on_two_hosts_forms_a_cluster_that_ends_with_rank_0(
     members += [start_member(rank, address) for rank in (1, 0)]
     rank_1, rank_0 = members
     assert rank_0.stdout is not None
+    assert rank_1.stdout is not None
     # Ray prints there, too, on a machine that is slow.
     assert "0 sees 0 1\n" in iter(rank_0.stdout.readline, "")
+    assert "1 has joined\n" in iter(rank_1.stdout.readline, "")
     ray_processes = [
         child for member in members for child in psutil.Process(member.pid).children(recursive=True)
     ]
