@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 BEAT_PERIOD_S = 0.5
 # A leader that Ray lost sight of cannot be told apart from a slow one sooner.
 LEADER_TIMEOUT_S = 60.0
+_POLL_S = 0.1
+_STALL_S = 1.0
+"""A turn of the loop takes a poll; one that took so long was held up, as by a stopped process."""
 
 
 class PendingStep(Protocol):
@@ -201,16 +204,19 @@ def _run_plans(runner: Runner, link: HostSocket, *, is_reporting: bool) -> NoRet
         daemon=True,
     )
     results.start()
-    heard_s = time.monotonic()
+    heard_s = turned_s = time.monotonic()
     while failures.empty():
-        message = link.receive(timeout_s=0.1)
+        message = link.receive(timeout_s=_POLL_S)
+        turn_s, turned_s = time.monotonic() - turned_s, time.monotonic()
         if message is None:
-            if time.monotonic() - heard_s > LEADER_TIMEOUT_S:
+            if turn_s > _STALL_S:
+                heard_s = turned_s  # What came while this process stood still is yet to be read.
+            if turned_s - heard_s > LEADER_TIMEOUT_S:
                 # Nobody is left to report to, and the device must become free for the next gang.
                 logger.error("no word from the leader for %.0f s: this host ends", LEADER_TIMEOUT_S)
                 os._exit(1)
             continue
-        heard_s = time.monotonic()
+        heard_s = turned_s
         kind, payload = message
         if kind is MessageKind.PLAN:
             steps.put(runner.dispatch(decode_plan(payload)))
