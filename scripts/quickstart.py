@@ -6,6 +6,7 @@ and Serve print goes to a file, so that the terminal holds this script's words a
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -19,20 +20,20 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import httpx
 import psutil
 import ray
 import yaml
 from demo_model import DemoModelError, demo_model_directory, ensure_demo_model
-from ray import serve
-from ray.serve.schema import ApplicationStatusOverview
 from terminal import StepLines, WrappedText
 
-import serve_app
 from cluster.ray_node import proxy_environment
 from cluster.status import read_all
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo-cpu.yaml"
 PROMPT = "Why is the sky blue? Answer in two sentences."
@@ -167,7 +168,15 @@ def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
     # Without it Ray prints advice about accelerators, which is not this script's reader's concern.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     lines.show("Ray", "starting")
+    # Ray's start is mostly waiting, and what serves takes seconds to import.
+    importing = threading.Thread(target=importlib.import_module, args=("serve_app",), daemon=True)
+    importing.start()
     start_ray(folder, num_cpus=max(os.cpu_count() or 1, 2 + args["nnodes"]))
+    importing.join()
+    from ray import serve
+
+    import serve_app
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     lines.show("Ray", f"dashboard on {dashboard_url()}")
     lines.show("Serve", "starting", end_note=f"on port {config['http_options']['port']}")
@@ -218,6 +227,8 @@ def wait_until_ready(name: str, base_url: str, lines: StepLines) -> None:
     Raises:
         QuickstartError: The application failed to start, with its own reason.
     """
+    from ray import serve
+
     with httpx.Client(base_url=base_url, timeout=5.0) as client:
         while not is_ready(client):
             for status in read_all(name).values():
@@ -233,7 +244,7 @@ def wait_until_ready(name: str, base_url: str, lines: StepLines) -> None:
     lines.done()
 
 
-def reason_of(application: ApplicationStatusOverview) -> str:
+def reason_of(application: "ApplicationStatusOverview") -> str:
     """Dig the last line of a failed deployment's traceback out of what Serve says of it."""
     for deployment in application.deployments.values():
         if deployment.status == "DEPLOY_FAILED":
