@@ -123,7 +123,7 @@ class OpenAIService:
         with self._admit(body, num_prompts=len(body.prompt)) as ticket:
             arrival_s = time.monotonic()
             info = await self._ready_info()
-            echoes = echoed_texts(body, self._tokenizer)
+            echoes = await self._in_thread(partial(echoed_texts, body, self._tokenizer))
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )

@@ -5,12 +5,14 @@ prose would be misled. Fields that change no answer are accepted and dropped.
 """
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from cluster.openai.schema import MAX_MESSAGES
 from engine.errors import RequestError
 
 NO_EFFECT = frozenset(
@@ -57,6 +59,9 @@ UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 }
 UNSUPPORTED_ROLES = ("tool", "function")
 
+_MAX_NAME_CHARS = 64
+_MAX_PATH_CHARS = 200
+
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -68,14 +73,17 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
             or not supported.
     """
     try:
-        fields = from_json(body, allow_inf_nan=False)
+        # Keeping strings for their next use costs more than it saves where no string comes twice.
+        fields = from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         raise RequestError(f"The body is not valid JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise RequestError(f"The body must be a JSON object, not {_kind(fields)}.")
     _drop_or_refuse(fields, UNSUPPORTED, "")
     messages = fields.get("messages")
-    for index, message in enumerate(messages if isinstance(messages, list) else []):
+    # Where there are more, the schema says so.
+    first_messages = messages[:MAX_MESSAGES] if isinstance(messages, list) else []
+    for index, message in enumerate(first_messages):
         if isinstance(message, dict):
             _drop_or_refuse(message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
             if message.get("role") in UNSUPPORTED_ROLES:
@@ -115,7 +123,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     fault = error.errors(include_url=False)[0]
     param = _param(fault["loc"])
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(param, kind.model_fields, n=1)
+        is_a_name = len(param) <= _MAX_NAME_CHARS
+        near = difflib.get_close_matches(param, kind.model_fields, n=1) if is_a_name else []
         hint = f" Did you mean {near[0]}?" if near else ""
         return RequestError(
             f"Unrecognized request argument supplied: {param}.{hint}",
@@ -128,8 +137,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
         )
     message = fault["msg"].removeprefix("Value error, ")
     return RequestError(
-        f"Invalid value for {param}: {message}; got {_excerpt(fault['input'])}.",
-        param=param,
+        f"Invalid value for {param or 'the body'}: {message}; got {_excerpt(fault['input'])}.",
+        param=param or None,
         code="invalid_value",
     )
 
@@ -139,11 +148,12 @@ def _param(location: tuple[int | str, ...]) -> str:
     path = ""
     for step in location:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
-    return path
+    return path if len(path) <= _MAX_PATH_CHARS else path[:_MAX_PATH_CHARS] + "…"
 
 
 def _excerpt(value: Any, max_chars: int = 80) -> str:
-    text = repr(value)
+    # The plain repr of a whole body would take as long as the body.
+    text = repr(value[: max_chars + 1]) if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= max_chars else text[:max_chars] + "…"
 
 

@@ -1,8 +1,13 @@
 """OpenAI's objects, names verbatim; the extras (top_k, min_p, ignore_eos, …) are named as in vLLM.
 
 Ranges of sampling parameters are `SamplingParams`' business; here are names and types only.
+
+A body is checked in the event loop that carries all streams, so a faulty one must not take longer
+than a good one: lists stop at their first fault (`fail_fast`), and the entries of objects are
+counted before any of them is looked at.
 """
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,9 +20,15 @@ from pydantic import (
     StrictInt,
     StrictStr,
     WithJsonSchema,
+    model_validator,
 )
 
+from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+
 MAX_CHOICES = 128
+MAX_MESSAGES = 8192
+MAX_PROMPTS = 16384
+MAX_FIELDS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 512
 
@@ -35,8 +46,8 @@ def _join_text_parts(content: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise ValueError(
-                f"part {index} is of type {kind!r}; this model reads text only, so every part must "
-                'be {"type": "text", "text": "…"}'
+                f"part {index} is of type {reprlib.repr(kind)}; this model reads text only, so "
+                'every part must be {"type": "text", "text": "…"}'
             )
         if not isinstance(part.get("text"), str):
             raise ValueError(f'part {index} has no string "text"')
@@ -57,12 +68,20 @@ def _list_prompts(prompt: Any) -> Any:
     if isinstance(prompt, list) and prompt:
         if all(isinstance(token_id, int) for token_id in prompt):
             return [prompt]
+        if len(prompt) > MAX_PROMPTS:
+            raise ValueError(f"it has {len(prompt)} prompts; at most {MAX_PROMPTS} may be")
         if all(isinstance(entry, str | list) for entry in prompt):
             return prompt
     raise ValueError(
         "it must be a string, a list of strings, a list of token ids or a list of such lists, and "
         "not empty"
     )
+
+
+def _count_biases(bias: Any) -> Any:
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"it names {len(bias)} tokens; at most {MAX_LOGIT_BIAS} may be")
+    return bias
 
 
 MessageContent = Annotated[
@@ -86,12 +105,13 @@ MessageContent = Annotated[
 ]
 StopStrings = Annotated[
     list[Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]],
-    Field(max_length=MAX_STOP_STRINGS),
+    Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
     BeforeValidator(_list_stop_strings),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Prompts = Annotated[
-    list[StrictStr | list[StrictInt]],
+    list[StrictStr | Annotated[list[StrictInt], Field(fail_fast=True)]],
+    Field(fail_fast=True),
     BeforeValidator(_list_prompts),
     WithJsonSchema(
         {
@@ -108,6 +128,13 @@ Prompts = Annotated[
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise ValueError(f"it has {len(fields)} fields; at most {MAX_FIELDS} may be")
+        return fields
 
 
 class StreamOptions(_Body):
@@ -135,10 +162,12 @@ class _GenerationBody(_Body):
     presence_penalty: StrictFloat | None = None
     frequency_penalty: StrictFloat | None = None
     repetition_penalty: StrictFloat | None = None
-    logit_bias: dict[str, StrictFloat] | None = None
+    logit_bias: Annotated[dict[str, StrictFloat] | None, BeforeValidator(_count_biases)] = None
     seed: StrictInt | None = None
     stop: StopStrings = []
-    stop_token_ids: list[StrictInt] = []
+    stop_token_ids: Annotated[
+        list[StrictInt], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)
+    ] = []
     include_stop_str_in_output: StrictBool = False
     skip_special_tokens: StrictBool = True
     min_tokens: StrictInt = 0
@@ -151,7 +180,9 @@ class _GenerationBody(_Body):
 class ChatCompletionRequest(_GenerationBody):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None

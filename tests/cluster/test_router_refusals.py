@@ -11,7 +11,9 @@ import pytest
 from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from cluster.openai.http import MAX_BODY_BYTES
 from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
 from cluster.router import create_app
 from cluster.service import OpenAIService
@@ -202,6 +204,57 @@ async def test_a_faulty_completion_request_names_the_field_at_fault(
     assert message in error["message"]
 
 
+def many_keys(prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}{number}": "x" for number in range(10_000)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (CompletionRequest, "prompt", [[0.5]] * 10_000),
+        (CompletionRequest, "prompt", [[0.5] * 10_000]),
+        (CompletionRequest, "prompt", [["a"]] * 100_000),
+        (CompletionRequest, "prompt", [True, *[0.5] * 10_000]),
+        (CompletionRequest, "stop", [0] * 10_000),
+        (CompletionRequest, "stop_token_ids", [""] * 10_000),
+        (CompletionRequest, "logit_bias", many_keys()),
+        (CompletionRequest, "stream_options", many_keys()),
+        (ChatCompletionRequest, "messages", [0] * 10_000),
+        (ChatCompletionRequest, "messages", [{}] * 10_000),
+        (ChatCompletionRequest, "messages", [{"role": "user", **many_keys()}]),
+    ],
+)
+def test_checking_a_body_ends_at_its_first_fault(
+    kind: type[ChatCompletionRequest | CompletionRequest], field: str, value: Any
+) -> None:
+    # All streams wait while a body is checked: thousands of faults may not be collected.
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate({"model": MODEL, "prompt": "The", "messages": HELLO, field: value})
+    faults = [fault for fault in refusal.value.errors() if fault["loc"][0] == field]
+    assert 1 <= len(faults) <= 2  # a union tells one fault for each of its kinds
+
+
+@pytest.mark.parametrize(
+    ("fault", "param"),
+    [
+        ({"x" * 100_000: 1}, "xxx"),
+        (many_keys("field"), None),
+        ({"logit_bias": {"x" * 100_000: ""}}, "logit_bias.xxx"),
+        ({"messages": [{"role": "user", "content": [{"type": "x" * 100_000}]}]}, "messages[0]"),
+        ({"messages": HELLO * 10_000}, "messages"),
+        ({"temperature": [0] * 100_000}, "temperature"),
+        ({"temperature": "x" * 100_000}, "temperature"),
+    ],
+)
+async def test_an_answer_to_a_large_faulty_body_is_short(
+    fault: dict[str, Any], param: str | None, client: httpx.AsyncClient
+) -> None:
+    response = await client.post(CHAT, json={"model": MODEL, "messages": HELLO, **fault})
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+    assert str(error_of(response)["param"]).startswith(str(param))
+
+
 async def test_fields_that_ask_for_nothing_are_accepted(client: httpx.AsyncClient) -> None:
     body = {
         "model": MODEL,
@@ -277,7 +330,7 @@ async def test_an_unknown_route_and_a_wrong_method_are_told_in_openais_words(
 
 
 async def test_a_body_that_is_too_large_is_refused(client: httpx.AsyncClient) -> None:
-    response = await client.post(CHAT, content=b" " * (32 * 1024 * 1024 + 1))
+    response = await client.post(CHAT, content=b" " * (MAX_BODY_BYTES + 1))
     assert response.status_code == 413
     assert "bytes" in error_of(response)["message"]
 
