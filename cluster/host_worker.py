@@ -24,7 +24,7 @@ import ray
 from cluster.gang_socket import GangInvitation, HostSocket, MessageKind
 from cluster.jax_rendezvous import free_port, join_jax_distributed
 from engine.config import EngineConfig
-from engine.errors import QwenOnRayError
+from engine.errors import EngineError, QwenOnRayError
 from engine.step import (
     EngineLimits,
     ProgressCallback,
@@ -194,7 +194,11 @@ def _start(task: HostTask, link: HostSocket) -> Runner:
 
 
 def _run_plans(runner: Runner, link: HostSocket, *, is_reporting: bool) -> NoReturn:
-    """Dispatch plans in this thread while another waits for their results. Returns never."""
+    """Dispatch plans in this thread while another waits for their results. Returns never.
+
+    Raises:
+        EngineError: A plan did not reach this host, which must not take steps without it.
+    """
     steps: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
     failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
     results = threading.Thread(
@@ -204,6 +208,7 @@ def _run_plans(runner: Runner, link: HostSocket, *, is_reporting: bool) -> NoRet
         daemon=True,
     )
     results.start()
+    next_step = 0
     heard_s = turned_s = time.monotonic()
     while failures.empty():
         message = link.receive(timeout_s=_POLL_S)
@@ -219,7 +224,15 @@ def _run_plans(runner: Runner, link: HostSocket, *, is_reporting: bool) -> NoRet
         heard_s = turned_s
         kind, payload = message
         if kind is MessageKind.PLAN:
-            steps.put(runner.dispatch(decode_plan(payload)))
+            plan = decode_plan(payload)
+            if plan.step != next_step:
+                # Its collectives would meet those of another step on the other hosts.
+                raise EngineError(
+                    f"the plan of step {plan.step} came where step {next_step} was due: a plan "
+                    "was lost with a connection to the leader that broke"
+                )
+            next_step += 1
+            steps.put(runner.dispatch(plan))
     raise failures.get()
 
 

@@ -34,7 +34,7 @@ class NullStep:
 
     def wait(self) -> StepResult:
         time.sleep(self._device_s)
-        if self._plan.step == FAULTY_STEP:
+        if FAULTY_POSITION in self._plan.decode_positions:
             raise RuntimeError("the device caught fire")
         nothing = np.zeros(0, np.int32)
         return StepResult(
@@ -46,8 +46,8 @@ class NullStep:
         )
 
 
-FAULTY_STEP = 13
-HANGING_STEP = 99
+FAULTY_POSITION = 13
+HANGING_POSITION = 99
 
 
 class NullRunner:
@@ -65,7 +65,8 @@ class NullRunner:
     def dispatch(self, plan: StepPlan) -> NullStep:
         with self._log.open("a") as log:
             log.write(f"step {plan.step}\n")
-        return NullStep(plan, device_s=3600.0 if plan.step == HANGING_STEP else 0.0)
+        is_hanging = HANGING_POSITION in plan.decode_positions
+        return NullStep(plan, device_s=3600.0 if is_hanging else 0.0)
 
 
 def start(task: HostTask, on_progress: ProgressCallback) -> Runner:

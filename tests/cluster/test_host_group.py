@@ -26,12 +26,12 @@ from engine.step import Bucket, StartProgress, StepPlan
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
-def plan(step: int) -> StepPlan:
+def plan(step: int, *, position: int = 0) -> StepPlan:
     return StepPlan(
         step=step,
         bucket=Bucket(num_seqs=4),
         decode_slots=np.arange(2, dtype=np.int32),
-        decode_positions=np.zeros(2, np.int32),
+        decode_positions=np.full(2, position, np.int32),
     )
 
 
@@ -88,7 +88,7 @@ async def test_gang_serves_again_in_a_new_epoch_after_a_rank_was_killed(tmp_path
     async with gang(tmp_path) as group:
         await group.start(ignore)
         old = [host.facts.pid for host in group.hosts]
-        running = group.execute(plan(null_program.HANGING_STEP))
+        running = group.execute(plan(0, position=null_program.HANGING_POSITION))
         killed_s = time.monotonic()
         os.kill(old[1], signal.SIGKILL)
         with pytest.raises(EngineDiedError, match="process of the engine died: rank 1"):
@@ -96,7 +96,7 @@ async def test_gang_serves_again_in_a_new_epoch_after_a_rank_was_killed(tmp_path
         assert time.monotonic() - killed_s < 3
         assert isinstance(await group.failed(), EngineDiedError)
         with pytest.raises(EngineDiedError):
-            await group.execute(plan(100))
+            await group.execute(plan(1))
         await group.start(ignore)
         assert group.epoch == 2
         assert (await asyncio.wait_for(group.execute(plan(0)), 10)).step == 0
@@ -124,8 +124,9 @@ async def test_silent_host_counts_as_dead(tmp_path: Path) -> None:
         await group.start(ignore)
         stopped = group.hosts[1].facts.pid
         os.kill(stopped, signal.SIGSTOP)
+        running = group.execute(plan(0, position=null_program.HANGING_POSITION))
         with pytest.raises(EngineDiedError, match=r"rank 1 on .* silent for .*--host-timeout-s"):
-            await asyncio.wait_for(group.execute(plan(null_program.HANGING_STEP)), 10)
+            await asyncio.wait_for(running, 10)
         await asyncio.wait_for(group.start(ignore), 120)
         assert (await asyncio.wait_for(group.execute(plan(0)), 10)).step == 0
         assert not psutil.pid_exists(stopped)
@@ -136,10 +137,11 @@ async def test_fault_while_running_names_the_host_and_leaves_the_traceback_to_th
 ) -> None:
     async with gang(tmp_path) as group:
         await group.start(ignore)
+        running = group.execute(plan(0, position=null_program.FAULTY_POSITION))
         with pytest.raises(
             EngineDiedError, match=r"^rank [01] on .*RuntimeError: the device caught"
         ):
-            await asyncio.wait_for(group.execute(plan(null_program.FAULTY_STEP)), 10)
+            await asyncio.wait_for(running, 10)
     assert re.search(r"(?s)Traceback.*null_program\.py.*the device caught fire", caplog.text)
 
 

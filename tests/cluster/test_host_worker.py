@@ -1,4 +1,4 @@
-"""One host's process without Ray: what it does when its leader, or it itself, falls silent."""
+"""One host's process without Ray: when its leader, or it itself, falls silent; lost plans."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,8 @@ def plan(step: int) -> bytes:
 
 def run_host(task: HostTask) -> None:
     host_worker.LEADER_TIMEOUT_S = PATIENCE_S
-    HostWorker().run(task)
+    failure = HostWorker().run(task)
+    (Path(task.config.model_path) / "failure").write_text(f"{failure.kind}: {failure.message}")
 
 
 class Host:
@@ -115,3 +116,16 @@ async def test_host_whose_leader_is_silent_ends(tmp_path: Path) -> None:
         host.fall_silent()
         await asyncio.to_thread(host.process.join, TIMEOUT_S)
         assert host.process.exitcode == 1
+
+
+async def test_host_that_missed_a_plan_takes_no_further_step(tmp_path: Path) -> None:
+    async with ready_host(tmp_path) as host:
+        for step in (0, 1, 3):
+            host.leader.broadcast(MessageKind.PLAN, plan(step))
+        await asyncio.to_thread(host.process.join, TIMEOUT_S)
+    assert (
+        (tmp_path / "failure")
+        .read_text()
+        .startswith("EngineError: the plan of step 3 came where step 2 was due")
+    )
+    assert (tmp_path / "rank-0").read_text().splitlines()[1:] == ["step 0", "step 1"]
