@@ -107,8 +107,8 @@ class RayNode:
         # By default Ray takes 10002 to 19999 for workers, where the cluster's own port may lie.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         command += ["--dashboard-agent-listen-port", "0", *arguments]
-        proxy_folder = self._folder / "haproxy"
-        environment = proxy_environment(proxy_folder)
+        self._proxy_folder = self._folder / "haproxy"
+        environment = proxy_environment(self._proxy_folder)
         logger.debug("starting %s", command)
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
@@ -127,7 +127,7 @@ class RayNode:
         insist = (
             f"while kill -0 {os.getpid()}; do sleep 1; done; kill -s TERM {self._process.pid}; "
             f"sleep {_STOP_TIMEOUT_S}; kill -s KILL -- -{self._process.pid}; "
-            f"for pid in $(grep -slF {proxy_folder}/ /proc/[0-9]*/cmdline | cut -d/ -f3); "
+            f"for pid in $(grep -slF {self._proxy_folder}/ /proc/[0-9]*/cmdline | cut -d/ -f3); "
             "do [ $pid = $$ ] || kill -s KILL $pid; done; "
             f"rm -rf {self._folder}"
         )
@@ -176,12 +176,23 @@ class RayNode:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         # Ray's workers, and HAProxy below one of them, are in process groups of their own.
-        for process in psutil.wait_procs(family, _WORKERS_TIMEOUT_S)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        survivors = psutil.wait_procs(family, _WORKERS_TIMEOUT_S)[1]
         self._guard.kill()
         self._guard.wait()
+        # Of a node that ended by itself the family is not known any more.
+        for process in [*survivors, *self._proxies()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _proxies(self) -> list[psutil.Process]:
+        """HAProxies of this node, told by the files that they were given."""
+        folder = f"{self._proxy_folder}/"
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(folder in argument for argument in process.info["cmdline"] or ())
+        ]
 
 
 def start_node(

@@ -1,7 +1,10 @@
 """What a Ray node of our own is told, and that nothing of it outlives it."""
 
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -10,7 +13,7 @@ import ray
 
 from cluster import ray_node
 from cluster.jax_rendezvous import free_port
-from cluster.ray_node import proxy_environment
+from cluster.ray_node import RayNode, proxy_environment
 
 FOLDER = Path("/tmp/qor-12345678/haproxy")
 
@@ -64,6 +67,29 @@ def test_sockets_of_haproxy_have_paths_that_it_takes(monkeypatch: pytest.MonkeyP
     for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
         # Serve puts a folder of the node's id, 56 digits, in between; HAProxy appends ten more.
         assert len(environment[name]) + 57 <= 97
+
+
+@pytest.mark.slow
+def test_proxy_of_a_node_that_ended_by_itself_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tempfile.mkdtemp(prefix="qor-", dir="/tmp")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **_: folder)
+    node = RayNode(["--no-such-option"], labels={})
+    proxy = subprocess.Popen(
+        ["sh", "-c", "read line", "haproxy", "-f", f"{folder}/haproxy/node/haproxy.cfg"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with proxy:
+        try:
+            deadline_s = time.monotonic() + 60
+            while node.is_alive():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+            node.stop()
+            assert proxy.wait(10) == -signal.SIGKILL
+        finally:
+            proxy.kill()
+    assert not Path(folder).exists()
 
 
 @pytest.mark.slow
