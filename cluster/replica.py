@@ -17,6 +17,7 @@ from ray import serve
 from cluster.calls import CallTable
 from cluster.host_group import HostGroup, HostStatus
 from cluster.openai.engine_client import EngineInfo, RankStatus
+from cluster.serve_log import log_into_serve
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd
 from cluster.watched_tasks import WatchedTasks
@@ -50,8 +51,7 @@ class Engine:
             CapacityError, CheckpointError, ConfigError: Naming what to change.
         """
         self._config: EngineConfig = parse_config(config_fields)
-        logging.getLogger("cluster").setLevel(self._config.log_level.upper())
-        logging.getLogger("engine").setLevel(self._config.log_level.upper())
+        log_into_serve(self._config.log_level)
         context = serve.get_replica_context()
         self._status = StartStatus(context.app_name, context.replica_id.unique_id)
         self._group = HostGroup(self._config)

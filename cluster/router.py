@@ -36,6 +36,7 @@ from cluster.openai.schema import (
     ModelList,
 )
 from cluster.openai.sse import AnswerResponse
+from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
 from engine.config import EngineConfig, parse_config
 from engine.errors import QwenOnRayError, RequestError
@@ -236,7 +237,7 @@ class Router:
 
     async def __init__(self, config: Mapping[str, Any], engine: DeploymentHandle) -> None:
         parsed = parse_config(config)
-        logging.getLogger("cluster").setLevel(parsed.log_level.upper())
+        log_into_serve(parsed.log_level)
         self._link = EngineLink(
             engine,
             bind_host=ray.util.get_node_ip_address(),

@@ -18,6 +18,7 @@ import msgspec
 import openai
 import psutil
 import pytest
+import ray._private.worker
 from ray import serve
 from ray.serve.config import HTTPOptions
 from tiny_tokenizer import write_tiny_tokenizer
@@ -73,6 +74,14 @@ def base_url(local_ray: None, args: dict[str, object]) -> Iterator[str]:
     serve.shutdown()
 
 
+@pytest.fixture(scope="module")
+def logs(local_ray: None) -> Path:
+    """What /tmp/ray/session_latest/logs is for a Ray that was started by `ray start`."""
+    node = ray._private.worker._global_node
+    assert node is not None
+    return Path(node.get_logs_dir_path())
+
+
 @pytest.fixture
 async def client(base_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
@@ -118,6 +127,18 @@ async def test_two_hosts_stream_the_text_of_one_process(base_url, client, expect
 async def test_readiness_names_every_rank(base_url):
     state = httpx.get(f"{base_url}/health/ready").raise_for_status().json()
     assert [rank["state"] for rank in state["ranks"]] == ["ready", "ready"]
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ("serve/replica_*_Engine_*.log", "Epoch 1 serves after"),
+        ("serve/replica_*_Router_*.log", "Router takes requests for tiny"),
+        ("worker-*.err", "rank 1 is ready after"),
+    ],
+)
+def test_logs_lie_where_the_troubleshooting_page_says(base_url, logs: Path, files: str, line: str):
+    assert any(line in path.read_text() for path in logs.glob(files))
 
 
 async def test_many_clients_at_once_each_get_their_own_text(client, expected_text):
