@@ -7,7 +7,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -31,6 +31,7 @@ NODE_RANK_LABEL = "qwen-on-ray/node-rank"
 
 TPU_WORKER_LABEL = "ray.io/tpu-worker-id"
 _TPU_SLICE_LABEL = "ray.io/tpu-slice-name"
+_TPU_TOPOLOGY_LABEL = "ray.io/tpu-topology"
 _POLL_S = 0.25
 _SLICE_PATIENCE_S = 10.0
 
@@ -144,7 +145,9 @@ def check_capacity(need: Need, cluster: Cluster) -> None:
     per_node = [_num_bundles(need, node.resources) for node in cluster.nodes]
     # TPU and GPU hosts are distinct machines; processes on CPUs may share one.
     possible = sum(per_node if need.device == "cpu" else (min(1, count) for count in per_node))
-    if possible >= need.num_hosts:
+    slices = _slices(need, cluster) if need.is_slice else []
+    has_slice = any(found.num_hosts == need.num_hosts for found in slices)
+    if possible >= need.num_hosts and (has_slice or not need.is_slice):
         return
     if _num_bundles(need, cluster.maxima) >= need.num_hosts:
         return
@@ -154,6 +157,8 @@ def check_capacity(need: Need, cluster: Cluster) -> None:
         f"{cluster.total(need.resource):g} {what} on {num_nodes} "
         f"{'node' if num_nodes == 1 else 'nodes'}"
     )
+    if slices:
+        has += f", as {'slice' if len(slices) == 1 else 'slices'} {', '.join(map(str, slices))}"
     if cluster.maxima:
         has += f", and its autoscaler stops at {cluster.maxima.get(need.resource, 0):g}"
     remedy = (
@@ -172,16 +177,50 @@ def _num_bundles(need: Need, resources: Mapping[str, float]) -> int:
     )
 
 
-def intact_slices(need: Need, cluster: Cluster) -> list[str]:
-    """Names of TPU slices that have all their hosts, in order of name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slice:
+    """A TPU slice of which at least one host lives.
 
-    A slice with a dead host is one host short and never appears.
+    Attributes:
+        num_hosts: Of the whole slice, dead ones included.
+        num_living: Those that could take one of the bundles.
     """
+
+    name: str
+    num_hosts: int
+    num_living: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.num_hosts} {'host' if self.num_hosts == 1 else 'hosts'})"
+
+
+def _slices(need: Need, cluster: Cluster) -> list[_Slice]:
+    """The TPU slices whose hosts are large enough, in order of name."""
     members: dict[str, list[Node]] = {}
     for node in cluster.nodes:
         if _TPU_SLICE_LABEL in node.labels and _num_bundles(need, node.resources) > 0:
             members.setdefault(node.labels[_TPU_SLICE_LABEL], []).append(node)
-    return sorted(name for name, nodes in members.items() if len(nodes) == need.num_hosts)
+    return [
+        _Slice(name=name, num_hosts=_full_size(nodes), num_living=len(nodes))
+        for name, nodes in sorted(members.items())
+    ]
+
+
+def _full_size(nodes: Sequence[Node]) -> int:
+    """Hosts of the whole slice by its topology, such as 2x4 chips; those given if it has none."""
+    sides = nodes[0].labels.get(_TPU_TOPOLOGY_LABEL, "").split("x")
+    if not all(side.isdigit() for side in sides):
+        return len(nodes)
+    return math.ceil(math.prod(map(int, sides)) / nodes[0].resources["TPU"])
+
+
+def intact_slices(need: Need, cluster: Cluster) -> list[str]:
+    """Names of TPU slices that have all their hosts, as many as are needed, in order of name."""
+    return [
+        found.name
+        for found in _slices(need, cluster)
+        if found.num_living == found.num_hosts == need.num_hosts
+    ]
 
 
 class Claim:

@@ -34,15 +34,23 @@ def cluster(*resources: dict[str, float], maxima: dict[str, float] | None = None
     return Cluster(nodes=nodes, maxima=maxima or {})
 
 
-def slice_host(name: str, worker_id: int) -> Node:
+def slice_host(name: str, worker_id: int, topology: str | None = None) -> Node:
+    labels = {"ray.io/tpu-slice-name": name, "ray.io/tpu-worker-id": str(worker_id)}
+    if topology is not None:
+        labels["ray.io/tpu-topology"] = topology
     return Node(
         node_id=f"{name}-{worker_id}",
         address="10.0.0.1",
         resources={"TPU": 4, "CPU": 8},
-        labels={"ray.io/tpu-slice-name": name, "ray.io/tpu-worker-id": str(worker_id)},
+        labels=labels,
     )
 
 
+def slice_of(name: str, topology: str, *worker_ids: int) -> list[Node]:
+    return [slice_host(name, worker_id, topology) for worker_id in worker_ids]
+
+
+TWO_TPU_HOSTS = need_of(config(device="tpu", nnodes=2, tp_size=8))
 FOUR_TPU_HOSTS = need_of(config(device="tpu", nnodes=4, tp_size=16))
 
 
@@ -92,10 +100,37 @@ def test_device_auto_is_the_best_that_the_cluster_has_or_may_get(
 
 
 def test_slice_with_a_dead_host_is_not_intact() -> None:
-    need = need_of(config(device="tpu", nnodes=2, tp_size=8))
     whole = [slice_host("b", 0), slice_host("b", 1)]
     broken = [slice_host("a", 1)]
-    assert intact_slices(need, Cluster(nodes=(*whole, *broken), maxima={})) == ["b"]
+    assert intact_slices(TWO_TPU_HOSTS, Cluster(nodes=(*whole, *broken), maxima={})) == ["b"]
+
+
+def test_part_of_a_larger_slice_is_not_an_intact_slice() -> None:
+    nodes = slice_of("a", "4x4", 0, 1)
+    assert intact_slices(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={})) == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "has"),
+    [
+        (slice_of("a", "4x4", 0, 1, 2, 3), r"16 TPU chips on 4 nodes, as slice a \(4 hosts\)\."),
+        (
+            [*slice_of("b", "2x2", 0), *slice_of("a", "2x2", 0)],
+            r"8 TPU chips on 2 nodes, as slices a \(1 host\), b \(1 host\)\.",
+        ),
+    ],
+    ids=["a part of a slice", "parts of two slices"],
+)
+def test_slices_of_another_size_are_named_at_once(nodes: list[Node], has: str) -> None:
+    with pytest.raises(CapacityError, match=has):
+        check_capacity(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={}))
+    check_capacity(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={"TPU": 24, "CPU": 99}))
+
+
+def test_slice_of_the_right_size_that_lacks_a_host_is_waited_for() -> None:
+    nodes = [*slice_of("a", "2x4", 0), *slice_of("b", "2x4", 1)]
+    check_capacity(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={}))
+    assert intact_slices(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={})) == []
 
 
 def test_rank_of_a_node_is_its_tpu_worker_or_what_the_command_line_said() -> None:
