@@ -12,6 +12,8 @@ os.environ.setdefault(
 
 import jax
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from scripts import demo_model
 
@@ -19,21 +21,28 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide the tests among the workers of pytest-xdist, before it looks at them.
-
-    A file stays together, for its fixtures' sake; so do all tests that share one Ray, and those
-    that start servers of their own, which take longest and therefore begin.
-    """
+    """Let the longest tests begin, so that no worker of pytest-xdist ends with them alone."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
-    for item in items:
-        group = item.path.stem
-        if "e2e" in item.path.parts:
-            group = "e2e"
-        elif "local_ray" in getattr(item, "fixturenames", ()):
-            group = "ray"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> "FolderScheduling":
+    return FolderScheduling(config, log)
+
+
+class FolderScheduling(LoadScopeScheduling):
+    """Divides the tests among workers: the tests of a file stay together, for its fixtures' sake.
+
+    So do those of a folder whose tests share one Ray or start whole servers.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, _ = nodeid.partition("::")
+        for folder in ("tests/e2e", "tests/cluster"):
+            if path.startswith(folder):
+                return folder
+        return path
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def configure_jax(config: EngineConfig) -> None:
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
     has_cpu = config.device in ("auto", "cpu")
-    if has_cpu and jax.config.jax_num_cpu_devices < config.devices_per_host:
+    if has_cpu and jax.config.values["jax_num_cpu_devices"] < config.devices_per_host:
         try:
             jax.config.update("jax_num_cpu_devices", config.devices_per_host)
         except RuntimeError:
