@@ -37,8 +37,8 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 import serve_app
+from cluster.addresses import free_port
 from cluster.calls import CallTable
-from cluster.jax_rendezvous import free_port
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_node import RayNode, start_node
 from cluster.token_socket import GenerateCall, GenerateEnd, TokenSender

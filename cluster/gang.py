@@ -16,6 +16,7 @@ import msgspec
 import ray
 import ray.exceptions
 
+from cluster.addresses import bracketed
 from cluster.gang_socket import HostMessage, LeaderSocket, MessageKind
 from cluster.host_processes import HostProcess, end_processes, start_processes
 from cluster.host_worker import BEAT_PERIOD_S, HostFacts, HostFailure, HostTask
@@ -108,7 +109,7 @@ class Gang:
                 num_hosts=len(self.hosts),
                 num_local_hosts=addresses.count(host.facts.address),
                 address=host.facts.address,
-                coordinator_address=f"{_bracketed(coordinator.address)}:{coordinator.port}",
+                coordinator_address=f"{bracketed(coordinator.address)}:{coordinator.port}",
                 invitation=self._socket.invitation,
                 program=self._program,
             )
@@ -291,7 +292,3 @@ class Gang:
 def _describe(progress: StartProgress) -> str:
     count = f" {progress.done} of {progress.total}" if progress.total else ""
     return f"{progress.phase}{count}" + (f" ({progress.note})" if progress.note else "")
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

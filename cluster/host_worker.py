@@ -21,8 +21,9 @@ from typing import NoReturn, Protocol
 import msgspec
 import ray
 
+from cluster.addresses import free_port
 from cluster.gang_socket import GangInvitation, HostSocket, MessageKind
-from cluster.jax_rendezvous import free_port, join_jax_distributed
+from cluster.jax_rendezvous import join_jax_distributed
 from engine.config import EngineConfig
 from engine.errors import EngineError, QwenOnRayError
 from engine.step import (

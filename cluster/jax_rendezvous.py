@@ -1,4 +1,4 @@
-"""How the hosts of a gang meet in JAX: jax.distributed, and the names and ports that it needs.
+"""How the hosts of a gang meet in JAX: jax.distributed, and the name that it needs.
 
 JAX's coordinator takes a fresh port of rank 0 for each epoch, because that of the last epoch may
 still be in use. Knows nothing of Ray.
@@ -11,14 +11,6 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
 
 logger = logging.getLogger(__name__)
-
-
-def free_port(address: str) -> int:
-    """A TCP port of `address`, one of this machine's, that nothing listens on at present."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def join_jax_distributed(

@@ -20,7 +20,7 @@ from ray._private.authentication.authentication_token_setup import (
 )
 from ray._raylet import Config as RayCoreConfig  # pyright: ignore[reportAttributeAccessIssue]
 
-from cluster.jax_rendezvous import free_port
+from cluster.addresses import bracketed, family_of, free_port
 from cluster.placement import NODE_RANK_LABEL, TPU_WORKER_LABEL, Node, read_cluster
 from cluster.ray_node import HeadWatch, RayNode, start_node
 from engine.config import EngineConfig
@@ -150,7 +150,7 @@ def missing_ranks(nodes: tuple[Node, ...], num_hosts: int) -> list[int]:
 def _lead(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMembership]:
     host, port = _head_address(config)
     _agree_on_authentication(config.nnodes)
-    address = f"{_bracketed(host)}:{port}"
+    address = f"{bracketed(host)}:{port}"
     arguments = ["--head", "--node-ip-address", host, "--port", str(port)]
     arguments += ["--ray-client-server-port", str(free_port(host))]
     # The dashboard can run code, so nobody but this machine may reach it.
@@ -292,8 +292,7 @@ def _wait_for_ranks(
 
 def _address_towards(host: str, port: int) -> str:
     """The address of this machine from which packets go to `host`; sends none."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family_of(host), socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
 
@@ -301,10 +300,6 @@ def _address_towards(host: str, port: int) -> str:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _listed(ranks: list[int]) -> str:

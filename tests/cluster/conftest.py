@@ -15,7 +15,7 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import ray
 
-from cluster.jax_rendezvous import free_port
+from cluster.addresses import free_port
 from cluster.ray_node import start_node
 
 _TESTS = Path(__file__).parent

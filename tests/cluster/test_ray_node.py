@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster import ray_node
-from cluster.jax_rendezvous import free_port
+from cluster.addresses import free_port
 from cluster.ray_node import RayNode, proxy_environment
 
 FOLDER = Path("/tmp/qor-12345678/haproxy")

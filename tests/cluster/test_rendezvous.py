@@ -15,7 +15,8 @@ import psutil
 import pytest
 import ray
 
-from cluster.jax_rendezvous import check_own_hostname, free_port
+from cluster.addresses import free_port
+from cluster.jax_rendezvous import check_own_hostname
 from cluster.placement import NODE_RANK_LABEL, Node
 from cluster.ray_node import HeadWatch
 from cluster.rendezvous import check_tpu_worker_id, form_cluster, missing_ranks
@@ -36,11 +37,6 @@ def node(rank: int | None, address: str = "10.0.0.1", worker_id: int | None = No
     if worker_id is not None:
         labels["ray.io/tpu-worker-id"] = str(worker_id)
     return Node(node_id=address, address=address, resources={}, labels=labels)
-
-
-def test_free_port_can_be_bound() -> None:
-    with socket.create_server(("127.0.0.1", free_port("127.0.0.1"))):
-        pass
 
 
 def test_hostname_that_leads_elsewhere_is_refused_with_the_line_to_add(
