@@ -8,17 +8,21 @@ millisecond of CPU, a message a tenth of that.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from typing import cast
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, cast
 
 import msgspec
 import ray.exceptions
-from ray import serve
-from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.openai.engine_client import EngineInfo, GenerateRequest, RankStatus, TokenDelta
-from cluster.status import describe_progress, read_all
+from cluster.status import describe_progress
 from cluster.token_socket import (
     CallError,
     ChoiceCall,
@@ -37,13 +41,20 @@ logger = logging.getLogger(__name__)
 INFO_PERIOD_S = 1.0
 _INFO_TIMEOUT_S = 3.0
 _LATE_TOKENS_TIMEOUT_S = 5.0
+# Serve's own failures, such as an engine that was never deployed, are no RayErrors.
+_CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
 
 
 class EngineLink:
     """Talks to the engine deployment behind a Serve handle. Belongs to one event loop."""
 
     def __init__(
-        self, engine: DeploymentHandle, *, bind_host: str, silence_timeout_s: float
+        self,
+        engine: DeploymentHandle,
+        *,
+        bind_host: str,
+        silence_timeout_s: float,
+        read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
     ) -> None:
         """Open the token socket and begin to watch the engine.
 
@@ -51,8 +62,10 @@ class EngineLink:
             engine: Handle of the `Engine` deployment.
             bind_host: This node's own address.
             silence_timeout_s: After so long without a sign of life, an engine's streams fail.
+            read_statuses: What `cluster.status.read_all` gives for this application; may block.
         """
         self._engine = engine
+        self._read_statuses = read_statuses
         self._silence_timeout_s = silence_timeout_s
         self._receiver = TokenReceiver(bind_host)
         self._info = EngineInfo(is_ready=False, status="waiting for the engine to be placed")
@@ -168,7 +181,7 @@ class EngineLink:
                 response = self._engine.describe.remote()
                 payload = await asyncio.wait_for(response, _INFO_TIMEOUT_S)
                 info = msgspec.msgpack.decode(payload, type=EngineInfo)
-            except (TimeoutError, ray.exceptions.RayError, RequestCancelledError) as error:
+            except (TimeoutError, *_CALL_FAILURES) as error:
                 logger.debug("the engine did not describe itself: %r", error)
                 info = await self._starting_info()
             self._info = info
@@ -177,8 +190,7 @@ class EngineLink:
 
     async def _starting_info(self) -> EngineInfo:
         """What an engine whose constructor has not returned says of itself, by way of Ray's GCS."""
-        app = serve.get_replica_context().app_name
-        replicas = await asyncio.to_thread(read_all, app)
+        replicas = await asyncio.to_thread(self._read_statuses)
         if not replicas:
             return EngineInfo(is_ready=False, status="waiting for a place for the engine's leader")
         latest = max(replicas.values(), key=lambda replica: replica["time"])
@@ -207,7 +219,9 @@ async def _await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:
         failure = CallError("EngineDiedError", f"The engine's leader died: {error}")
     except BackPressureError as error:
         failure = CallError("EngineBusyError", str(error))
-    except (ray.exceptions.RayError, RequestCancelledError) as error:
+    except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        failure = CallError("EngineNotReadyError", f"No engine can be called: {error.message}")
+    except _CALL_FAILURES as error:
         failure = CallError("EngineError", f"The engine failed: {error}")
     return GenerateEnd(error=failure)
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from cluster.openai.schema import (
 from cluster.openai.sse import AnswerResponse
 from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
+from cluster.status import read_all
 from engine.config import EngineConfig, parse_config
 from engine.errors import QwenOnRayError, RequestError
 from engine.hub import resolve_checkpoint
@@ -242,6 +244,7 @@ class Router:
             engine,
             bind_host=ray.util.get_node_ip_address(),
             silence_timeout_s=parsed.host_timeout_s,
+            read_statuses=partial(read_all, serve.get_replica_context().app_name),
         )
         try:
             self.service = await asyncio.to_thread(make_service, parsed, self._link)

@@ -1,0 +1,119 @@
+"""The router's link to an engine whose Serve deployment fails in the ways that Serve has."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import Any, cast
+
+import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.engine_link import EngineLink
+from cluster.openai.engine_client import ChoiceRequest, GenerateRequest
+from engine.errors import EngineNotReadyError
+from engine.request import SamplingParams
+
+TIMEOUT_S = 20
+
+UNAVAILABLE = DeploymentUnavailableError(DeploymentID(name="Engine", app_name="qwen"))
+REPLACED = ReplicaUnavailableError("Engine#1")
+
+
+class Response:
+    """What a Serve handle returns for a call, which here may be awaited but once."""
+
+    def __init__(self, answer: Awaitable[bytes]) -> None:
+        self._answer = answer
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        return self._answer.__await__()
+
+    def cancel(self) -> None:
+        pass
+
+
+class Method:
+    """A deployment's method: each call takes what `answer` gives at that time, or raises it."""
+
+    def __init__(self, answer: Callable[[], bytes | Exception]) -> None:
+        self._answer = answer
+
+    def remote(self, *_: object) -> Response:
+        return Response(self._call())
+
+    async def _call(self) -> bytes:
+        answer = self._answer()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Engine:
+    """A handle of the engine's deployment.
+
+    Attributes:
+        answer: What every call gets.
+        num_calls: Of `describe`, so far.
+        statuses: What replicas that start have written.
+    """
+
+    def __init__(self, answer: bytes | Exception) -> None:
+        self.answer = answer
+        self.num_calls = asyncio.Semaphore(0)
+        self.statuses: dict[str, dict[str, Any]] = {}
+        self.describe = Method(self._describe)
+        self.generate = Method(lambda: self.answer)
+
+    def _describe(self) -> bytes | Exception:
+        self.num_calls.release()
+        return self.answer
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine(UNAVAILABLE)
+
+
+@pytest.fixture
+async def link(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineLink]:
+    monkeypatch.setattr("cluster.engine_link.INFO_PERIOD_S", 0.001)
+    link = EngineLink(
+        cast("DeploymentHandle", engine),
+        bind_host="127.0.0.1",
+        silence_timeout_s=TIMEOUT_S,
+        read_statuses=lambda: engine.statuses,
+    )
+    yield link
+    await link.close()
+
+
+async def calls(engine: Engine, count: int) -> None:
+    """Wait until the engine was asked `count` times more."""
+    async with asyncio.timeout(TIMEOUT_S):
+        for _ in range(count):
+            await engine.num_calls.acquire()
+
+
+@pytest.mark.parametrize("failure", [UNAVAILABLE, REPLACED])
+async def test_the_watch_outlives_a_deployment_that_is_unavailable(
+    failure: Exception, engine: Engine, link: EngineLink
+) -> None:
+    engine.answer = failure
+    await calls(engine, 5)
+    link.check()
+    info = await link.engine_info()
+    assert not info.is_ready
+    assert info.status == "waiting for a place for the engine's leader"
+
+
+@pytest.mark.parametrize("failure", [UNAVAILABLE, REPLACED])
+async def test_a_request_to_an_unavailable_deployment_ends_in_an_error_of_ours(
+    failure: DeploymentUnavailableError | ReplicaUnavailableError, engine: Engine, link: EngineLink
+) -> None:
+    engine.answer = failure
+    choice = ChoiceRequest(prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1))
+    with pytest.raises(EngineNotReadyError, match=re.escape(failure.message)):
+        async for _ in link.generate(GenerateRequest(request_id="r", choices=(choice,))):
+            pass
