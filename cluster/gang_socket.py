@@ -8,17 +8,15 @@ over sockets encrypted and authenticated by CURVE. The leader makes fresh keys f
 hands them out through Ray, so a host of an epoch that is over is refused at the handshake.
 """
 
-import asyncio
 import contextlib
 import enum
 import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import zmq
-import zmq.asyncio
 
-from cluster.curve import CurveKeys, admit_only
+from cluster.curve import CurveKeys, CurveServer, connect
 
 
 class MessageKind(enum.Enum):
@@ -58,25 +56,12 @@ class LeaderSocket:
     def __init__(self, bind_host: str, epoch: int, num_hosts: int) -> None:
         self._epoch = _epoch_bytes(epoch)
         self._num_hosts = num_hosts
-        leader_keys, host_keys = CurveKeys.generate(), CurveKeys.generate()
-        self._context = zmq.asyncio.Context()
-        self._authenticator = admit_only(self._context, host_keys.public)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.curve_server = True
-        self._socket.curve_secretkey = leader_keys.secret
-        self._socket.curve_publickey = leader_keys.public
-        self._socket.router_mandatory = True
-        # A host whose connection broke and came back takes over from its dead one.
-        self._socket.router_handover = True
-        self._socket.linger = 0
-        self._socket.ipv6 = ":" in bind_host
-        bracketed = f"[{bind_host}]" if ":" in bind_host else bind_host
-        port = self._socket.bind_to_random_port(f"tcp://{bracketed}")
+        self._server = CurveServer(bind_host)
         self.invitation = GangInvitation(
-            address=f"tcp://{bracketed}:{port}",
+            address=self._server.address,
             epoch=epoch,
-            leader_public_key=leader_keys.public,
-            host_keys=host_keys,
+            leader_public_key=self._server.public_key,
+            host_keys=self._server.client_keys,
         )
 
     def broadcast(self, kind: MessageKind, payload: bytes = b"") -> dict[int, str]:
@@ -87,20 +72,16 @@ class LeaderSocket:
         """
         lost = {}
         for rank in range(self._num_hosts):
-            frames = [_identity("plan", rank), self._epoch, kind.value, payload]
-            sent = cast("asyncio.Future[None]", self._socket.send_multipart(frames, zmq.DONTWAIT))
-            # The future is done on return, unless the host reads so slowly that buffers are full.
-            if not sent.done():
-                sent.cancel()
-                lost[rank] = "it does not read its plans"
-            elif (error := sent.exception()) is not None:
-                lost[rank] = f"its connection is gone ({error})"
+            identity = _identity("plan", rank)
+            reason = self._server.send(identity, self._epoch, kind.value, payload)
+            if reason is not None:
+                lost[rank] = reason
         return lost
 
     async def receive(self) -> HostMessage:
         """Wait for a message of this epoch; others are dropped."""
         while True:
-            frames = await self._socket.recv_multipart()
+            frames = await self._server.receive()
             if len(frames) != 4 or frames[1] != self._epoch:
                 continue
             with contextlib.suppress(ValueError):
@@ -109,8 +90,7 @@ class LeaderSocket:
                     return HostMessage(rank, MessageKind(frames[2]), frames[3])
 
     def close(self) -> None:
-        self._authenticator.stop()
-        self._context.destroy(linger=0)
+        self._server.close()
 
 
 class HostSocket:
@@ -128,16 +108,14 @@ class HostSocket:
         self._is_closed = False
         self._plans.send_multipart([self._epoch, MessageKind.HELLO.value, b""])
 
-    def _connect(self, invitation: GangInvitation, identity: bytes) -> zmq.Socket:
-        connection = self._context.socket(zmq.DEALER)
-        connection.curve_serverkey = invitation.leader_public_key
-        connection.curve_publickey = invitation.host_keys.public
-        connection.curve_secretkey = invitation.host_keys.secret
-        connection.identity = identity
-        connection.linger = 0
-        connection.ipv6 = "[" in invitation.address
-        connection.connect(invitation.address)
-        return connection
+    def _connect(self, invitation: GangInvitation, identity: bytes) -> "zmq.Socket[bytes]":
+        return connect(
+            self._context,
+            invitation.address,
+            server_public_key=invitation.leader_public_key,
+            keys=invitation.host_keys,
+            identity=identity,
+        )
 
     def receive(self, timeout_s: float) -> tuple[MessageKind, bytes] | None:
         """Wait for a message from the leader; None if there is none in time."""

@@ -11,15 +11,14 @@ that router's requests in it. Knows token ids, and neither text nor plans.
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from itertools import chain, count
-from typing import cast
 
 import msgspec
-import zmq
 import zmq.asyncio
 
-from cluster.curve import CurveKeys, admit_only
+from cluster.curve import CurveKeys, CurveServer, connect, send_at_once
 from cluster.watched_tasks import WatchedTasks
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
 
@@ -176,20 +175,10 @@ class TokenReceiver:
 
     def __init__(self, bind_host: str) -> None:
         """Bind to a free port of one of this host's own addresses."""
-        router_keys, leader_keys = CurveKeys.generate(), CurveKeys.generate()
         self._streams: dict[tuple[str, int], TokenStream] = {}
-        self._context = zmq.asyncio.Context()
-        self._authenticator = admit_only(self._context, leader_keys.public)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.curve_server = True
-        self._socket.curve_publickey = router_keys.public
-        self._socket.curve_secretkey = router_keys.secret
-        self._socket.linger = 0
-        self._socket.ipv6 = ":" in bind_host
-        bracketed = f"[{bind_host}]" if ":" in bind_host else bind_host
-        port = self._socket.bind_to_random_port(f"tcp://{bracketed}")
+        self._server = CurveServer(bind_host)
         self.invitation = RouterInvitation(
-            f"tcp://{bracketed}:{port}", router_keys.public, leader_keys.public, leader_keys.secret
+            self._server.address, self._server.public_key, *self._server.client_keys
         )
         self._tasks = WatchedTasks()
         self._tasks.start("receive tokens", self._receive())
@@ -225,19 +214,15 @@ class TokenReceiver:
         stream = self._streams.get((request_id, attempt))
         if stream is not None and stream.leader is not None:
             payload = msgspec.msgpack.encode(AbortChoice(request_id, attempt, choice))
-            self._send(stream.leader, _ABORT, payload)
+            self._server.send(stream.leader, _ABORT, payload)
 
     async def close(self) -> None:
         await self._tasks.close()
-        self._authenticator.stop()
-        self._context.destroy(linger=0)
-
-    def _send(self, leader: bytes, *frames: bytes) -> None:
-        _send_at_once(self._socket, [leader, *frames])
+        self._server.close()
 
     async def _receive(self) -> None:
         for num_received in count(1):
-            leader, kind, *payload = await self._socket.recv_multipart()
+            leader, kind, *payload = await self._server.receive()
             if num_received % _MESSAGES_PER_TURN == 0:
                 # A message that lies there is received without a pause, and a leader may be faster
                 # than this loop: let the streams send on what they have.
@@ -260,7 +245,7 @@ class TokenReceiver:
             await asyncio.sleep(BEAT_PERIOD_S)
             for leader in {stream.leader for stream in self._streams.values()}:
                 if leader is not None:
-                    self._send(leader, _BEAT)
+                    self._server.send(leader, _BEAT)
 
 
 class TokenSender:
@@ -277,13 +262,15 @@ class TokenSender:
         self.heard_s = time.monotonic()
         self._on_abort = on_abort
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.curve_serverkey = invitation.router_public_key
-        self._socket.curve_publickey = invitation.leader_public_key
-        self._socket.curve_secretkey = invitation.leader_secret_key
-        self._socket.linger = 1000
-        self._socket.ipv6 = "[" in invitation.address
-        self._socket.connect(invitation.address)
+        self._socket = connect(
+            self._context,
+            invitation.address,
+            server_public_key=invitation.router_public_key,
+            keys=CurveKeys(invitation.leader_public_key, invitation.leader_secret_key),
+            # Of its own choice, so that it is the same leader after its connection broke.
+            identity=uuid.uuid4().hex.encode(),
+            linger_ms=1000,
+        )
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._beat())]
 
     def send(self, tokens: Sequence[ChoiceTokens]) -> bool:
@@ -296,7 +283,7 @@ class TokenSender:
         self._context.destroy(linger=0)
 
     def _send(self, *frames: bytes) -> bool:
-        return _send_at_once(self._socket, list(frames))
+        return send_at_once(self._socket, frames) is None
 
     async def _receive(self) -> None:
         while True:
@@ -309,13 +296,3 @@ class TokenSender:
         while True:
             self._send(_BEAT)
             await asyncio.sleep(BEAT_PERIOD_S)
-
-
-def _send_at_once(connection: zmq.asyncio.Socket, frames: list[bytes]) -> bool:
-    """Queue a message; False if the other side does not drain what was sent before."""
-    sent = cast("asyncio.Future[None]", connection.send_multipart(frames, zmq.DONTWAIT))
-    # The future is done on return, unless ZMQ's buffers are full.
-    if sent.done():
-        return sent.exception() is None
-    sent.cancel()
-    return False

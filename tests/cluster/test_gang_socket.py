@@ -76,6 +76,24 @@ async def test_hosts_that_cannot_be_sent_to_are_named_and_the_others_get_it() ->
         leader.close()
 
 
+async def test_host_that_does_not_read_is_told_from_one_that_is_gone() -> None:
+    leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=2)
+    host = HostSocket(leader.invitation, 0)
+    try:
+        assert (await asyncio.wait_for(leader.receive(), TIMEOUT_S)).kind is MessageKind.HELLO
+        lost: dict[int, str] = {}
+        # More than the buffers of both ends and of the connection between them hold.
+        for _ in range(100_000):
+            lost = leader.broadcast(MessageKind.PLAN, bytes(16_384))
+            if 0 in lost:
+                break
+        assert lost[0] == "it does not read what is sent to it"
+        assert "connection is gone" in lost[1]
+    finally:
+        host.close()
+        leader.close()
+
+
 async def test_reports_after_close_are_dropped() -> None:
     leader = LeaderSocket("127.0.0.1", epoch=1, num_hosts=1)
     host = HostSocket(leader.invitation, 0)

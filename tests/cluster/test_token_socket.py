@@ -1,6 +1,8 @@
 """Tokens from a leader to a router over real sockets on loopback."""
 
 import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -29,7 +31,7 @@ async def receiver() -> AsyncIterator[TokenReceiver]:
 class Leader:
     """A sender and the aborts that it was told of."""
 
-    def __init__(self, receiver: TokenReceiver, **changes: bytes) -> None:
+    def __init__(self, receiver: TokenReceiver, **changes: bytes | str) -> None:
         self.aborts: asyncio.Queue[AbortChoice] = asyncio.Queue()
         invitation = msgspec.structs.replace(receiver.invitation, **changes)
         self.sender = TokenSender(invitation, self.aborts.put_nowait)
@@ -39,6 +41,48 @@ class Leader:
 
     def __exit__(self, *exc_info: object) -> None:
         self.sender.close()
+
+
+class Wire:
+    """A TCP connection's way through this test, which can break it."""
+
+    def __init__(self) -> None:
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def between(self, address: str) -> AsyncIterator[str]:
+        """An address that leads to `address`."""
+        port = int(address.rpartition(":")[2])
+
+        async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+            self._writers += [writer, there_writer]
+            self._tasks += [
+                asyncio.create_task(_forward(reader, there_writer)),
+                asyncio.create_task(_forward(there_reader, writer)),
+            ]
+
+        server = await asyncio.start_server(on_connection, "127.0.0.1", 0)
+        try:
+            yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            self.cut()
+            await asyncio.gather(*self._tasks)
+
+    def cut(self) -> None:
+        """Break what is connected at present."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
 
 
 def tokens(choice: int, first: int, *ids: int, attempt: int = 0, end: bool = False) -> ChoiceTokens:
@@ -178,6 +222,23 @@ async def test_both_sides_hear_each_other_without_tokens(receiver: TokenReceiver
         async with asyncio.timeout(TIMEOUT_S):
             while stream.heard_s == router_heard_s or leader.sender.heard_s == leader_heard_s:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_leader_is_the_same_one_after_its_connection_broke(receiver: TokenReceiver):
+    stream = receiver.open_stream("r", 0, 1)
+    wire = Wire()
+    async with wire.between(receiver.invitation.address) as address:
+        with Leader(receiver, address=address) as leader:
+            leader.sender.send([tokens(0, 0, 4)])
+            await receive(stream)
+            wire.cut()
+            cut_s = time.monotonic()
+            # No tokens come: beats alone say, both ways, that the other side is there.
+            async with asyncio.timeout(TIMEOUT_S):
+                while min(stream.heard_s, leader.sender.heard_s) < cut_s:
+                    await asyncio.sleep(0.01)
+            receiver.abort_choice("r", 0, 0)
+            assert await asyncio.wait_for(leader.aborts.get(), TIMEOUT_S) == AbortChoice("r", 0, 0)
 
 
 async def test_a_leader_without_the_key_is_not_heard(receiver: TokenReceiver):
