@@ -20,6 +20,7 @@ import zmq.asyncio
 
 from cluster.curve import CurveKeys, CurveServer, connect, send_at_once
 from cluster.watched_tasks import WatchedTasks
+from engine.errors import EngineDiedError
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,16 @@ class TokenStream:
         self.heard_s = time.monotonic()
         self.leader: bytes | None = None
         self._received: list[ChoiceTokens] = []
+        self._has_gap = False
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, tokens: ChoiceTokens) -> None:
         """Take in tokens; what was received before is dropped."""
         known = self.num_tokens[tokens.choice] - tokens.first_index
+        if known < 0:
+            self._has_gap = True
+            self.wake()
+            return
         if known > 0:
             tokens = msgspec.structs.replace(
                 tokens,
@@ -132,7 +138,13 @@ class TokenStream:
         self.wake()
 
     def take(self) -> list[ChoiceTokens]:
-        """Hand out what has come, each choice's tokens joined; empty if nothing has."""
+        """Hand out what has come, each choice's tokens joined; empty if nothing has.
+
+        Raises:
+            EngineDiedError: Tokens on their way were lost when a connection broke.
+        """
+        if self._has_gap:
+            raise EngineDiedError("Tokens of the engine were lost with a connection that broke.")
         received = self._received
         if len(received) > 1:
             by_choice: dict[int, list[ChoiceTokens]] = {}

@@ -16,6 +16,7 @@ from cluster.token_socket import (
     TokenSender,
     TokenStream,
 )
+from engine.errors import EngineDiedError
 from engine.request import TokenLogprobs
 
 TIMEOUT_S = 60
@@ -125,6 +126,18 @@ def test_indices_that_were_received_before_are_dropped():
     (item,) = stream.take()
     assert (item.first_index, item.token_ids, item.finish_reason) == (2, (7,), "length")
     assert stream.num_tokens == [3]
+
+
+async def test_a_stream_that_lacks_tokens_fails_and_never_skips_them():
+    stream = TokenStream(1)
+    stream.put(tokens(0, 0, 5))
+    assert [item.token_ids for item in stream.take()] == [(5,)]
+    waiting = asyncio.create_task(stream.wait())
+    await asyncio.sleep(0)
+    stream.put(tokens(0, 2, 7, end=True))
+    await asyncio.wait_for(waiting, TIMEOUT_S)
+    with pytest.raises(EngineDiedError, match="lost with a connection"):
+        stream.take()
 
 
 def test_log_probabilities_of_tokens_that_were_received_before_are_dropped_with_them():
