@@ -62,8 +62,10 @@ class InProcessExecutor:
         return asyncio.wrap_future(self._waiter.submit(_wait, pending))
 
     async def stop(self) -> None:
-        self._dispatcher.shutdown(wait=False, cancel_futures=True)
-        self._waiter.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._dispatcher, self._waiter):
+            # The step under way holds what is to be freed.
+            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+        self._runner.close()
 
 
 class LLM:

@@ -24,19 +24,24 @@ Key = TypeVar("Key")
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process from its making on, those of JAX's cache included.
+    """Counts XLA compilations of the thread that makes it, those of JAX's cache included.
 
-    Zero after an engine is ready: a program that compiles while requests wait is a fault.
+    Zero after an engine is ready: a program that compiles while requests wait is a fault. Other
+    threads are left out, because another engine may start in them. Counts until `close`.
     """
 
     def __init__(self) -> None:
         self.num_compiles = 0
+        self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILE_EVENT:
+        if event == _COMPILE_EVENT and threading.get_ident() == self._thread:
             self.num_compiles += 1
             logger.debug("compiled a program in %.2f s", duration_secs)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,9 @@ class PendingStep:
 class ModelRunner:
     """Runs step plans on this process's devices.
 
-    `start` once, then `dispatch` from one thread, in the order of the plans; `PendingStep.wait`
-    may be called from another thread. Invariant between calls: `_cache` and `_state` are the
-    outputs of the last dispatched program, whether or not it has run yet.
+    `start` once, then `dispatch` from the same thread, in the order of the plans;
+    `PendingStep.wait` may be called from another thread. Invariant between calls: `_cache` and
+    `_state` are the outputs of the last dispatched program, whether or not it has run yet.
 
     Args:
         config: The engine's.
@@ -115,6 +115,7 @@ class ModelRunner:
         self._programs: dict[Bucket | str, Any] = {}
         self._params: Any = None
         self._cache: Cache = None
+        self._state: SlotState | None = None
         self._compiles: CompileCounter | None = None
 
     @property
@@ -213,6 +214,14 @@ class ModelRunner:
             self._params, self._cache, self._state, inputs
         )
         return PendingStep(plan, sampled, started_s, self.num_compiles_since_ready)
+
+    def close(self) -> None:
+        """Free weights, pages and programs; safe to call twice, and after a `start` that failed."""
+        self._params = self._cache = self._state = None
+        self._programs.clear()
+        compiles, self._compiles = self._compiles, None
+        if compiles is not None:
+            compiles.close()
 
     def _load_weights(
         self,

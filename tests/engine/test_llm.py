@@ -4,11 +4,13 @@ Float32 on CPU, tiny checkpoints. `alone` is the oracle: each prompt by itself, 
 nothing chunked, one step at a time.
 """
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import pytest
 
 from engine.config import EngineConfig
@@ -212,3 +214,24 @@ def test_requests_of_all_kinds_compile_nothing_after_the_start():
         for params in (GREEDY, SAMPLED, SamplingParams(min_p=0.1, max_tokens=3)):
             llm.generate(PROMPTS, params)
         assert llm.num_compiles_since_ready == 0
+
+
+def test_an_engine_that_starts_beside_another_does_not_count_as_its_compiling():
+    with engine() as llm, engine():
+        llm.generate(PROMPTS, GREEDY)
+        assert llm.num_compiles_since_ready == 0
+
+
+def test_a_closed_engine_holds_no_weights_and_no_pages():
+    def live_bytes() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = live_bytes()
+    with engine() as llm:
+        llm.generate(PROMPTS, GREEDY)
+        weights_and_pages = live_bytes() - before
+    left = live_bytes() - before
+    assert weights_and_pages > 1_000_000
+    assert left < weights_and_pages / 100
+    llm.close()
