@@ -50,6 +50,8 @@ class Scheduler:
         self._next_step = 0
         # Ended requests whose pages a step under way still writes to.
         self._ending: dict[str, Request] = {}
+        # Whether the step that is being planned has met a request without pages.
+        self._is_short = False
 
     @property
     def max_len(self) -> int:
@@ -86,10 +88,10 @@ class Scheduler:
     def plan(self) -> ScheduledStep | None:
         """Schedule the next step, or return None if nothing can run before a result is applied."""
         builder = StepBuilder()
-        num_preemptions = self.num_preemptions
+        self._is_short = False
         self._plan_running(builder)
-        if self.num_preemptions == num_preemptions:
-            # Else whoever is admitted would take the very pages that were just given back.
+        if not self._is_short:
+            # Else whoever is admitted would take the very pages that others lack.
             self._plan_admissions(builder)
         if builder.is_empty:
             return None
@@ -243,12 +245,17 @@ class Scheduler:
         """Give a request pages up to position `end`, taking them from later ones if need be.
 
         Returns:
-            False if the request itself had to give its pages back.
+            False if the request has no part in this step: it had to give its own pages back, or
+            those of ended requests, which a step under way still writes to, will do.
         """
         missing = self._num_pages(end) - len(request.pages)
         if missing <= 0:
             return True
         while (pages := self.pool.allocate(missing)) is None:
+            self._is_short = True
+            num_ending = sum(len(ended.pages) for ended in self._ending.values())
+            if self.pool.num_available + num_ending >= missing:
+                return False
             latest = self.running[-1]
             self._preempt(latest)
             if latest is request:

@@ -85,9 +85,10 @@ workloads = st.lists(
     page_size=st.sampled_from([1, 4, 16]),
     overlap=st.booleans(),
     caching=st.booleans(),
+    end_tokens=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=8),
 )
 def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
-    workload, num_pages, page_size, overlap, caching
+    workload, num_pages, page_size, overlap, caching, end_tokens
 ):
     prefixes = [[7, 7, 7, 7] * 5, list(range(20)), [3] * 20]
 
@@ -102,11 +103,16 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
         prompts = {}
         for index, (which, length, tail, max_tokens) in enumerate(workload):
             prompts[str(index)] = (prefixes[which][:length] + tail, max_tokens)
-            engine.core.add(make_request(str(index), *prompts[str(index)]))
+            request = make_request(str(index), *prompts[str(index)])
+            request.eos_token_ids = tuple(end_tokens)
+            engine.core.add(request)
         await engine.run_until_done()
         for name, (prompt, max_tokens) in prompts.items():
-            assert engine.tokens[name] == expected_output(prompt, max_tokens), name
-            assert engine.finished[name].finish_reason == "length"
+            expected = expected_output(prompt, max_tokens)
+            ends = [at for at, token_id in enumerate(expected) if token_id in end_tokens]
+            stop = ends[0] + 1 if ends else max_tokens
+            assert engine.tokens[name] == expected[:stop], name
+            assert engine.finished[name].finish_reason == ("stop" if ends else "length")
 
     asyncio.run(scenario())
 
@@ -180,6 +186,22 @@ async def test_an_end_token_stops_a_request_and_what_was_planned_after_it_is_dro
     assert engine.tokens["r"] == expected[:stop]
     assert engine.finished["r"].finish_reason == "stop"
     assert engine.finished["r"].stop_token_id == end
+
+
+async def test_pages_of_an_ended_request_are_waited_for_and_nothing_is_computed_anew():
+    # 4 usable pages of 4. When the second request stops, a step under way still holds its 2 pages,
+    # and the first, now alone, needs its third page for the next step.
+    engine = Engine(num_pages=5, context_length=16)
+    prompts = {"first": [1, 2, 3, 4], "second": [5, 6, 7, 8]}
+    free = expected_output(prompts["second"], 4)
+    assert free[3] not in free[:3]
+    engine.core.add(make_request("first", prompts["first"], max_tokens=12))
+    engine.core.add(
+        make_request("second", prompts["second"], max_tokens=12, stop_token_ids=(free[3],))
+    )
+    await engine.run_until_done()
+    assert engine.tokens == {"first": expected_output(prompts["first"], 12), "second": free}
+    assert engine.core.stats.preemptions_total == 0
 
 
 async def test_an_aborted_request_gives_its_pages_back_within_a_step():
