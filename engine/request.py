@@ -143,7 +143,11 @@ class Request:
     finish_reason: FinishReason | None = None
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    num_published_pages: int = 0
+    """How many of `pages`, from the first on, others may find."""
     page_keys: list[bytes] = field(default_factory=list)
+    """Keys of its first full pages of known tokens, as far as they were asked for: they never
+    change, whatever becomes of the pages."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     """KV written, or planned to be by a step that is already under way."""

@@ -175,9 +175,9 @@ class Scheduler:
         request.num_computed_tokens = end
         request.is_decoding = is_last
         # A later step runs after this one, so it may read these pages; this same step may not.
-        first_published = len(request.page_keys)
+        first = request.num_published_pages
         self._publish(request, end)
-        builder.keys_computed.update(request.page_keys[first_published:])
+        builder.keys_computed.update(request.page_keys[first : request.num_published_pages])
 
     def _admit(self, builder: StepBuilder) -> Request | None:
         if not self.waiting or not self._free_slots:
@@ -185,8 +185,8 @@ class Scheduler:
         request = self.waiting[0]
         if request.num_inflight_tokens:
             return None  # Preempted a moment ago: its last token is not known yet.
-        keys, pages = self._find_prefix(request)
-        if builder.keys_computed.intersection(keys):
+        pages = self._find_prefix(request)
+        if builder.keys_computed.intersection(request.page_keys[: len(pages)]):
             return None  # Its prefix is computed in this very step: one step later it is a hit.
         for page in pages:
             self.pool.acquire(page)
@@ -198,7 +198,7 @@ class Scheduler:
         self.waiting.popleft()
         request.state = RequestState.RUNNING
         request.slot = self._free_slots.pop()
-        request.pages, request.page_keys = pages, keys
+        request.pages, request.num_published_pages = pages, len(pages)
         request.num_computed_tokens = num_cached
         if not request.num_preemptions:
             request.num_cached_tokens = num_cached
@@ -206,37 +206,36 @@ class Scheduler:
         builder.admit(request)
         return request
 
-    def _find_prefix(self, request: Request) -> tuple[list[bytes], list[int]]:
+    def _find_prefix(self, request: Request) -> list[int]:
         """Published pages of the request's tokens; at least one token is left to compute."""
-        keys: list[bytes] = []
         pages: list[int] = []
         if not self._enable_prefix_caching:
-            return keys, pages
-        key = root_key(request.cache_salt, request.rope_alpha)
-        size = self.page_size
-        for index in range((request.num_tokens - 1) // size):
-            key = page_key(key, request.token_ids_from(index * size, (index + 1) * size))
-            page = self.pool.prefix_cache.find(key)
+            return pages
+        for index in range((request.num_tokens - 1) // self.page_size):
+            page = self.pool.prefix_cache.find(self._page_key(request, index))
             if page is None:
                 break
-            keys.append(key)
             pages.append(page)
-        return keys, pages
+        return pages
 
     def _publish(self, request: Request, end: int) -> None:
         """Offer the pages that are full of known tokens below `end` to other requests."""
         if not self._enable_prefix_caching:
             return
+        num_full = min(end, request.num_tokens) // self.page_size
+        for index in range(request.num_published_pages, num_full):
+            self.pool.prefix_cache.publish(self._page_key(request, index), request.pages[index])
+            request.num_published_pages = index + 1
+
+    def _page_key(self, request: Request, index: int) -> bytes:
+        """The key of a full page of known tokens, each computed once in a request's life."""
+        keys = request.page_keys
         size = self.page_size
-        for index in range(len(request.page_keys), min(end, request.num_tokens) // size):
-            previous = (
-                request.page_keys[-1]
-                if request.page_keys
-                else root_key(request.cache_salt, request.rope_alpha)
-            )
-            key = page_key(previous, request.token_ids_from(index * size, (index + 1) * size))
-            request.page_keys.append(key)
-            self.pool.prefix_cache.publish(key, request.pages[index])
+        while len(keys) <= index:
+            start = len(keys) * size
+            previous = keys[-1] if keys else root_key(request.cache_salt, request.rope_alpha)
+            keys.append(page_key(previous, request.token_ids_from(start, start + size)))
+        return keys[index]
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -272,7 +271,7 @@ class Scheduler:
         self.pool.release(request.pages)
         request.state = RequestState.WAITING
         request.slot = -1
-        request.pages, request.page_keys = [], []
+        request.pages, request.num_published_pages = [], 0
         request.num_computed_tokens = 0
         request.is_decoding = False
         request.num_preemptions += 1

@@ -12,7 +12,9 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ContextLengthError, EngineBusyError, EngineDiedError, RequestError
 from engine.request import Request, RequestOutput, SamplingParams
+from engine.scheduling import scheduler
 from engine.scheduling.buckets import bucket_table
+from engine.scheduling.prefix_cache import page_key
 from engine.step import EngineLimits
 
 
@@ -139,6 +141,27 @@ async def test_a_prompt_seen_before_is_computed_only_where_it_differs():
     assert engine.finished["first"].num_cached_tokens == 0
     assert engine.finished["second"].num_cached_tokens == 20
     assert engine.tokens["second"] == expected_output([*prompt, 2], 6)
+
+
+async def test_a_request_that_waits_for_pages_is_hashed_once(monkeypatch: pytest.MonkeyPatch):
+    hashed: list[tuple[int, ...]] = []
+
+    def counted(previous: bytes, token_ids: list[int]) -> bytes:
+        hashed.append(tuple(token_ids))
+        return page_key(previous, token_ids)
+
+    engine = Engine(num_pages=18)
+    prompt = list(range(20))
+    engine.core.add(make_request("first", [*prompt, 1]))
+    await engine.run_until_done()
+    engine._all_done.clear()
+    # 17 usable pages: 10 and then 13 for the one that runs, 5 cached ones and 2 for the next.
+    engine.core.add(make_request("runs", [9] * 40, max_tokens=12))
+    engine.core.add(make_request("waits", [*prompt, *[2] * 8]))
+    monkeypatch.setattr(scheduler, "page_key", counted)
+    await engine.run_until_done()
+    assert engine.tokens["waits"] == expected_output([*prompt, *[2] * 8], 6)
+    assert hashed.count((0, 1, 2, 3)) == 1
 
 
 async def test_prompts_with_different_salts_share_nothing():
