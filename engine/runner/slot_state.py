@@ -27,8 +27,8 @@ IN_PROMPT = 1
 
 ONE_OUTPUT = 2
 
-_MOST_OUTPUTS = 0xFFFF - 4097
-"""Counts stop growing here, below what 16 bits hold, so that no further step makes them wrap."""
+_MOST_OUTPUTS = 0xFFFF - ADMISSION_TOKENS * ONE_OUTPUT
+"""Counts stop growing here: one call of the admission program more still fits into 16 bits."""
 
 
 @jax.tree_util.register_dataclass
