@@ -5,7 +5,6 @@ Knows no text (stop strings live above) and no arrays. The scheduler owns a requ
 
 import enum
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -137,7 +136,6 @@ class Request:
     rope_alpha: float = 1.0
     cache_salt: bytes = b""
     num_prompt_output_tokens: int = 0
-    arrival_time_s: float = field(default_factory=time.monotonic)
 
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None

@@ -12,7 +12,6 @@ _GENERATION_DEFAULTS = {
     "top_k": int,
     "min_p": float,
     "repetition_penalty": float,
-    "max_new_tokens": int,
 }
 
 
@@ -20,7 +19,7 @@ def load_generation_defaults(directory: Path) -> dict[str, float | int]:
     """Read the sampling defaults that the checkpoint recommends.
 
     Returns:
-        The subset of temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens that
+        The subset of temperature, top_p, top_k, min_p and repetition_penalty that
         generation_config.json sets; temperature 0 where it turns sampling off.
 
     Raises:

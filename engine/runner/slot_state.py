@@ -85,12 +85,6 @@ def init_slot_state(num_slots: int, vocab_size: int) -> SlotState:
     )
 
 
-def slot_state_bytes(num_slots: int, vocab_size: int) -> int:
-    """Bytes that `init_slot_state` takes."""
-    row = 4 + 2 * vocab_size + 8 * MAX_LOGIT_BIAS + 4 * MAX_END_TOKENS
-    return (num_slots + 1) * row
-
-
 def needs_admission(params: SlotParams) -> bool:
     """Whether a request uses anything that lies on the device by slot."""
     return params.has_penalties or len(params.logit_bias) > 0 or params.min_tokens > 0

@@ -65,7 +65,7 @@ def choose_bucket(
         num_chunks: Its chunks.
 
     Raises:
-        EngineError: None is large enough; `max_chunks` says beforehand how many chunks fit.
+        EngineError: None is large enough.
     """
     fitting = [
         bucket
@@ -80,11 +80,6 @@ def choose_bucket(
             f"in {num_chunks} chunks; the largest is {max(buckets, key=_cost)}"
         )
     return min(fitting, key=_cost)
-
-
-def max_chunks(buckets: Sequence[Bucket], num_decodes: int) -> int:
-    """Most chunks that a step with that many decodes can hold."""
-    return max((b.num_chunks for b in buckets if b.num_seqs >= num_decodes), default=0)
 
 
 def round_up_to_power_of_two(number: int) -> int:

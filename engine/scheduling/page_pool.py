@@ -71,10 +71,6 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def forget_cached(self) -> None:
-        """Free all idle pages, so that no prompt finds them."""
-        self._free.extend(self.prefix_cache.clear())
-
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless the users counted are exactly the lists given."""
         users = Counter(page for pages in held for page in pages)

@@ -75,10 +75,6 @@ class PrefixCache:
         del self._page_of_key[self._key_of_page.pop(page)]
         return page
 
-    def clear(self) -> list[int]:
-        """Forget all idle pages, and return them."""
-        return [self.evict() for _ in range(len(self._idle))]
-
     def check_integrity(self) -> None:
         """Raise AssertionError where the invariant does not hold."""
         assert len(self._page_of_key) == len(self._key_of_page)

@@ -259,7 +259,7 @@ def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_generation_defaults_are_the_sampling_fields_that_are_set(tmp_path: Path) -> None:
-    write(tmp_path, QWEN2, {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "pad_token_id": 1})
+    write(tmp_path, QWEN2, {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_new_tokens": 9})
     assert load_generation_defaults(tmp_path) == {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
     write(tmp_path, QWEN2, {"do_sample": False, "temperature": 0.7})
     assert load_generation_defaults(tmp_path) == {"temperature": 0.0}

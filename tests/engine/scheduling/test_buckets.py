@@ -2,7 +2,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from engine.scheduling.buckets import bucket_table, choose_bucket, max_chunks
+from engine.scheduling.buckets import bucket_table, choose_bucket
 from engine.step import Bucket
 
 
@@ -66,4 +66,3 @@ def test_more_tokens_never_allow_fewer_chunks():
     buckets = bucket_table(make_config(max_running_requests=64), context_length=4096)
     chunks = [bucket.num_chunks for bucket in buckets if bucket.num_chunk_tokens]
     assert chunks == sorted(chunks)
-    assert max_chunks(buckets, 64) == chunks[-1]

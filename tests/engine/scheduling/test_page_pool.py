@@ -60,11 +60,6 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, which: int) -> None:
         self.pool.release(self.held.pop(which % len(self.held)))
 
-    @rule()
-    def forget_cached(self) -> None:
-        self.pool.forget_cached()
-        assert self.pool.prefix_cache.num_idle == 0
-
     @invariant()
     def every_page_is_in_exactly_one_state(self) -> None:
         self.pool.check_integrity(self.held)
