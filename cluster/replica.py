@@ -54,6 +54,7 @@ class Engine:
         log_into_serve(self._config.log_level)
         context = serve.get_replica_context()
         self._status = StartStatus(context.app_name, context.replica_id.unique_id)
+        self._status.forget_the_dead()
         self._group = HostGroup(self._config)
         self._core: EngineCore | None = None
         self._core_ready = asyncio.Event()
@@ -61,6 +62,8 @@ class Engine:
         self._calls = CallTable(on_abort=self._abort, silence_timeout_s=self._config.host_timeout_s)
         self._tasks = WatchedTasks()
         self._limits: EngineLimits | None = None
+        self._has_served = False
+        self._context_length = 0
         try:
             await self._load_model_facts()
             await self._start_core()
@@ -80,7 +83,7 @@ class Engine:
             await asyncio.gather(self._run, return_exceptions=True)
         self._calls.disconnect()
         await self._group.stop()
-        if self._limits is not None:
+        if self._has_served:
             # Why a start failed stays to be read after this replica.
             self._status.clear()
 
@@ -103,7 +106,7 @@ class Engine:
         info = EngineInfo(
             is_ready=is_ready,
             status="ready" if is_ready else f"rebuilding its hosts, epoch {self._group.epoch}",
-            context_length=self._core.max_len if self._core else 0,
+            context_length=self._context_length,
             vocab_size=limits.vocab_size if limits else 0,
             eos_token_ids=self._model.eos_token_ids,
             generation_defaults=self._generation_defaults,
@@ -203,6 +206,8 @@ class Engine:
             await self._warm_up(core, self._run)
         self._core = core
         self._core_ready.set()
+        self._has_served = True
+        self._context_length = core.max_len
         self._status.ready()
         logger.info(
             "Epoch %d serves after %.1f s: %d hosts, %d KV pages of %d tokens, context %d.",

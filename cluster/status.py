@@ -2,14 +2,16 @@
 
 A replica's own methods answer only after its constructor is done, which is too late to tell what it
 waits for; so the replica writes here, and the quickstart and /health/ready read. Knows Ray's
-key-value store, and no more of Ray.
+key-value store and the names of its actors, and no more of Ray.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import ray
+import ray.util
 from ray.experimental.internal_kv import (
     _internal_kv_del,
     _internal_kv_get,
@@ -24,7 +26,7 @@ _WRITE_PERIOD_S = 0.2
 
 
 class StartStatus:
-    """One replica's status; written through, at most five times a second within a phase.
+    """One replica's status; written through, at most five times a second while no phase begins.
 
     Args:
         app: Name of the Serve application.
@@ -32,11 +34,14 @@ class StartStatus:
     """
 
     def __init__(self, app: str, replica: str) -> None:
+        self._app = app
         self._key = f"{app}/{replica}"
+        # None outside of actors, and in one without a name.
+        self._actor: str | None = ray.get_runtime_context().get_actor_name() or None
         self._whole = StartProgress(phase="placement")
         self._ranks: dict[int, StartProgress] = {}
         self._written_s = 0.0
-        self._written_phase = ""
+        self._phases: dict[int | None, str] = {}
 
     def update(self, progress: StartProgress) -> None:
         """Take in what a host or the gang reports; fit for a `ProgressCallback`."""
@@ -44,8 +49,10 @@ class StartStatus:
             self._ranks[progress.rank] = progress
         if progress.rank in (None, 0):
             self._whole = progress
-        is_new_phase = progress.phase != self._written_phase or progress.done == progress.total
-        if is_new_phase or time.monotonic() - self._written_s > _WRITE_PERIOD_S:
+        is_new_phase = progress.phase != self._phases.get(progress.rank)
+        self._phases[progress.rank] = progress.phase
+        is_told = is_new_phase or progress.done == progress.total
+        if is_told or time.monotonic() - self._written_s > _WRITE_PERIOD_S:
             self._write()
 
     def ready(self) -> None:
@@ -58,16 +65,27 @@ class StartStatus:
         self._whole = StartProgress(phase="failed", note=reason)
         self._write()
 
+    def forget_the_dead(self) -> None:
+        """Forget the application's replicas that died without a chance to `clear`.
+
+        What they wrote last, perhaps that they are ready, would be read as the state of things.
+        """
+        actors = cast("list[dict[str, str]]", ray.util.list_named_actors(all_namespaces=True))
+        living = {actor["name"] for actor in actors}
+        for replica, status in read_all(self._app).items():
+            if status["actor"] is not None and status["actor"] not in living:
+                _internal_kv_del(f"{self._app}/{replica}", namespace=_NAMESPACE)
+
     def clear(self) -> None:
         """Forget this replica."""
         _internal_kv_del(self._key, namespace=_NAMESPACE)
 
     def _write(self) -> None:
         self._written_s = time.monotonic()
-        self._written_phase = self._whole.phase
         status = {
             **_as_json(self._whole),
             "ranks": [_as_json(self._ranks[rank]) for rank in sorted(self._ranks)],
+            "actor": self._actor,
             "time": time.time(),
         }
         _internal_kv_put(self._key, json.dumps(status), overwrite=True, namespace=_NAMESPACE)
@@ -77,8 +95,8 @@ def read_all(app: str) -> dict[str, dict[str, Any]]:
     """Status of each replica of an application, by replica id.
 
     Returns:
-        Values {phase, done, total, note, ranks: [{rank, phase, done, total, note}], time}, where
-        phase is one of `StartProgress`'s, or ready, or failed.
+        Values {phase, done, total, note, ranks: [{rank, phase, done, total, note}], actor, time},
+        where phase is one of `StartProgress`'s, or ready, or failed; actor is the replica's name.
     """
     statuses = {}
     for key in _internal_kv_list(f"{app}/", namespace=_NAMESPACE):

@@ -1,5 +1,8 @@
 """A start's status, written by one process of a Ray and read by another."""
 
+import time
+from typing import Any
+
 import pytest
 import ray
 
@@ -36,6 +39,24 @@ def test_another_process_reads_how_far_each_rank_is() -> None:
     assert read_all("qwen") == {}
 
 
+def test_a_rank_that_is_behind_rank_0_does_not_write_at_each_of_its_steps(monkeypatch) -> None:
+    status = StartStatus("qwen", "replica-1")
+    monkeypatch.setattr("cluster.status._WRITE_PERIOD_S", 3600)
+    status.update(StartProgress(phase="weights", done=1, total=9, rank=0))
+    status.update(StartProgress(phase="weights", done=1, total=9, rank=1))
+    status.update(StartProgress(phase="compile", done=0, total=7, rank=0))
+    for done in range(2, 9):
+        status.update(StartProgress(phase="weights", done=done, total=9, rank=1))
+
+    def ranks() -> list[tuple[str, int]]:
+        return [(rank["phase"], rank["done"]) for rank in read_all("qwen")["replica-1"]["ranks"]]
+
+    assert ranks() == [("compile", 0), ("weights", 1)]
+    status.update(StartProgress(phase="weights", done=9, total=9, rank=1))
+    assert ranks() == [("compile", 0), ("weights", 9)]
+    status.clear()
+
+
 def test_apps_do_not_see_each_other_and_a_failure_says_why() -> None:
     first, second = StartStatus("one", "a"), StartStatus("other", "b")
     first.failed("Rank 1 has no weights.")
@@ -45,3 +66,29 @@ def test_apps_do_not_see_each_other_and_a_failure_says_why() -> None:
     assert list(read_all("other")) == ["b"]
     first.clear()
     second.clear()
+
+
+class Replica:
+    def say_ready(self, replica: str) -> None:
+        StartStatus("qwen", replica).ready()
+
+
+def test_a_new_replica_forgets_those_that_were_killed_and_no_others() -> None:
+    actors: Any = ray.remote(num_cpus=0.1)(Replica)
+    replicas = {name: actors.options(name=f"replica {name}").remote() for name in "ab"}
+    for name, replica in replicas.items():
+        ray.get(replica.say_ready.remote(name), timeout=60)
+    elsewhere = StartStatus("other", "c")
+    elsewhere.ready()
+    ray.kill(replicas["a"])
+
+    new = StartStatus("qwen", "new")
+    deadline_s = time.monotonic() + 60
+    while "a" in read_all("qwen"):
+        assert time.monotonic() < deadline_s
+        new.forget_the_dead()
+
+    assert list(read_all("qwen")) == ["b"]
+    assert list(read_all("other")) == ["c"]
+    ray.kill(replicas["b"])
+    elsewhere.clear()

@@ -1,0 +1,123 @@
+"""The leader over hosts that do as a test says: what it tells of itself and leaves behind."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import null_program
+import pytest
+from ray import serve
+
+from cluster import replica
+from cluster.gang import HostStatus
+from cluster.openai.engine_client import EngineInfo
+from cluster.replica import Engine
+from cluster.status import read_all
+from engine.errors import EngineDiedError, QwenOnRayError
+from engine.step import Bucket, EngineLimits, ProgressCallback, StepPlan, StepResult
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(180),
+    pytest.mark.usefixtures("local_ray"),
+]
+
+MODEL = Path(__file__).parents[1] / "data" / "tiny-qwen2"
+TIMEOUT_S = 60
+LIMITS = msgspec.structs.replace(
+    null_program.LIMITS, buckets=(Bucket(num_seqs=4, num_chunk_tokens=16, num_chunks=1),)
+)
+
+
+class Hosts:
+    """In the place of a `HostGroup`; every step fails.
+
+    Attributes:
+        may_start: Cleared, a start waits.
+        failure: Set, the epoch is over.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.hosts: tuple[HostStatus, ...] = ()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.is_starting = asyncio.Event()
+        self.failure: asyncio.Future[QwenOnRayError] = asyncio.get_running_loop().create_future()
+
+    async def start(self, on_progress: ProgressCallback) -> EngineLimits:
+        self.epoch += 1
+        self.is_starting.set()
+        await self.may_start.wait()
+        return LIMITS
+
+    def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        result.set_exception(EngineDiedError("the device caught fire"))
+        return result
+
+    async def failed(self) -> QwenOnRayError:
+        return await asyncio.shield(self.failure)
+
+    async def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+async def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
+    hosts = Hosts()
+    context = SimpleNamespace(app_name="app", replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(replica, "HostGroup", lambda config: hosts)
+    monkeypatch.setattr(replica, "log_into_serve", lambda level: None)
+    return hosts
+
+
+class Leader(Engine):
+    def __del__(self) -> None:  # type: ignore[override]
+        """Nothing: Python would call the coroutine function, and nobody would await it."""
+
+
+@asynccontextmanager
+async def leader(**fields: object) -> AsyncIterator[Engine]:
+    """What Serve does with a replica: it is made, and its end is told even if that failed."""
+    engine = Leader.__new__(Leader)
+    try:
+        await engine.__init__({"model_path": str(MODEL), **fields})
+        yield engine
+    finally:
+        await Engine.__del__(engine)
+
+
+async def describe(engine: Engine) -> EngineInfo:
+    return msgspec.msgpack.decode(await engine.describe(), type=EngineInfo)
+
+
+async def test_the_reason_of_a_warm_up_that_failed_stays_to_be_read(hosts: Hosts) -> None:
+    with pytest.raises(EngineDiedError, match="caught fire"):
+        async with leader():
+            pass
+    status = read_all("app")["one"]
+    assert status["phase"] == "failed"
+    assert "the device caught fire" in status["note"]
+
+
+async def test_a_replica_that_served_leaves_no_status(hosts: Hosts) -> None:
+    async with leader(skip_server_warmup=True):
+        assert read_all("app")["one"]["phase"] == "ready"
+    assert read_all("app") == {}
+
+
+async def test_the_context_is_known_while_the_hosts_are_rebuilt(hosts: Hosts) -> None:
+    async with leader(skip_server_warmup=True) as engine, asyncio.timeout(TIMEOUT_S):
+        assert (await describe(engine)).context_length == LIMITS.context_length
+        hosts.may_start.clear()
+        hosts.is_starting.clear()
+        hosts.failure.set_result(EngineDiedError("a host died"))
+        await hosts.is_starting.wait()
+        info = await describe(engine)
+        assert not info.is_ready
+        assert info.context_length == LIMITS.context_length
