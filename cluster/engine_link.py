@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
@@ -183,22 +184,27 @@ class EngineLink:
                 info = msgspec.msgpack.decode(payload, type=EngineInfo)
             except (TimeoutError, *_CALL_FAILURES) as error:
                 logger.debug("the engine did not describe itself: %r", error)
-                info = await self._starting_info()
+                status, ranks = await self._starting_state()
+                # What was known stays: counters that fell to 0 and came back would count twice.
+                info = replace(self._info, is_ready=False, status=status, ranks=ranks)
             self._info = info
             self._info_changed.set()
             await asyncio.sleep(INFO_PERIOD_S)
 
-    async def _starting_info(self) -> EngineInfo:
-        """What an engine whose constructor has not returned says of itself, by way of Ray's GCS."""
+    async def _starting_state(self) -> tuple[str, tuple[RankStatus, ...]]:
+        """Status and ranks of an engine whose constructor has not returned, by way of Ray's GCS."""
         replicas = await asyncio.to_thread(self._read_statuses)
         if not replicas:
-            return EngineInfo(is_ready=False, status="waiting for a place for the engine's leader")
+            return "waiting for a place for the engine's leader", ()
         latest = max(replicas.values(), key=lambda replica: replica["time"])
+        if latest["phase"] == "ready":
+            # It is about to be called for the first time, or does not answer, or has just died.
+            return "waiting for the engine's leader to answer", ()
         ranks = tuple(
             RankStatus(rank=rank["rank"], state=rank["phase"], note=describe_progress(rank))
             for rank in latest["ranks"]
         )
-        return EngineInfo(is_ready=False, status=describe_progress(latest), ranks=ranks)
+        return describe_progress(latest), ranks
 
 
 def _delta(tokens: ChoiceTokens) -> TokenDelta:

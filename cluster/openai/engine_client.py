@@ -68,7 +68,7 @@ class RankStatus:
 
     Attributes:
         rank: 0 to nnodes - 1.
-        state: A word: placing, joining, loading, compiling, warming, ready, dead.
+        state: A phase of its start (`StartProgress`), ready, or silent: it has not answered lately.
         note: What a person wants to know beside it ("weights 3.1 of 15.2 GB", a host, an error).
         seconds_since_answer: Age of its last sign of life, or None if it never gave one.
     """
@@ -93,7 +93,7 @@ class EngineInfo:
             where the client gives nothing.
         fingerprint: Reported as `system_fingerprint`.
         ranks: Of all engines, one after the other.
-        stats: The engine's counters, as of this answer.
+        stats: The engine's counters, as of its last answer.
     """
 
     is_ready: bool

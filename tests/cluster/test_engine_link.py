@@ -5,15 +5,17 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from typing import Any, cast
 
+import msgspec
 import pytest
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.engine_link import EngineLink
-from cluster.openai.engine_client import ChoiceRequest, GenerateRequest
+from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest
 from engine.errors import EngineNotReadyError
 from engine.request import SamplingParams
+from engine.stats import EngineStats
 
 TIMEOUT_S = 20
 
@@ -90,7 +92,8 @@ async def link(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 async def calls(engine: Engine, count: int) -> None:
-    """Wait until the engine was asked `count` times more."""
+    """Wait until the engine was asked `count` times from here on."""
+    engine.num_calls = asyncio.Semaphore(0)
     async with asyncio.timeout(TIMEOUT_S):
         for _ in range(count):
             await engine.num_calls.acquire()
@@ -117,3 +120,27 @@ async def test_a_request_to_an_unavailable_deployment_ends_in_an_error_of_ours(
     with pytest.raises(EngineNotReadyError, match=re.escape(failure.message)):
         async for _ in link.generate(GenerateRequest(request_id="r", choices=(choice,))):
             pass
+
+
+async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_for(
+    engine: Engine, link: EngineLink
+) -> None:
+    engine.statuses = {"gone": {"phase": "ready", "done": 0, "total": 0, "note": "", "time": 1.0}}
+    await calls(engine, 3)
+    with pytest.raises(EngineNotReadyError, match=r"leader to answer$"):
+        await link.wait_until_ready(0.0)
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), UNAVAILABLE])
+async def test_what_is_known_of_an_engine_outlives_a_call_that_fails(
+    failure: Exception, engine: Engine, link: EngineLink
+) -> None:
+    known = EngineInfo(is_ready=True, context_length=512, stats=EngineStats(steps_total=7))
+    engine.answer = msgspec.msgpack.encode(known)
+    assert (await link.wait_until_ready(TIMEOUT_S)).stats.steps_total == 7
+    engine.answer = failure
+    await calls(engine, 3)
+    info = await link.engine_info()
+    assert not info.is_ready
+    assert info.stats.steps_total == 7
+    assert info.context_length == 512
