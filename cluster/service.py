@@ -240,7 +240,11 @@ class OpenAIService:
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return Generation(
             self.engine,
-            GenerateRequest(request_id=request_id, choices=tuple(choices)),
+            GenerateRequest(
+                request_id=request_id,
+                choices=tuple(choices),
+                cache_salt=(body.cache_salt or "").encode(),
+            ),
             make_detokenizer=lambda: Detokenizer(
                 self._tokenizer,
                 stop=body.stop,

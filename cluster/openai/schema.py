@@ -172,6 +172,8 @@ class _GenerationBody(_Body):
     skip_special_tokens: StrictBool = True
     min_tokens: StrictInt = 0
     ignore_eos: StrictBool = False
+    cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
+    """Requests with different ones share no cached prefix, so that no timing tells of another's."""
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: StrictBool = False
     stream_options: StreamOptions | None = None

@@ -287,8 +287,10 @@ async def test_sampling_parameters_reach_the_engine(client: Client, engine: Fake
             "min_tokens": 3,
             "stop_token_ids": [9],
             "ignore_eos": True,
+            "cache_salt": "väl",
         },
     )
+    assert engine.requests[0].cache_salt == "väl".encode()
     sampling = engine.requests[0].choices[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 5)
     assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.1)

@@ -124,6 +124,8 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than max_tokens"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 129}, "n", "less than or equal to 128"),
+    ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+    ({"cache_salt": 7}, "cache_salt", "7"),
     ({"stop": 3}, "stop", "list"),
     ({"stop": [""]}, "stop[0]", "at least 1 character"),
     ({"stop": ["a"] * 17}, "stop", "at most 16"),
