@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from engine.text.tokenizer import QWEN_PATTERN
+
 QWEN3_0_6B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -42,10 +44,6 @@ QWEN3_0_6B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -113,7 +111,7 @@ def _make_tokenizer() -> Tokenizer:
     assert package.origin is not None, "dashscope is a package with files"
     vocabulary = Path(package.origin).parent / "resources" / "qwen.tiktoken"
     converter = TikTokenConverter(
-        vocab_file=str(vocabulary), pattern=PATTERN, extra_special_tokens=list(SPECIAL_TOKENS)
+        vocab_file=str(vocabulary), pattern=QWEN_PATTERN, extra_special_tokens=list(SPECIAL_TOKENS)
     )
     return converter.converted()
 
