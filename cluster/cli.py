@@ -106,7 +106,13 @@ def leave_no_key_in_the_process_list() -> None:
 
 
 def replace_api_keys(argv: Sequence[str]) -> list[str] | None:
-    """Put `--api-key-file` in the place of every `--api-key`; None if there is nothing to do."""
+    """Put `--api-key-file` in the place of every `--api-key`.
+
+    Returns:
+        None if there is nothing to do, or if both are there, which the parser refuses.
+    """
+    if any(word.partition("=")[0] == "--api-key-file" for word in argv):
+        return None
     words: list[str] = []
     keys: list[str] = []
     remaining = iter(argv)

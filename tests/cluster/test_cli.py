@@ -114,6 +114,19 @@ def test_api_key_leaves_the_arguments(flag, tmp_path, monkeypatch):
     assert cli.replace_api_keys(words) is None
 
 
+@pytest.mark.parametrize("own", [["--api-key-file", "mine"], ["--api-key-file=mine"]])
+def test_api_key_does_not_replace_a_key_file(own, tmp_path):
+    words = ["--model-path", "m", *own, "--api-key=secret"]
+    done = subprocess.run(
+        [sys.executable, "-m", "serve_app", *words],
+        capture_output=True,
+        text=True,
+        env={"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 2
+    assert "--api-key and --api-key-file exclude each other" in done.stderr
+
+
 def test_console_script_names_its_commands_and_the_nearest_one(capsys):
     assert cli.main(["--help"]) == 0
     assert "serve" in capsys.readouterr().out
