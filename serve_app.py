@@ -18,13 +18,13 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
-from cluster.placement import check_capacity, need_of, read_cluster, resolve_device
+from cluster.placement import Cluster, check_capacity, need_of, read_cluster, resolve_device
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
 from cluster.router import Router
 from cluster.status import describe_start
 from engine.config import EngineConfig, parse_config
-from engine.errors import ConfigError, EngineError, QwenOnRayError
+from engine.errors import CapacityError, ConfigError, EngineError, QwenOnRayError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ _ROUTER_ENVIRONMENT = MappingProxyType(
 # The command line's one HTTP address is rank 0's, and may be a loopback address, which HAProxy
 # could not reach on another host: routers bind what it names.
 _ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
+_LOGGING = LoggingConfig(enable_access_log=False)
 _POLL_S = 0.5
 _HTTP_FIELDS = ("host", "port", "http_host", "http_port")
 
@@ -75,9 +76,29 @@ def _build(config: EngineConfig, router_resources: Mapping[str, float]) -> serve
         # The leader asks again; said here, it is said once and before anything is downloaded.
         cluster = read_cluster()
         check_capacity(need_of(resolve_device(config, cluster)), cluster)
+        if router_resources:
+            check_room_for_routers(cluster, router_resources)
     fields = config.model_dump(exclude_unset=True)
     router = router_deployment(config, resources=router_resources)
     return router.bind(fields, engine_deployment(config, Engine).bind(fields))
+
+
+def check_room_for_routers(cluster: Cluster, resources: Mapping[str, float]) -> None:
+    """Check that a node with certain resources has CPUs, too; Serve would wait for one for ever.
+
+    Raises:
+        CapacityError: None has.
+    """
+    needed = {"CPU": _ROUTER_CPUS, **resources}
+    if not any(
+        all(node.resources.get(name, 0) >= amount for name, amount in needed.items())
+        for node in cluster.nodes
+    ):
+        raise CapacityError(
+            f"The cluster's head has fewer than the {_ROUTER_CPUS:g} CPUs that a router needs "
+            "there. Start the head with --num-cpus=1 or more, or serve a YAML file with `serve "
+            "run`, which puts routers on any node."
+        )
 
 
 def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
@@ -88,7 +109,7 @@ def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
         max_ongoing_requests=_max_calls(config),
         ray_actor_options={"num_cpus": _LEADER_CPUS},
         # Routers ask it how it is each second; a line for each would bury what matters.
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=_LOGGING,
         graceful_shutdown_timeout_s=30,
     )(leader)
 
@@ -150,17 +171,24 @@ def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: i
         EngineError: The application could not be deployed; carries its own reason.
     """
     serve.start(
+        # These are the controller's and the proxies'; the application's own are told below.
         http_options=HTTPOptions(host=host, port=port),
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=_LOGGING,
     )
     try:
         application = _build(config, router_resources=_ON_THE_HEAD)
-        target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
+        target = serve.RunTarget(
+            target=application, name=APP_NAME, route_prefix="/", logging_config=_LOGGING
+        )
         serve.run_many([target], wait_for_applications_running=False)
         is_said = False
         line = ""
         while not stop.wait(_POLL_S):
-            status = serve.status().applications[APP_NAME].status
+            application_status = serve.status().applications.get(APP_NAME)
+            if application_status is None:
+                logger.info("The application is gone: it was shut down elsewhere.")
+                return
+            status = application_status.status
             if status == ApplicationStatus.DEPLOY_FAILED:
                 raise EngineError(
                     f"{config.model_path} cannot be served. {describe_start(APP_NAME)}"

@@ -1,12 +1,17 @@
 """Applications built for a cluster that there is."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray import serve
+from ray.serve.schema import LoggingConfig, ServeStatus
 
 import serve_app
+from cluster.placement import Cluster, Node
+from engine.config import parse_config
 from engine.errors import CapacityError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -34,6 +39,46 @@ def test_a_config_for_chips_that_the_cluster_lacks_says_so_before_anything_is_de
     assert "this cluster has 0 TPU chips on 1 node" in message
     assert "`ray up`" in message
     assert "--device=cpu" in message
+
+
+HEAD = {"node:__internal_head__": 1.0}
+
+
+def cluster_of(*resources: dict[str, float]) -> Cluster:
+    nodes = tuple(
+        Node(node_id=str(number), address="10.0.0.1", resources=each, labels={})
+        for number, each in enumerate(resources)
+    )
+    return Cluster(nodes=nodes, maxima={})
+
+
+def test_a_head_without_cpus_is_told_before_a_router_waits_for_it() -> None:
+    need = {"node:__internal_head__": 0.001}
+    serve_app.check_room_for_routers(cluster_of({**HEAD, "CPU": 1.0}, {"CPU": 8.0}), need)
+    with pytest.raises(CapacityError, match=r"The cluster's head.*--num-cpus=1"):
+        serve_app.check_room_for_routers(cluster_of(HEAD, {"CPU": 8.0}), need)
+
+
+def test_an_application_that_is_shut_down_elsewhere_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployed: list[serve.RunTarget] = []
+    ends: list[str] = []
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run_many", lambda targets, **_: deployed.extend(targets))
+    monkeypatch.setattr(serve, "status", ServeStatus)
+    monkeypatch.setattr(serve, "shutdown", lambda: ends.append("shutdown"))
+    caplog.set_level("INFO")
+    config = parse_config({"model_path": "m", "device": "cpu"})
+
+    serve_app._serve_until(threading.Event(), config, "127.0.0.1", 8000)
+
+    assert "The application is gone" in caplog.text
+    assert ends == ["shutdown"]
+    # Serve's own options do not reach the routers, whose access log would have a line per request.
+    (target,) = deployed
+    assert isinstance(target.logging_config, LoggingConfig)
+    assert not target.logging_config.enable_access_log
 
 
 def test_an_http_address_among_the_args_is_refused_with_its_place() -> None:
