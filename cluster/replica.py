@@ -116,11 +116,6 @@ class Engine:
         )
         return msgspec.msgpack.encode(info)
 
-    async def stats(self) -> bytes:
-        """What this epoch has done and is doing, as an encoded `EngineStats`."""
-        stats = self._core.stats if self._core else EngineStats()
-        return msgspec.msgpack.encode(stats)
-
     async def generate(self, payload: bytes) -> bytes:
         """Run a `GenerateCall` to its end; the tokens go to the router's socket meanwhile.
 

@@ -24,6 +24,7 @@ from ray.serve.config import HTTPOptions
 from tiny_tokenizer import write_tiny_tokenizer
 
 import serve_app
+from cluster.openai.engine_client import EngineInfo
 from cluster.ray_node import has_haproxy
 from engine.config import EngineConfig
 from engine.llm import LLM
@@ -92,7 +93,7 @@ async def client(base_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 
 async def engine_stats() -> EngineStats:
     handle = serve.get_deployment_handle("Engine", app_name="tiny")
-    return msgspec.msgpack.decode(await handle.stats.remote(), type=EngineStats)
+    return msgspec.msgpack.decode(await handle.describe.remote(), type=EngineInfo).stats
 
 
 async def stream_text(client: openai.AsyncOpenAI, max_tokens: int = 40) -> str:
