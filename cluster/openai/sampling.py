@@ -4,7 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from cluster.openai.engine_client import EngineInfo
-from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
+from cluster.openai.schema import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+)
 from engine.errors import ContextLengthError, RequestError
 from engine.request import SamplingParams
 
@@ -89,7 +93,10 @@ def _max_tokens(
             f"Lower {name} to {room}, or shorten the prompt.",
             param=name,
         )
-    return room if max_tokens is None else max_tokens
+    if max_tokens is None:
+        is_chat = isinstance(request, ChatCompletionRequest)
+        return room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS)
+    return max_tokens
 
 
 def _num_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:

@@ -25,6 +25,8 @@ from pydantic import (
 
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
+# OpenAI's, where a completion names no max_tokens; a chat may fill the context.
+DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
 MAX_MESSAGES = 8192
 MAX_PROMPTS = 16384
@@ -155,6 +157,7 @@ class _GenerationBody(_Body):
 
     model: StrictStr
     max_tokens: StrictInt | None = None
+    """By default 16 for a completion, and for a chat all that the context has room for."""
     temperature: StrictFloat | None = None
     top_p: StrictFloat | None = None
     top_k: StrictInt | None = None

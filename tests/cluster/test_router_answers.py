@@ -354,3 +354,19 @@ async def test_an_engine_that_dies_before_the_first_token_gives_503(
         await client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
     assert raised.value.status_code == 503
     assert int(raised.value.response.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(("prompt_len", "max_tokens"), [(1, 16), (CONTEXT_LENGTH - 3, 3)])
+async def test_a_completion_without_max_tokens_has_16_or_what_the_context_has_room_for(
+    prompt_len: int, max_tokens: int, client: Client, engine: FakeEngine
+) -> None:
+    await client.completions.create(model=MODEL, prompt=[1] * prompt_len)
+    assert engine.requests[0].choices[0].sampling.max_tokens == max_tokens
+
+
+async def test_a_chat_without_max_tokens_may_fill_the_context(
+    client: Client, engine: FakeEngine
+) -> None:
+    await client.chat.completions.create(model=MODEL, messages=HELLO)
+    (choice,) = engine.requests[0].choices
+    assert choice.sampling.max_tokens == CONTEXT_LENGTH - len(choice.prompt_token_ids)
