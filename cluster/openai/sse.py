@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 
+_REQUEST_ID = b"x-request-id"
+
 _encode_text = msgspec.json.Encoder().encode
 
 
@@ -58,7 +60,8 @@ class AnswerResponse(Response):
 
     Args:
         parts: Events of a stream, or a single part with the whole JSON object.
-        request_id: Goes into the header `x-request-id`.
+        request_id: Goes into the header `x-request-id`, unless whoever is in front has named the
+            request: Serve does, and puts its name into the answer by itself, beside any of ours.
     """
 
     def __init__(
@@ -67,9 +70,11 @@ class AnswerResponse(Response):
         self._parts = parts
         self._is_stream = is_stream
         self._request_id = request_id
+        self._is_named = False
         super().__init__()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._is_named = any(name == _REQUEST_ID for name, _ in scope["headers"])
         sending = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(_wait_for_disconnect(receive))
         try:
@@ -96,7 +101,7 @@ class AnswerResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _headers(self, part: bytes) -> list[tuple[bytes, bytes]]:
-        headers = [(b"x-request-id", self._request_id.encode())]
+        headers = [] if self._is_named else [(_REQUEST_ID, self._request_id.encode())]
         if self._is_stream:
             # Proxies such as nginx would otherwise collect events before they pass them on.
             return [

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import FakeEngine, make_service, serve_on_loopback
+from ray.serve._private.http_util import RequestIdMiddleware
 
 from cluster.admission import Admission, ApiKeys
 from cluster.router import create_app
@@ -276,6 +277,17 @@ async def test_answers_carry_their_id_in_a_header(client: httpx.AsyncClient) -> 
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["x-request-id"] in response.text
     assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_request_that_serve_has_named_gets_no_second_id(service: OpenAIService) -> None:
+    app = RequestIdMiddleware(create_app(service))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        for headers in ({}, {"x-request-id": "mine"}):
+            response = await client.post(CHAT, json=chat_body(), headers=headers)
+            (request_id,) = response.headers.get_list("x-request-id")
+            assert request_id == headers.get("x-request-id", request_id)
+            assert response.status_code == 200
 
 
 def test_the_router_imports_neither_jax_nor_transformers() -> None:

@@ -130,6 +130,13 @@ async def test_readiness_names_every_rank(base_url):
     assert [rank["state"] for rank in state["ranks"]] == ["ready", "ready"]
 
 
+def test_an_answer_has_one_request_id(base_url):
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    response = httpx.post(f"{base_url}/v1/chat/completions", json=body, timeout=TIMEOUT_S)
+    assert response.status_code == 200
+    assert len(response.headers.get_list("x-request-id")) == 1
+
+
 @pytest.mark.parametrize(
     ("files", "line"),
     [
