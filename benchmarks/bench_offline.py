@@ -25,7 +25,13 @@ from tqdm import tqdm
 from benchmarks.serving import plot, report
 from benchmarks.serving.datasets import make_requests
 from benchmarks.serving.errors import BenchmarkError
-from benchmarks.serving.flags import add_dataset_flags, add_load_flags, read_dataset_options
+from benchmarks.serving.flags import (
+    add_dataset_flags,
+    add_load_flags,
+    add_sampling_flags,
+    check_result_flags,
+    read_dataset_options,
+)
 from benchmarks.serving.load import arrival_times, run_load
 from benchmarks.serving.prompts import PromptMaker, find_tokenizer, find_vocab_size
 from benchmarks.serving.results import BenchRequest, RequestResult
@@ -83,16 +89,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Eng
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0")
-    parser.add_argument("--disable-ignore-eos", action="store_true", help="let end tokens end")
+    add_sampling_flags(parser)
     add_dataset_flags(parser)
     add_load_flags(parser)
     arguments, others = parser.parse_known_args(argv)
     for word in others:
         if word.partition("=")[0] in HTTP_FLAGS:
             parser.error(f"{word.partition('=')[0]}: there is no HTTP here.")
-    if arguments.output_details and not arguments.output_file:
-        parser.error("--output-details needs --output-file, where the details go.")
+    check_result_flags(parser, arguments)
     return arguments, parse_command_line(others, prog=parser.prog).config
 
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.serving.client import BACKENDS
-from benchmarks.serving.flags import add_dataset_flags, add_load_flags, positive_float
+from benchmarks.serving.flags import (
+    add_dataset_flags,
+    add_load_flags,
+    add_sampling_flags,
+    check_result_flags,
+    positive_float,
+)
 
 # Flags of the benchmarks that this one follows, and why they are not here.
 REFUSED = {
@@ -39,8 +45,7 @@ def parse_arguments(
         parser.error("--burstiness needs --request-rate: without it all requests start at once.")
     if arguments.tokenize_prompt and arguments.backend.endswith("-chat"):
         parser.error("--tokenize-prompt: a chat takes text; use a backend without -chat.")
-    if arguments.output_details and not arguments.output_file:
-        parser.error("--output-details needs --output-file, where the details go.")
+    check_result_flags(parser, arguments)
     return arguments
 
 
@@ -84,8 +89,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help="a request that takes longer has failed; default: 21600",
     )
     group = parser.add_argument_group("requests")
-    group.add_argument("--temperature", type=float, default=0.0, help="default: 0")
-    group.add_argument("--disable-ignore-eos", action="store_true", help="let end tokens end")
     group.add_argument(
         "--disable-stream", action="store_true", help="whole answers: no TTFT, TPOT and ITL"
     )
@@ -108,6 +111,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     for flag in REFUSED:
         parser.add_argument(flag, nargs="*", help=argparse.SUPPRESS)
+    add_sampling_flags(parser)
     add_dataset_flags(parser)
     add_load_flags(parser)
     return parser

@@ -100,6 +100,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how answers are sampled, and when they end."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, help="default: 0")
+    group.add_argument("--disable-ignore-eos", action="store_true", help="let end tokens end")
+
+
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say when requests are sent and where the figures go."""
     group = parser.add_argument_group("load")
@@ -132,3 +139,9 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE.png", help="draw latencies and throughput; needs matplotlib"
     )
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
+
+
+def check_result_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with a message for flags of `add_load_flags` that do nothing without another."""
+    if arguments.output_details and not arguments.output_file:
+        parser.error("--output-details needs --output-file, where the details go.")
