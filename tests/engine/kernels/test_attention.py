@@ -198,7 +198,7 @@ def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
 def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
     rng = np.random.default_rng(1)
-    length = 4 * attention_xla.CPU_BLOCKS.num_keys + 60
+    length = 2 * attention_xla.CPU_BLOCKS.num_keys + 60
     sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
     whole = Harness(sequences, dtype=dtype, page_size=16).prefill(0, 0, length)
     harness = Harness(sequences, dtype=dtype, page_size=16, seed=9)
