@@ -68,9 +68,10 @@ WORKLOADS = (
 class Server:
     """A running server and all processes that it has started."""
 
-    def __init__(self, name: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.name = name
+    def __init__(self, peer: Peer, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name = peer.name
         self.url = f"http://127.0.0.1:{port}"
+        self._ready_path = peer.ready_path
         self._process = process
         self._log = log
 
@@ -85,7 +86,7 @@ class Server:
             while time.monotonic() - started_s < timeout_s:
                 if self._process.poll() is not None:
                     raise RuntimeError(f"{self.name} ended; its output is in {self._log}")
-                if _answers(f"{self.url}/health") and _answers(f"{self.url}/v1/models"):
+                if _answers(self.url + self._ready_path) and _answers(f"{self.url}/v1/models"):
                     return time.monotonic() - started_s
                 time.sleep(POLL_S)
                 bar.update(POLL_S)
@@ -185,7 +186,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def running(peer: Peer, launch: Launch, log: Path) -> Iterator[Server]:
     process = start(peer, launch, log)
-    server = Server(peer.name, launch.port, process, log)
+    server = Server(peer, launch.port, process, log)
     try:
         yield server
     finally:

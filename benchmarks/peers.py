@@ -46,6 +46,7 @@ class Peer:
         command: What starts it.
         variables: Of its process environment.
         prepare: Run in the new environment's site-packages.
+        ready_path: Answers with status 200 as soon as the server computes.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Peer:
     removed: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[Path], None] = lambda site_packages: None
+    ready_path: str = "/health"
 
 
 def install(peer: Peer, folder: Path) -> Path:
@@ -158,11 +160,17 @@ OURS = "qwen-on-ray"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(name=OURS, command=_ours, variables={"RAY_AUTH_MODE": "disabled"}),
+        Peer(
+            name=OURS,
+            command=_ours,
+            variables={"RAY_AUTH_MODE": "disabled"},
+            ready_path="/health/ready",
+        ),
         Peer(
             name="qwen-on-ray-int8",
             command=lambda launch: _ours(launch, "--quantization", "int8"),
             variables={"RAY_AUTH_MODE": "disabled"},
+            ready_path="/health/ready",
         ),
         Peer(
             name="vllm",

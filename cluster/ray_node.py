@@ -121,7 +121,9 @@ class RayNode:
         # while HAProxy, in a group that Ray made, outlives all.
         insist = (
             f"while kill -0 {os.getpid()}; do sleep 1; done; kill -s TERM {self._process.pid}; "
-            f"sleep {_STOP_TIMEOUT_S}; kill -s KILL -- -{self._process.pid}; "
+            f"for _ in $(seq {_STOP_TIMEOUT_S}); do "
+            f"kill -s 0 -- -{self._process.pid} || break; sleep 1; done; "
+            f"kill -s KILL -- -{self._process.pid}; "
             f"for pid in $(grep -slF {self._proxy_folder}/ /proc/[0-9]*/cmdline | cut -d/ -f3); "
             "do [ $pid = $$ ] || kill -s KILL $pid; done; "
             f"rm -rf {self._folder}"

@@ -111,4 +111,4 @@ def test_node_ends_with_an_owner_that_is_killed() -> None:
             assert any("raylet" in process.name() for process in family)
         finally:
             owner.kill()
-    assert not psutil.wait_procs(family, timeout=60)[1]
+    assert not psutil.wait_procs(family, timeout=120)[1]
