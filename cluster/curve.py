@@ -107,7 +107,7 @@ def send_at_once(connection: zmq.asyncio.Socket, frames: Sequence[bytes]) -> str
     """Queue a message without waiting.
 
     Returns:
-        Why it could not be queued, as in "rank 1: ..."; None if it was.
+        Why it could not be queued, as what follows the other side's name; None if it was.
     """
     sent = cast("asyncio.Future[None]", connection.send_multipart(frames, zmq.DONTWAIT))
     # Done on return: a send that may not wait has succeeded or failed by then.

@@ -42,28 +42,27 @@ class ClusterMembership:
     """
 
     def __init__(
-        self, rank: int, address: str, node: RayNode | None = None, head: HeadWatch | None = None
+        self, rank: int, address: str, joined: tuple[RayNode, HeadWatch] | None = None
     ) -> None:
         self.rank = rank
         self.address = address
-        self._node = node
-        self._head = head
+        self._joined = joined
 
     def wait(self, stop: threading.Event) -> None:
-        """Lend this host to the cluster until rank 0 ends or `stop` is set.
+        """Lend this host, which is not rank 0, until rank 0 ends or `stop` is set.
 
         Raises:
             EngineError: This host's own Ray node ended first.
         """
-        assert self._node is not None, "only a host that has joined waits"
-        assert self._head is not None
+        assert self._joined is not None, "rank 0 serves"
+        node, head = self._joined
         while not stop.wait(_POLL_S):
-            if not self._head.is_there(_HEAD_PATIENCE_S):
+            if not head.is_there(_HEAD_PATIENCE_S):
                 logger.info("Rank 0 at %s has ended; so does rank %d.", self.address, self.rank)
                 return
             # A node ends by itself, too, when its head is gone.
-            if not self._node.is_alive() and self._head.is_there(0):
-                self._node.check(f"Rank {self.rank} left the cluster at {self.address}")
+            if not node.is_alive() and head.is_there(0):
+                node.check(f"Rank {self.rank} left the cluster at {self.address}")
 
 
 @contextlib.contextmanager
@@ -180,7 +179,7 @@ def _join(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
         arguments = ["--address", config.dist_init_addr, "--node-ip-address", own_address]
         node = _start_node(arguments, config, deadline_s, stop, head)
         try:
-            yield ClusterMembership(config.node_rank, config.dist_init_addr, node, head)
+            yield ClusterMembership(config.node_rank, config.dist_init_addr, (node, head))
         finally:
             node.stop()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from processes import descendants
 
 from cluster import ray_node
 from cluster.addresses import free_port
@@ -107,8 +108,8 @@ def test_node_ends_with_an_owner_that_is_killed() -> None:
         try:
             assert owner.stdout is not None
             assert owner.stdout.readline() == "started\n"
-            family = psutil.Process(owner.pid).children(recursive=True)
-            assert any("raylet" in process.name() for process in family)
+            family = descendants(owner.pid)
+            assert any("raylet" in name for name in family.values())
         finally:
             owner.kill()
     assert not psutil.wait_procs(family, timeout=120)[1]

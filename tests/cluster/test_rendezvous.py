@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from processes import descendants
 
 from cluster.addresses import free_port
 from cluster.jax_rendezvous import check_own_hostname
@@ -157,10 +158,10 @@ def test_same_command_on_two_hosts_forms_a_cluster_that_ends_with_rank_0(
     # Ray prints there, too, on a machine that is slow.
     assert "0 sees 0 1\n" in iter(rank_0.stdout.readline, "")
     assert "1 has joined\n" in iter(rank_1.stdout.readline, "")
-    ray_processes = [
-        child for member in members for child in psutil.Process(member.pid).children(recursive=True)
-    ]
-    assert any("raylet" in process.name() for process in ray_processes)
+    ray_processes = {
+        child: name for member in members for child, name in descendants(member.pid).items()
+    }
+    assert any("raylet" in name for name in ray_processes.values())
     ended_s = time.monotonic()
     rank_0.send_signal(signal.SIGTERM)
     assert rank_0.wait(60) == 0

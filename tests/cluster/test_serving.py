@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 import ray._private.worker
+from processes import descendants, listens
 from ray import serve
 from ray.serve.config import HTTPOptions
 from tiny_tokenizer import write_tiny_tokenizer
@@ -197,21 +198,15 @@ async def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(client):
 
 def test_haproxy_stands_in_front_where_ray_has_it(base_url):
     port = httpx.URL(base_url).port
-    listening = {
-        process.name()
-        for process in psutil.Process().children(recursive=True)
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-    }
+    assert port is not None
+    listening = {name for process, name in descendants().items() if listens(process, port)}
     assert listening == ({"haproxy"} if has_haproxy() else {"ray::ProxyActor"})
 
 
 def rank_processes() -> list[psutil.Process]:
     """The gang's processes under this test's own Ray."""
     return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.name().startswith("ray::HostWorker")
+        process for process, name in descendants().items() if name.startswith("ray::HostWorker")
     ]
 
 
@@ -240,8 +235,8 @@ async def test_a_killed_rank_fails_its_streams_and_the_engine_comes_back(client,
 
 
 def test_the_leader_and_the_routers_hold_no_jax(base_url):
-    for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("ray::ServeReplica"):
+    for process, name in descendants().items():
+        if name.startswith("ray::ServeReplica"):
             assert "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text()
 
 

@@ -46,11 +46,11 @@ def processes_of(folder: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            words = [*process.cmdline(), *process.environ().values()]
+            command, environment = process.cmdline(), process.environ()
         except psutil.Error:
             continue
-        if any(str(folder) in word for word in words):
-            found.append(" ".join(process.cmdline())[:200])
+        if any(str(folder) in word for word in [*command, *environment.values()]):
+            found.append(" ".join(command)[:200])
     return found
 
 
