@@ -230,6 +230,7 @@ def start_node(
             last_line = node.output_tail().rpartition("\n")[2]
             logger.warning("`ray start` failed and is tried again: %s", last_line)
         except BaseException:
+            logger.warning("`ray start` is given up. It had printed:\n%s", node.output_tail())
             node.stop()
             raise
         node.stop()

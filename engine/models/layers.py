@@ -2,7 +2,8 @@
 
 Modules hold shapes while a model is put together, and arrays only inside a traced step, where
 `Model` merges them with the step's parameters. Weights lie as in the checkpoint, [out, in]: XLA's
-fast bfloat16 matmul on the CPU wants that order, the TPU takes either.
+fast bfloat16 matmul on the CPU wants that order, the TPU takes either; or packed, where
+`layer_stack` found a kernel of our own for this machine's processor.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
+from engine.kernels.packed_weight import PackedWeight
 from engine.models.config import ModelConfig
 from engine.models.quantization import Quantization, dequantize, quantized_product
 from engine.models.rope import rotate
@@ -79,17 +81,21 @@ class Linear(nnx.Module):
         self.weight = parameter(build, out_axis, in_axis)
         self.scale = weight_scale(build, out_axis)
         self.bias = parameter(build, out_axis) if has_bias else None
+        self._mesh = build.mesh
         self._sharding = named_sharding(build.mesh, (None, out_axis))
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """Map [T, in] to [T, out], sharded as `out_axis` is."""
         # The constraint stands before scales and bias: with `in_axis` sharded it is where partial
         # sums of the devices are added up.
-        if self.scale is None:
-            out = jnp.einsum("TD,FD->TF", x_TD, self.weight[...])
+        weight = self.weight.get_value()
+        if isinstance(weight, PackedWeight):
+            out = weight.product(x_TD, x_TD.dtype, self._mesh)
+        elif self.scale is None:
+            out = jnp.einsum("TD,FD->TF", x_TD, weight)
             out = jax.lax.with_sharding_constraint(out, self._sharding)
         else:
-            product, scale_T1 = quantized_product(x_TD, self.weight[...])
+            product, scale_T1 = quantized_product(x_TD, weight)
             product = jax.lax.with_sharding_constraint(product, self._sharding)
             out = dequantize(product, scale_T1, self.scale[...], x_TD.dtype)
         return out if self.bias is None else out + self.bias[...][None, :]
@@ -102,10 +108,13 @@ class Embedding(nnx.Module):
         self.weight = parameter(build, "vocab", "embed")
         self.scale = weight_scale(build, "vocab")
         self._dtype = build.dtype
+        self._mesh = build.mesh
         self._sharding = named_sharding(build.mesh, (None, "embed"))
 
     def __call__(self, token_ids_T: jax.Array) -> jax.Array:
-        x_TD = self.weight[...][token_ids_T]
+        weight = self.weight.get_value()
+        is_packed = isinstance(weight, PackedWeight)
+        x_TD = weight.rows(token_ids_T, self._mesh) if is_packed else weight[token_ids_T]
         if self.scale is not None:
             x_TD = (x_TD * self.scale[...][token_ids_T][:, None]).astype(self._dtype)
         return jax.lax.with_sharding_constraint(x_TD, self._sharding)

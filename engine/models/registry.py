@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
+from engine.kernels.packed_weight import PackedWeight
 from engine.models import qwen, qwen2, qwen3
 from engine.models.config import Architecture, ModelConfig
+from engine.models.layer_stack import layer_of_stack, scanned_part
 from engine.models.layers import (
     Build,
     DecoderLayer,
@@ -33,16 +35,8 @@ from engine.sharding import ShardLayout, make_layout, named_sharding
 Params = dict[str, Any]
 """embed_tokens, layers, norm and, unless tied, lm_head.
 
-layers is a list with one dict per layer, which are unrolled; or, as `stack_layers` makes it, one
-dict whose arrays have all layers along their first axis, bfloat16 as bits, which are scanned.
-"""
-
-
-MAX_SCANNED_LAYER_BYTES = 16 * 2**20
-"""Between a layer that a CPU's cache holds and one that it does not.
-
-Milliseconds of a step of 2 rows in bfloat16, unrolled and scanned: 23 and 22 at 7 MB a layer,
-54 and 90 at 30 MB, 126 and 246 at 94 MB.
+layers is a list with one dict per layer, which are unrolled; or, as `lay_out_for_cpu` makes it,
+one dict whose arrays have all layers along their first axis, bfloat16 as bits, which are scanned.
 """
 
 
@@ -84,6 +78,7 @@ class Model:
         parts, layer = _make_modules(build)
         self._parts = {name: nnx.graphdef(module) for name, module in parts.items()}
         self._layer = nnx.graphdef(layer)
+        self._mesh = build.mesh
         self._logits_sharding = named_sharding(build.mesh, (None, "vocab"))
 
     def forward(
@@ -137,7 +132,9 @@ class Model:
             # Sums are accumulated in float32 anyway; rounding them to bfloat16 would tie tokens
             # whose logits differ by less than 1 in 256.
             weight_VD = params[head]["weight"]
-            if weight_VD.dtype == jnp.int8:
+            if isinstance(weight_VD, PackedWeight):
+                logits_RV = weight_VD.product(hidden_RD, jnp.float32, self._mesh)
+            elif weight_VD.dtype == jnp.int8:
                 product_RV, scale_R1 = quantized_product(hidden_RD, weight_VD)
                 logits_RV = dequantize(product_RV, scale_R1, params[head]["scale"], jnp.float32)
             else:
@@ -164,15 +161,14 @@ class Model:
         def run_layer(
             carry: tuple[jax.Array, Cache], xs: tuple[Params, jax.Array]
         ) -> tuple[tuple[jax.Array, Cache], None]:
-            layer_bits, layer = xs
-            layer_params = jax.tree.map(_from_bits, layer_bits)
-            module = nnx.merge(self._layer, layer_params)
+            slices, layer = xs
+            module = nnx.merge(self._layer, layer_of_stack(stacked, slices, layer))
             return module(*carry, layer, step, self.config.sliding_windows[0]), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         with jax.named_scope("layers"):
             # The cache must be carried: passed as xs and ys it would be copied.
-            carry, _ = jax.lax.scan(run_layer, (x_TD, cache), (stacked, layers))
+            carry, _ = jax.lax.scan(run_layer, (x_TD, cache), (scanned_part(stacked), layers))
         return carry
 
     def _part(self, name: str, params: Params) -> Any:
@@ -207,71 +203,6 @@ def parameter_specs(
     specs: Params = {name: _specs(module) for name, module in parts.items()}
     specs["layers"] = [_specs(layer)] * model_config.num_layers
     return specs
-
-
-def stack_layers(model_config: ModelConfig, params: Params) -> Params:
-    """Stack the layers' parameters, so that a step scans them, where that pays.
-
-    A scanned program compiles three to five times faster. But a scan copies each layer out of the
-    stack before it multiplies: free on CPUs while a layer stays in their cache, else up to twice
-    the time of a step. On TPUs the compiler prefetches weights across layers only where they are
-    unrolled.
-
-    Args:
-        model_config: Layers that differ in their sliding windows cannot be scanned.
-        params: Of `load_weights`. If they are stacked, its list of layers is emptied, so that
-            memory holds each parameter once, but for the one that is being stacked.
-
-    Returns:
-        The parameters stacked, or as they were if layers differ or are larger than
-        `MAX_SCANNED_LAYER_BYTES`.
-    """
-    layers = params["layers"]
-    layer_bytes = sum(array.nbytes for _, array in _flatten_arrays(layers[0]))
-    if len(set(model_config.sliding_windows)) > 1 or layer_bytes > MAX_SCANNED_LAYER_BYTES:
-        return params
-    stacked: Params = {}
-    for path, array in _flatten_arrays(layers[0]):
-        sharding = array.sharding
-        assert isinstance(sharding, NamedSharding)
-        stack = jax.jit(
-            lambda *arrays: jnp.stack([_as_bits(array) for array in arrays]),
-            out_shardings=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)),
-        )
-        _insert(stacked, path, stack(*[_remove(layer, path) for layer in layers]))
-    return params | {"layers": stacked}
-
-
-def _as_bits(array: jax.Array) -> jax.Array:
-    # A slice of stacked bfloat16 makes XLA CPU (of jax 0.10) convert the whole stack to float32 in
-    # every step, 836 ms for SmolLM2's shape in place of 40; of integers it is a plain copy.
-    if array.dtype == jnp.bfloat16:
-        return jax.lax.bitcast_convert_type(array, jnp.uint16)
-    return array
-
-
-def _from_bits(array: jax.Array) -> jax.Array:
-    if array.dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(array, jnp.bfloat16)
-    return array
-
-
-def _flatten_arrays(tree: Params, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    if not isinstance(tree, dict):
-        return [(path, tree)]
-    return [leaf for key, value in tree.items() for leaf in _flatten_arrays(value, (*path, key))]
-
-
-def _insert(tree: Params, path: tuple[str, ...], array: jax.Array) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = array
-
-
-def _remove(tree: Params, path: tuple[str, ...]) -> jax.Array:
-    for key in path[:-1]:
-        tree = tree[key]
-    return tree.pop(path[-1])
 
 
 def _make_build(

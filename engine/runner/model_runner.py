@@ -19,7 +19,8 @@ from engine.hub import resolve_checkpoint
 from engine.kernels.attention import Cache, make_attention
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
-from engine.models.registry import make_model, stack_layers
+from engine.models.layer_stack import lay_out_for_cpu
+from engine.models.registry import make_model
 from engine.runner.batch import BatchBuilder, padding_inputs
 from engine.runner.compilation import CompileCounter, Program, compile_all
 from engine.runner.fingerprint import model_fingerprint
@@ -153,7 +154,7 @@ class ModelRunner:
         self._pages_per_seq = -(-context_length // config.page_size)
         self._params = self._load_weights(directory, model_config, mesh, dtype, on_progress)
         if platform == "cpu":
-            self._params = stack_layers(model_config, self._params)
+            self._params = lay_out_for_cpu(model_config, self._params)
 
         buckets = bucket_table(config, context_length=context_length)
         self._store = ProgramStore(

@@ -16,7 +16,7 @@ from model_harness import LoadedModel  # noqa: E402  (the number of devices come
 
 from engine.models import checkpoint  # noqa: E402
 from engine.models.config import load_model_config  # noqa: E402
-from engine.models.registry import stack_layers  # noqa: E402
+from engine.models.layer_stack import lay_out_for_cpu  # noqa: E402
 
 
 def main(coordinator: str, rank: int, directory: Path) -> None:
@@ -34,7 +34,7 @@ def main(coordinator: str, rank: int, directory: Path) -> None:
     config, prompt = load_model_config(directory), list(range(16))
     model = LoadedModel(directory, config, tp_size=2, backend="xla")
     report = {"num_read_bytes": num_read_bytes, "logits": model.logits(prompt)[-1].tolist()}
-    model.params = stack_layers(config, model.params)
+    model.params = lay_out_for_cpu(config, model.params)
     report["scanned_logits"] = model.logits(prompt)[-1].tolist()
     dummy = LoadedModel(directory, config, tp_size=2, backend="xla", dummy_seed=5)
     report["dummy_logits"] = dummy.logits(prompt)[-1].tolist()

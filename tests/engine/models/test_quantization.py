@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from model_harness import DATA, LoadedModel, read_json
 
+from engine.models.layer_stack import lay_out_for_cpu
 from engine.models.quantization import dequantize, quantize_rows, quantized_product
-from engine.models.registry import stack_layers
 
 ITEMS = read_json(DATA / "smollm2_golden.json")["items"]
 
@@ -57,7 +57,7 @@ def test_stacked_layers_compute_what_listed_ones_do(family: str):
     model = LoadedModel(DATA / f"tiny-{family}", quantization="int8")
     ids = list(range(3, 40))
     listed = np.asarray(model.logits(ids))
-    model.params = stack_layers(model.config, model.params)
+    model.params = lay_out_for_cpu(model.config, model.params)
     assert isinstance(model.params["layers"], dict)
     np.testing.assert_allclose(model.logits(ids), listed, atol=1e-4)
 

@@ -1,0 +1,1 @@
+"""Kernels in machine code for CPUs, where XLA's own leave much of the machine unused."""
