@@ -28,7 +28,7 @@ _Tree = dict[str, Any]
 
 
 def lay_out_for_cpu(model_config: ModelConfig, params: _Tree) -> _Tree:
-    """Pack bfloat16 weights where there is a kernel for them, and stack layers where that pays.
+    """Pack weights where there is a kernel for them, and stack layers where that pays.
 
     Args:
         model_config: Layers that differ in their sliding windows cannot be scanned.
@@ -41,9 +41,10 @@ def lay_out_for_cpu(model_config: ModelConfig, params: _Tree) -> _Tree:
     """
     layers: list[_Tree] = params["layers"]
     head = "embed_tokens" if model_config.tie_word_embeddings else "lm_head"
-    is_packed = params[head]["weight"].dtype == jnp.bfloat16 and can_pack()
+    is_packed = can_pack(params[head]["weight"].dtype)
     if is_packed:
-        params = params | {head: {"weight": pack_weights([params[head].pop("weight")])}}
+        packed = pack_weights([params[head].pop("weight")])
+        params = params | {head: params[head] | {"weight": packed}}
     layer_bytes = sum(array.nbytes for _, array in _flatten(layers[0]))
     can_scan = len(set(model_config.sliding_windows)) == 1
     if can_scan and (is_packed or layer_bytes <= MAX_SCANNED_LAYER_BYTES):

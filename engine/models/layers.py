@@ -89,15 +89,15 @@ class Linear(nnx.Module):
         # The constraint stands before scales and bias: with `in_axis` sharded it is where partial
         # sums of the devices are added up.
         weight = self.weight.get_value()
-        if isinstance(weight, PackedWeight):
-            out = weight.product(x_TD, x_TD.dtype, self._mesh)
-        elif self.scale is None:
-            out = jnp.einsum("TD,FD->TF", x_TD, weight)
-            out = jax.lax.with_sharding_constraint(out, self._sharding)
-        else:
-            product, scale_T1 = quantized_product(x_TD, weight)
+        if self.scale is not None:
+            product, scale_T1 = quantized_product(x_TD, weight, self._mesh)
             product = jax.lax.with_sharding_constraint(product, self._sharding)
             out = dequantize(product, scale_T1, self.scale[...], x_TD.dtype)
+        elif isinstance(weight, PackedWeight):
+            out = weight.product(x_TD, x_TD.dtype, self._mesh)
+        else:
+            out = jnp.einsum("TD,FD->TF", x_TD, weight)
+            out = jax.lax.with_sharding_constraint(out, self._sharding)
         return out if self.bias is None else out + self.bias[...][None, :]
 
 

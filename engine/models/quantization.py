@@ -11,8 +11,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+
+from engine.kernels.packed_weight import PackedWeight
 
 Quantization = Literal["none", "int8"]
 
@@ -58,7 +60,9 @@ def _quantize_sharded(
     )
 
 
-def quantized_product(x_TD: jax.Array, weight_FD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantized_product(
+    x_TD: jax.Array, weight_FD: jax.Array | PackedWeight, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
     """Multiply activations by a quantised weight.
 
     Returns:
@@ -66,7 +70,12 @@ def quantized_product(x_TD: jax.Array, weight_FD: jax.Array) -> tuple[jax.Array,
         of the weight's scales is the result.
     """
     quantized_TD, scale_T = quantize_rows(x_TD)
-    product_TF = jnp.einsum("TD,FD->TF", quantized_TD, weight_FD, preferred_element_type=jnp.int32)
+    if isinstance(weight_FD, PackedWeight):
+        product_TF = weight_FD.product(quantized_TD, jnp.int32, mesh)
+    else:
+        product_TF = jnp.einsum(
+            "TD,FD->TF", quantized_TD, weight_FD, preferred_element_type=jnp.int32
+        )
     return product_TF, scale_T[:, None]
 
 

@@ -132,11 +132,11 @@ class Model:
             # Sums are accumulated in float32 anyway; rounding them to bfloat16 would tie tokens
             # whose logits differ by less than 1 in 256.
             weight_VD = params[head]["weight"]
-            if isinstance(weight_VD, PackedWeight):
-                logits_RV = weight_VD.product(hidden_RD, jnp.float32, self._mesh)
-            elif weight_VD.dtype == jnp.int8:
-                product_RV, scale_R1 = quantized_product(hidden_RD, weight_VD)
+            if "scale" in params[head]:
+                product_RV, scale_R1 = quantized_product(hidden_RD, weight_VD, self._mesh)
                 logits_RV = dequantize(product_RV, scale_R1, params[head]["scale"], jnp.float32)
+            elif isinstance(weight_VD, PackedWeight):
+                logits_RV = weight_VD.product(hidden_RD, jnp.float32, self._mesh)
             else:
                 logits_RV = jnp.einsum(
                     "RD,VD->RV", hidden_RD, weight_VD, preferred_element_type=jnp.float32

@@ -1,21 +1,21 @@
-"""LLVM text of a product with packed bfloat16 weights: `x_TD @ weight_FD.T`.
+"""LLVM text of a product with packed weights: `x_TD @ weight_FD.T`.
 
 Weights lie as `PackedWeight` says: panels of as many outputs as fill the accumulators of a row,
-and in a panel, for each pair of inputs, a word per output. A chunk of work is one panel. Rows go
+and in a panel, for each word's inputs, a word per output. A chunk of work is one panel. Rows go
 through it some at a time, with one accumulator per row and vector of outputs, so that memory is
 read once, front to back, for up to that many rows. Each sum is taken in the order of the inputs
 whatever the number of rows: a row's result does not depend on the rows beside it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import llvmlite.binding as llvm
 
 from engine.kernels.native.xla_handler import load_buffer
 
-OutputKind = Literal["float", "bfloat"]
-"""LLVM's names of the result's element: float32 or bfloat16."""
+Output = Literal["float32", "bfloat16", "int32"]
+"""What a product gives: int32 of int8 operands, the others of bfloat16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +28,14 @@ class InstructionSet:
         panel_rows: Rows that go through a panel together.
         has_bfloat16_dot: Whether pairs of bfloat16 are multiplied as they are (AVX512-BF16); else
             they are widened to float32 first, which two shifts do.
+        has_int8_dot: Whether there is an instruction for fours of 8 bits (AVX512-VNNI).
     """
 
     lanes: int
     panel_vectors: int
     panel_rows: int
     has_bfloat16_dot: bool
+    has_int8_dot: bool = False
 
     @property
     def panel_outputs(self) -> int:
@@ -47,24 +49,33 @@ AVX512 = InstructionSet(lanes=16, panel_vectors=4, panel_rows=5, has_bfloat16_do
 AVX2 = InstructionSet(lanes=8, panel_vectors=2, panel_rows=4, has_bfloat16_dot=False)
 
 
+_SIZES: dict[Output, int] = {"float32": 4, "bfloat16": 2, "int32": 4}
+# LLVM's type of a stored element, and its name in that of a function.
+_STORED: dict[Output, tuple[str, str]] = {
+    "float32": ("float", "f32"),
+    "bfloat16": ("i16", "i16"),
+    "int32": ("i32", "i32"),
+}
+
+
 def host_instruction_set() -> InstructionSet | None:
     """The best for this machine; None where there is no kernel for it."""
     if not llvm.get_process_triple().startswith("x86_64"):
         return None
     features = llvm.get_host_cpu_features()
-    if features.get("avx512bf16") and features.get("avx512bw"):
-        return AVX512_BFLOAT16
     if features.get("avx512f") and features.get("avx512bw"):
-        return AVX512
+        isa = AVX512_BFLOAT16 if features.get("avx512bf16") else AVX512
+        return replace(isa, has_int8_dot=bool(features.get("avx512vnni")))
     if features.get("avx2") and features.get("fma"):
         return AVX2
     return None
 
 
-def matmul_source(isa: InstructionSet, output: OutputKind) -> str:
+def matmul_source(isa: InstructionSet, output: Output) -> str:
     """Text of @count and @chunk over the buffers x [T, D], weight words, layer and result [T, F].
 
-    The words are [L, panels, D / 2, panel outputs] of 32 bits, layer is an int32 scalar.
+    The words are [L, panels, words, panel outputs] of 32 bits, layer is an int32 scalar. For int32
+    x is signed and weights are not, as the instruction has it.
     """
     kernels = "".join(_rows_text(isa, output, rows) for rows in range(1, isa.panel_rows + 1))
     return _declarations(isa) + kernels + _chunk_text(isa, output)
@@ -76,37 +87,40 @@ def _declarations(isa: InstructionSet) -> str:
         product = f"@llvm.x86.avx512bf16.dpbf16ps.{32 * isa.lanes}({floats}, {pairs}, {pairs})"
     else:
         product = f"@llvm.fma.v{isa.lanes}f32({floats}, {floats}, {floats})"
-    masks = f"<{isa.lanes} x i1>"
+    words, masks = f"<{isa.lanes} x i32>", f"<{isa.lanes} x i1>"
     return f"""
 declare {floats} {product}
+declare {words} @llvm.x86.avx512.vpdpbusd.512({words}, {words}, {words})
+declare void @llvm.masked.store.v{isa.lanes}i32.p0({words}, ptr, i32, {masks})
 declare void @llvm.masked.store.v{isa.lanes}f32.p0({floats}, ptr, i32, {masks})
 declare void @llvm.masked.store.v{isa.lanes}i16.p0(<{isa.lanes} x i16>, ptr, i32, {masks})
 """
 
 
-def _rows_text(isa: InstructionSet, output: OutputKind, num_rows: int) -> str:
+def _rows_text(isa: InstructionSet, output: Output, num_rows: int) -> str:
     """Text of @rowsN: N rows through one panel.
 
-    Takes the first row and the bytes to the next, the panel and its number of pairs, the result
+    Takes the first row and the bytes to the next, the panel and its number of words, the result
     and the bytes to its next row, and how many of the panel's outputs the result has room for.
     """
     rows, vectors = range(num_rows), range(isa.panel_vectors)
-    lanes, floats, words = isa.lanes, f"<{isa.lanes} x float>", f"<{isa.lanes} x i32>"
+    lanes, words = isa.lanes, f"<{isa.lanes} x i32>"
+    sums = words if output == "int32" else f"<{isa.lanes} x float>"
     lines = [
         f"define internal void @rows{num_rows}(ptr noalias readonly %x0, i64 %x_stride, "
-        "ptr noalias readonly %panel, i64 %pairs, ptr noalias %y0, i64 %y_stride, i64 %outputs) {",
+        "ptr noalias readonly %panel, i64 %words, ptr noalias %y0, i64 %y_stride, i64 %outputs) {",
         "entry:",
     ]
     for row in rows[1:]:
         for name in "xy":
             before = f"%{name}{row - 1}, i64 %{name}_stride"
             lines.append(f"  %{name}{row} = getelementptr i8, ptr {before}")
-    lines += ["  br label %pair", "pair:", "  %k = phi i64 [0, %entry], [%k.next, %pair]"]
+    lines += ["  br label %word", "word:", "  %k = phi i64 [0, %entry], [%k.next, %word]"]
     for row in rows:
         for vector in vectors:
             lines.append(
-                f"  %sum{row}.{vector} = phi {floats} [zeroinitializer, %entry], "
-                f"[%next{row}.{vector}, %pair]"
+                f"  %sum{row}.{vector} = phi {sums} [zeroinitializer, %entry], "
+                f"[%next{row}.{vector}, %word]"
             )
     lines += [
         f"  %row = mul i64 %k, {4 * isa.panel_outputs}",
@@ -117,28 +131,28 @@ def _rows_text(isa: InstructionSet, output: OutputKind, num_rows: int) -> str:
         lines += [
             f"  %w{vector}.at = getelementptr i8, ptr %row.at, i64 {4 * lanes * vector}",
             f"  %w{vector} = load {words}, ptr %w{vector}.at, align 4",
-            *_operand(isa, f"w{vector}"),
+            *_operand(isa, output, f"w{vector}"),
         ]
     for row in rows:
         lines += [
             f"  %x{row}.at = getelementptr i8, ptr %x{row}, i64 %x.offset",
-            f"  %x{row}.pair = load i32, ptr %x{row}.at, align 2",
-            f"  %x{row}.first = insertelement {words} poison, i32 %x{row}.pair, i32 0",
+            f"  %x{row}.word = load i32, ptr %x{row}.at, align 2",
+            f"  %x{row}.first = insertelement {words} poison, i32 %x{row}.word, i32 0",
             f"  %x{row}.all = shufflevector {words} %x{row}.first, {words} poison, "
             f"{words} zeroinitializer",
-            *_operand(isa, f"x{row}.all"),
+            *_operand(isa, output, f"x{row}.all"),
         ]
         for vector in vectors:
-            lines += _multiply(isa, f"{row}.{vector}", f"x{row}.all", f"w{vector}")
+            at = f"{row}.{vector}"
+            lines += _multiply(isa, output, at, f"x{row}.all", f"w{vector}")
     lines += [
         "  %k.next = add i64 %k, 1",
-        "  %is_more = icmp slt i64 %k.next, %pairs",
-        "  br i1 %is_more, label %pair, label %round",
+        "  %is_more = icmp slt i64 %k.next, %words",
+        "  br i1 %is_more, label %word, label %round",
         "round:",
     ]
-    element, size, suffix = ("float", 4, f"v{lanes}f32")
-    if output == "bfloat":
-        element, size, suffix = ("i16", 2, f"v{lanes}i16")
+    element, suffix = _STORED[output]
+    size = _SIZES[output]
     for row in rows:
         for vector in vectors:
             lines += _rounded(isa, output, f"{row}.{vector}")
@@ -162,15 +176,17 @@ def _rows_text(isa: InstructionSet, output: OutputKind, num_rows: int) -> str:
         lines.append(f"  %mask{vector} = icmp slt {words} <{numbers}>, %limit")
     for at in results:
         mask = f"<{lanes} x i1> %mask{at.split('.')[1]}"
-        call = f"call void @llvm.masked.store.{suffix}.p0"
+        call = f"call void @llvm.masked.store.v{lanes}{suffix}.p0"
         lines.append(f"  {call}({kind} %out{at}, ptr %y{at}, i32 2, {mask})")
     lines += ["  ret void", "}", ""]
     return "\n".join(lines)
 
 
-def _operand(isa: InstructionSet, name: str) -> list[str]:
+def _operand(isa: InstructionSet, output: Output, name: str) -> list[str]:
     """Make of %name, a vector of words, what `_multiply` takes."""
     words = f"<{isa.lanes} x i32>"
+    if output == "int32":
+        return []
     if isa.has_bfloat16_dot:
         return [f"  %{name}.pairs = bitcast {words} %{name} to <{2 * isa.lanes} x bfloat>"]
     floats, numbers = f"<{isa.lanes} x float>", range(isa.lanes)
@@ -184,9 +200,14 @@ def _operand(isa: InstructionSet, name: str) -> list[str]:
     ]
 
 
-def _multiply(isa: InstructionSet, at: str, x: str, weight: str) -> list[str]:
-    """%next... = %sum... + the pair's two products."""
-    floats = f"<{isa.lanes} x float>"
+def _multiply(isa: InstructionSet, output: Output, at: str, x: str, weight: str) -> list[str]:
+    """%next... = %sum... + the products of the words' inputs."""
+    floats, words = f"<{isa.lanes} x float>", f"<{isa.lanes} x i32>"
+    if output == "int32":
+        return [
+            f"  %next{at} = call {words} @llvm.x86.avx512.vpdpbusd.512"
+            f"({words} %sum{at}, {words} %{weight}, {words} %{x})"
+        ]
     if isa.has_bfloat16_dot:
         pairs = f"<{2 * isa.lanes} x bfloat>"
         return [
@@ -200,11 +221,13 @@ def _multiply(isa: InstructionSet, at: str, x: str, weight: str) -> list[str]:
     ]
 
 
-def _rounded(isa: InstructionSet, output: OutputKind, at: str) -> list[str]:
+def _rounded(isa: InstructionSet, output: Output, at: str) -> list[str]:
     """%out... = %next..., rounded to the nearest bfloat16, ties to even, where that is wanted."""
+    if output == "int32":
+        return [f"  %out{at} = or <{isa.lanes} x i32> %next{at}, zeroinitializer"]
     lanes, floats, words = isa.lanes, f"<{isa.lanes} x float>", f"<{isa.lanes} x i32>"
     halves = f"<{lanes} x i16>"
-    if output == "float":
+    if output == "float32":
         return [f"  %out{at} = fadd {floats} %next{at}, {_splat('float -0.0', lanes)}"]
     if isa.has_bfloat16_dot:
         return [
@@ -229,8 +252,8 @@ def _splat(value: str, lanes: int) -> str:
     return "<" + ", ".join([value] * lanes) + ">"
 
 
-def _chunk_text(isa: InstructionSet, output: OutputKind) -> str:
-    size = 4 if output == "float" else 2
+def _chunk_text(isa: InstructionSet, output: Output) -> str:
+    size, x_size = _SIZES[output], 1 if output == "int32" else 2
     most = isa.panel_rows
     cases = " ".join(f"i64 {rows}, label %last{rows}" for rows in range(1, most))
     last = "".join(
@@ -260,7 +283,7 @@ entry:
   %panel.bytes = mul i64 %words.2, {4 * isa.panel_outputs}
   %panel.offset = mul i64 %panel.number, %panel.bytes
   %panel = getelementptr i8, ptr %words, i64 %panel.offset
-  %x.stride = mul i64 %x.1, 2
+  %x.stride = mul i64 %x.1, {x_size}
   %y.stride = mul i64 %y.1, {size}
   %first = mul i64 %index, {isa.panel_outputs}
   %outputs = sub i64 %y.1, %first

@@ -10,6 +10,7 @@ from model_harness import DATA, LoadedModel, read_json
 
 from engine.models.layer_stack import lay_out_for_cpu
 from engine.models.quantization import dequantize, quantize_rows, quantized_product
+from engine.sharding import make_mesh
 
 ITEMS = read_json(DATA / "smollm2_golden.json")["items"]
 
@@ -32,7 +33,7 @@ def test_a_product_is_as_exact_as_its_rounded_factors():
     x, weight = random_matrix(3, 128, 1), random_matrix(40, 128, 2)
     quantized_weight, weight_scale = quantize_rows(weight)
     quantized_x, x_scale = quantize_rows(x)
-    product, scale = quantized_product(x, quantized_weight)
+    product, scale = quantized_product(x, quantized_weight, make_mesh(1, jax.devices()[:1]))
     got = dequantize(product, scale, weight_scale, jnp.float32)
     factors = np.asarray(quantized_x, np.int64) @ np.asarray(quantized_weight, np.int64).T
     np.testing.assert_array_equal(product, factors)
