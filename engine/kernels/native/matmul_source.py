@@ -3,7 +3,8 @@
 Weights lie as `PackedWeight` says: panels of as many outputs as fill the accumulators of a row,
 and in a panel, for each word's inputs, a word per output. A chunk of work is one panel. Rows go
 through it some at a time, with one accumulator per row and vector of outputs, so that memory is
-read once, front to back, for up to that many rows. Each sum is taken in the order of the inputs
+read once, front to back, for up to that many rows. Of many rows a chunk takes a block, which stays
+in a core's cache from panel to panel. Each sum is taken in the order of the inputs
 whatever the number of rows: a row's result does not depend on the rows beside it.
 """
 
@@ -48,6 +49,9 @@ AVX512_BFLOAT16 = InstructionSet(lanes=16, panel_vectors=4, panel_rows=6, has_bf
 AVX512 = InstructionSet(lanes=16, panel_vectors=4, panel_rows=5, has_bfloat16_dot=False)
 AVX2 = InstructionSet(lanes=8, panel_vectors=2, panel_rows=4, has_bfloat16_dot=False)
 
+
+# Times the rows that go through a panel together.
+_BLOCK_TILES = 20
 
 _SIZES: dict[Output, int] = {"float32": 4, "bfloat16": 2, "int32": 4}
 # LLVM's type of a stored element, and its name in that of a function.
@@ -255,6 +259,7 @@ def _splat(value: str, lanes: int) -> str:
 def _chunk_text(isa: InstructionSet, output: Output) -> str:
     size, x_size = _SIZES[output], 1 if output == "int32" else 2
     most = isa.panel_rows
+    block = most * _BLOCK_TILES
     cases = " ".join(f"i64 {rows}, label %last{rows}" for rows in range(1, most))
     last = "".join(
         f"""
@@ -266,8 +271,12 @@ last{rows}:
     )
     return f"""
 define internal i64 @count(ptr %buffers) {{
+{load_buffer("x", 0, 1)}
 {load_buffer("words", 1, 2)}
-  ret i64 %words.1
+  %up = add i64 %x.0, {block - 1}
+  %blocks = udiv i64 %up, {block}
+  %chunks = mul i64 %blocks, %words.1
+  ret i64 %chunks
 }}
 
 define internal void @chunk(ptr %buffers, i64 %index) {{
@@ -279,21 +288,27 @@ entry:
   %layer.32 = load i32, ptr %layer
   %layer.64 = sext i32 %layer.32 to i64
   %layer.first = mul i64 %layer.64, %words.1
-  %panel.number = add i64 %layer.first, %index
+  %block = udiv i64 %index, %words.1
+  %panel.index = urem i64 %index, %words.1
+  %panel.number = add i64 %layer.first, %panel.index
   %panel.bytes = mul i64 %words.2, {4 * isa.panel_outputs}
   %panel.offset = mul i64 %panel.number, %panel.bytes
   %panel = getelementptr i8, ptr %words, i64 %panel.offset
   %x.stride = mul i64 %x.1, {x_size}
   %y.stride = mul i64 %y.1, {size}
-  %first = mul i64 %index, {isa.panel_outputs}
+  %first = mul i64 %panel.index, {isa.panel_outputs}
   %outputs = sub i64 %y.1, %first
   %y.offset = mul i64 %first, {size}
   %y.panel = getelementptr i8, ptr %y, i64 %y.offset
-  %rest = urem i64 %x.0, {most}
-  %whole = sub i64 %x.0, %rest
+  %start = mul i64 %block, {block}
+  %stop.block = add i64 %start, {block}
+  %stop = call i64 @llvm.smin.i64(i64 %stop.block, i64 %x.0)
+  %rest.from = sub i64 %stop, %start
+  %rest = urem i64 %rest.from, {most}
+  %whole = sub i64 %stop, %rest
   br label %rows
 rows:
-  %row = phi i64 [0, %entry], [%row.next, %some]
+  %row = phi i64 [%start, %entry], [%row.next, %some]
   %is_more = icmp slt i64 %row, %whole
   %x.row = mul i64 %row, %x.stride
   %x.last = getelementptr i8, ptr %x, i64 %x.row
