@@ -113,8 +113,8 @@ def redirect_output(log: TextIO) -> Iterator[None]:
 
 def wait_for_interrupt(log: TextIO) -> None:
     with redirect_output(log):
-        while True:
-            signal.pause()
+        while not _interrupted.wait(1.0):
+            pass
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -391,7 +391,12 @@ def end_processes() -> None:
     psutil.wait_procs(alive, timeout=3)
 
 
+# The exception alone would be lost where it strikes a finalizer, which swallows it.
+_interrupted = threading.Event()
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
     raise KeyboardInterrupt
 
 
