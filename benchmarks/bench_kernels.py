@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from engine.kernels.attention import AttentionMetadata, make_attention
-from engine.models.quantization import dequantize, quantize_rows, quantized_product
+from engine.kernels.packed_weight import PackedWeight, can_pack, pack_weights
+from engine.models.quantization import dequantize, quantized_product
 from engine.runner.sampler import SamplingInputs, sample
 from engine.runner.slot_state import init_slot_state
-from engine.sharding import make_mesh
+from engine.sharding import make_mesh, named_sharding
 
 PAGE_SIZE = 16
 COPY_BYTES = 512 * 2**20
@@ -114,7 +116,7 @@ def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
 
 
 def measure_matrices(shape: Shape, rows: int, runs: int) -> None:
-    """One layer's matrices in bfloat16 and in int8, and the head."""
+    """One layer's matrices and the head, in bfloat16 and int8, as XLA multiplies and as we do."""
     query = shape.num_heads * shape.head_dim
     key = shape.num_kv_heads * shape.head_dim
     sizes = [(query, shape.hidden), (key, shape.hidden), (key, shape.hidden)]
@@ -123,25 +125,45 @@ def measure_matrices(shape: Shape, rows: int, runs: int) -> None:
     for what, matrices in (("a layer's matrices", sizes), ("head", [(shape.vocab, shape.hidden)])):
         # Several copies, so that no cache holds them from one run to the next.
         copies = max(1, 2**28 // sum(2 * rows_ * columns for rows_, columns in matrices))
-        weights = [jnp.full(size, 0.01, jnp.bfloat16) for _ in range(copies) for size in matrices]
         inputs = {size[1]: jnp.ones((max(2, rows), size[1]), jnp.bfloat16) for size in matrices}
+        for dtype in (jnp.bfloat16, jnp.int8):
+            name = f"{what}, {rows} rows, {jnp.dtype(dtype).name}"
+            num_bytes = sum(out * in_ for out, in_ in matrices) * jnp.dtype(dtype).itemsize
+            for is_packed in (False, True) if can_pack(dtype) else (False,):
+                weights = make_weights(matrices, copies, dtype, is_packed=is_packed)
+                seconds = best_s(jax.jit(multiply), (inputs, weights), runs) / copies
+                show(f"{name}, {'packed' if is_packed else 'plain'}", num_bytes, seconds)
 
-        def multiply(inputs: Any, weights: Any) -> list[jax.Array]:
-            return [jnp.einsum("TD,FD->TF", inputs[weight.shape[1]], weight) for weight in weights]
 
-        def multiply_int8(inputs: Any, weights: Any) -> list[jax.Array]:
-            return [
-                dequantize(*quantized_product(inputs[weight.shape[1]], weight), scale, jnp.bfloat16)
-                for weight, scale in weights
-            ]
+def make_weights(
+    matrices: list[tuple[int, int]], copies: int, dtype: DTypeLike, *, is_packed: bool
+) -> list[Any]:
+    sharding = named_sharding(make_mesh(1, jax.devices()[:1]), ("ffn", "embed"))
+    weights: list[Any] = []
+    for size in matrices:
+        same = [jnp.ones(size, dtype, device=sharding) for _ in range(copies)]
+        if is_packed:
+            packed = pack_weights(same)
+            weights += [packed.at_layer(copy) for copy in range(copies)]
+        else:
+            weights += same
+    return weights
 
-        total = sum(weight.nbytes for weight in weights)
-        seconds = best_s(jax.jit(multiply), (inputs, weights), runs)
-        show(f"{what}, {rows} rows, bfloat16", total / copies, seconds / copies)
-        quantized = [jax.jit(quantize_rows)(weight) for weight in weights]
-        del weights
-        seconds = best_s(jax.jit(multiply_int8), (inputs, quantized), runs)
-        show(f"{what}, {rows} rows, int8", total / 2 / copies, seconds / copies)
+
+def multiply(inputs: dict[int, jax.Array], weights: list[Any]) -> list[jax.Array]:
+    """The products as the models' layers make them."""
+    mesh = make_mesh(1, jax.devices()[:1])
+    products = []
+    for weight in weights:
+        x, scale = inputs[weight.shape[1]], jnp.ones(weight.shape[0], jnp.float32)
+        if jnp.dtype(weight.dtype) == jnp.int8:
+            product = quantized_product(x, weight, mesh)
+            products.append(dequantize(*product, scale, jnp.bfloat16))
+        elif isinstance(weight, PackedWeight):
+            products.append(weight.product(x, jnp.bfloat16, mesh))
+        else:
+            products.append(jnp.einsum("TD,FD->TF", x, weight))
+    return products
 
 
 def measure_sampling(shape: Shape, rows: int, runs: int) -> None:
