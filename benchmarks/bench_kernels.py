@@ -74,7 +74,14 @@ def main() -> int:
 
 def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
     """One layer's decode attention, every row at the same context length."""
-    attention = make_attention(jax.default_backend(), "auto", make_mesh(1, jax.devices()[:1]))
+    attention = make_attention(
+        jax.default_backend(),
+        "auto",
+        make_mesh(1, jax.devices()[:1]),
+        dtype=jnp.bfloat16,
+        head_dim=shape.head_dim,
+        page_size=PAGE_SIZE,
+    )
     pages_per_seq = context // PAGE_SIZE + 1
     cache = attention.init_cache(
         num_layers=1,

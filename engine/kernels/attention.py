@@ -16,6 +16,7 @@ from engine.kernels.attention_dense import dense_attention
 from engine.kernels.attention_xla import CPU_BLOCKS, DEVICE_BLOCKS, flash_attention
 from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.metadata import AttentionMetadata, Cache
+from engine.kernels.packed_pages import PackedPagesAttention, can_attend
 
 __all__ = ["AttentionBackend", "AttentionMetadata", "Cache", "make_attention"]
 
@@ -82,17 +83,25 @@ class AttentionBackend(Protocol):
         ...
 
 
-def make_attention(platform: str, flag: str, mesh: Mesh) -> AttentionBackend:
+def make_attention(
+    platform: str, flag: str, mesh: Mesh, *, dtype: DTypeLike, head_dim: int, page_size: int
+) -> AttentionBackend:
     """Choose an implementation.
 
     Args:
         platform: "cpu", "tpu" or "gpu", as JAX names it.
         flag: The value of --attention-backend.
         mesh: Has the axis "tp", over which heads are sharded.
+        dtype: Of keys and values.
+        head_dim: The model's.
+        page_size: Tokens in a page.
 
     Raises:
         ConfigError: No such implementation.
     """
+    can_pack = platform == "cpu" and can_attend(dtype, head_dim=head_dim, page_size=page_size)
+    if can_pack and flag in ("auto", "fa"):
+        return PackedPagesAttention(mesh)
     if flag in ("auto", "fa", "xla"):
         blocks = CPU_BLOCKS if platform == "cpu" else DEVICE_BLOCKS
         return HeadPagesAttention(mesh, partial(flash_attention, blocks=blocks))

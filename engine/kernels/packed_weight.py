@@ -15,12 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from engine.kernels.native.matmul_source import (
-    InstructionSet,
-    Output,
-    host_instruction_set,
-    matmul_source,
-)
+from engine.kernels.native.arithmetic import InstructionSet, host_instruction_set
+from engine.kernels.native.matmul_source import Output, matmul_source
 from engine.kernels.native.xla_handler import register_handler
 from engine.sharding import TENSOR_AXIS
 

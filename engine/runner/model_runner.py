@@ -148,7 +148,14 @@ class ModelRunner:
         platform = _check_platform(config, mesh)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._attention = make_attention(platform, config.attention_backend, mesh)
+        self._attention = make_attention(
+            platform,
+            config.attention_backend,
+            mesh,
+            dtype=dtype,
+            head_dim=model_config.head_dim,
+            page_size=config.page_size,
+        )
         self._model = make_model(model_config, mesh, self._attention, dtype, config.quantization)
         self._vocab_size = model_config.vocab_size
         self._pages_per_seq = -(-context_length // config.page_size)

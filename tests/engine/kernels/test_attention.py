@@ -5,11 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from instruction_sets import is_available
 from jax.sharding import AxisType, Mesh
 
 from engine.errors import ConfigError
-from engine.kernels import attention_xla
+from engine.kernels import attention_xla, packed_pages
 from engine.kernels.attention import make_attention
+from engine.kernels.native.arithmetic import AVX2, AVX512, AVX512_BFLOAT16
+from engine.kernels.packed_pages import PackedPagesAttention, can_attend
 
 FLOAT32_TOLERANCE = 2e-5
 
@@ -51,7 +54,14 @@ class Harness:
         self.page_tables = 1 + rng.permutation(num_pages - 1).reshape(len(sequences), -1).astype(
             np.int32
         )
-        self.backend = make_attention("cpu", flag, make_mesh(tp_size))
+        self.backend = make_attention(
+            "cpu",
+            flag,
+            make_mesh(tp_size),
+            dtype=dtype,
+            head_dim=self.head_dim,
+            page_size=page_size,
+        )
         cache = self.backend.init_cache(
             num_layers=1,
             num_kv_heads=num_kv_heads,
@@ -136,6 +146,11 @@ def random_schedule(rng: np.random.Generator, lengths: list[int]) -> list[oracle
     return steps
 
 
+needs_packed = pytest.mark.skipif(
+    not can_attend("bfloat16", head_dim=16, page_size=16), reason="no kernel for this processor"
+)
+
+
 @pytest.mark.parametrize("flag", ["xla", "dense"])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window", "max_len"),
@@ -169,6 +184,66 @@ def test_any_mix_of_chunks_and_decodes_equals_numpy(
     assert seen == sum(lengths)
 
 
+@needs_packed
+@pytest.mark.parametrize("instruction_set", [AVX512_BFLOAT16, AVX512, AVX2])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window", "max_len"),
+    [
+        (6, 2, 16, 16, None, 40),
+        (8, 1, 48, 32, None, 140),
+        (4, 4, 64, 16, 9, 90),
+        (4, 2, 128, 128, None, 150),
+        (9, 3, 64, 16, 70, 200),
+    ],
+)
+def test_packed_pages_equal_numpy(
+    instruction_set,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    page_size,
+    sliding_window,
+    max_len,
+    monkeypatch,
+):
+    if not is_available(instruction_set):
+        pytest.skip("this processor has other instructions")
+    name = f"test_{instruction_set.lanes}_{instruction_set.panel_rows}"
+    monkeypatch.setattr(packed_pages, "_instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(
+        packed_pages, "_target", lambda shape: f"{name}_{shape.head_dim}_{shape.page_size}"
+    )
+    rng = np.random.default_rng(head_dim + page_size)
+    lengths = [1, 7, max_len - 3, max_len // 2]
+    sequences = [oracle.random_sequence(rng, n, num_heads, num_kv_heads, head_dim) for n in lengths]
+    rounded = [
+        oracle.Sequence(
+            **{
+                name: getattr(sequence, name).astype(jnp.bfloat16).astype(np.float32)
+                for name in ("q_TNH", "k_TKH", "v_TKH")
+            }
+        )
+        for sequence in sequences
+    ]
+    expected = [oracle.attend(sequence, sliding_window) for sequence in rounded]
+    harness = Harness(
+        sequences,
+        flag="auto",
+        page_size=page_size,
+        dtype="bfloat16",
+        sliding_window=sliding_window,
+        max_len=max_len,
+    )
+    assert isinstance(harness.backend, PackedPagesAttention)
+    seen = 0
+    for step in random_schedule(rng, lengths):
+        for (seq, position), out_NH in harness.run(step).items():
+            # Weights and results are rounded to bfloat16, eight bits of them each.
+            np.testing.assert_allclose(out_NH, expected[seq][position], rtol=0.004, atol=0.004)
+            seen += 1
+    assert seen == sum(lengths)
+
+
 @pytest.mark.parametrize("sliding_window", [None, 100])
 def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
     rng = np.random.default_rng(5)
@@ -194,14 +269,16 @@ def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
         np.testing.assert_allclose(out_NH, expected[seq][position], atol=FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "flag"), [("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "auto")]
+)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
-def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
+def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, flag, num_heads, num_kv_heads):
     rng = np.random.default_rng(1)
     length = 2 * attention_xla.CPU_BLOCKS.num_keys + 60
     sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
-    whole = Harness(sequences, dtype=dtype, page_size=16).prefill(0, 0, length)
-    harness = Harness(sequences, dtype=dtype, page_size=16, seed=9)
+    whole = Harness(sequences, flag=flag, dtype=dtype, page_size=16).prefill(0, 0, length)
+    harness = Harness(sequences, flag=flag, dtype=dtype, page_size=16, seed=9)
     chunked = {}
     for start, stop in ((0, 5), (5, 130), (130, 131), (131, length)):
         chunked |= harness.prefill(0, start, stop - start, bucket=256)
@@ -209,14 +286,16 @@ def test_chunked_equals_whole_in_bfloat16_to_the_last_bit(dtype, num_heads, num_
         np.testing.assert_allclose(chunked[key], out_NH, rtol=0, atol=SHAPE_TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "flag"), [("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "auto")]
+)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2)])
-def test_decode_equals_prefill_in_bfloat16_to_the_last_bit(dtype, num_heads, num_kv_heads):
+def test_decode_equals_prefill_in_bfloat16_to_the_last_bit(dtype, flag, num_heads, num_kv_heads):
     rng = np.random.default_rng(2)
     length = 4 * attention_xla.CPU_BLOCKS.num_keys + 20
     sequences = [oracle.random_sequence(rng, length, num_heads, num_kv_heads, 64)]
-    whole = Harness(sequences, dtype=dtype).prefill(0, 0, length)
-    harness = Harness(sequences, dtype=dtype)
+    whole = Harness(sequences, flag=flag, dtype=dtype, page_size=16).prefill(0, 0, length)
+    harness = Harness(sequences, flag=flag, dtype=dtype, page_size=16)
     harness.prefill(0, 0, length - 40)
     for position in range(length - 40, length):
         got = harness.run(
@@ -234,12 +313,14 @@ def test_decode_equals_prefill_in_bfloat16_to_the_last_bit(dtype, num_heads, num
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_alone_equals_in_any_batch_in_bfloat16_to_the_last_bit(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "flag"), [("float32", "xla"), ("bfloat16", "xla"), ("bfloat16", "auto")]
+)
+def test_alone_equals_in_any_batch_in_bfloat16_to_the_last_bit(dtype, flag):
     rng = np.random.default_rng(3)
     lengths = [30, 300, 4, 77]
     sequences = [oracle.random_sequence(rng, n, 6, 2, 64) for n in lengths]
-    alone = Harness(sequences, dtype=dtype)
+    alone = Harness(sequences, flag=flag, dtype=dtype, page_size=16)
     expected = alone.prefill(0, 0, 29) | alone.run(
         oracle.Step(
             decodes=[0],
@@ -250,7 +331,7 @@ def test_alone_equals_in_any_batch_in_bfloat16_to_the_last_bit(dtype):
             num_chunks=0,
         )
     )
-    batch = Harness(sequences, dtype=dtype, seed=4)
+    batch = Harness(sequences, flag=flag, dtype=dtype, page_size=16, seed=4)
     got = batch.run(
         oracle.Step(
             decodes=[],
@@ -288,10 +369,11 @@ def test_heads_spread_over_devices_give_the_same():
             np.testing.assert_allclose(got[key], out_NH, atol=1e-6)
 
 
-def test_the_cache_is_updated_in_place():
+@pytest.mark.parametrize("flag", ["xla", "auto"])
+def test_the_cache_is_updated_in_place(flag: str):
     rng = np.random.default_rng(6)
     sequences = [oracle.random_sequence(rng, 32, 6, 2, 16)]
-    harness = Harness(sequences, page_size=16, dtype="bfloat16", max_len=1 << 17)
+    harness = Harness(sequences, flag=flag, page_size=16, dtype="bfloat16", max_len=1 << 17)
     step = oracle.Step(
         decodes=[0],
         chunks=[(0, 20)],
@@ -320,9 +402,12 @@ def test_the_cache_is_updated_in_place():
     assert not copies
 
 
-def test_the_cache_is_what_its_shapes_say():
-    backend = make_attention("cpu", "auto", make_mesh(2))
-    numbers = {"num_layers": 3, "num_kv_heads": 4, "head_dim": 16, "num_pages": 10, "page_size": 8}
+# The second can be packed where there is a kernel for it.
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_cache_is_what_its_shapes_say(page_size: int):
+    kind = {"head_dim": 16, "page_size": page_size}
+    backend = make_attention("cpu", "auto", make_mesh(2), dtype="bfloat16", **kind)
+    numbers = {"num_layers": 3, "num_kv_heads": 4, "num_pages": 10} | kind
     shapes = backend.cache_shapes(**numbers, dtype="bfloat16")
     cache = backend.init_cache(**numbers, dtype="bfloat16")
     for described, made in zip(jax.tree.leaves(shapes), jax.tree.leaves(cache), strict=True):
@@ -333,4 +418,4 @@ def test_the_cache_is_what_its_shapes_say():
 
 def test_unknown_implementation_is_refused_by_name():
     with pytest.raises(ConfigError, match="--attention-backend=magic"):
-        make_attention("cpu", "magic", make_mesh(1))
+        make_attention("cpu", "magic", make_mesh(1), dtype="bfloat16", head_dim=16, page_size=16)

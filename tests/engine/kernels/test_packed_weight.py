@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from instruction_sets import is_available
 
 from engine.kernels import packed_weight
-from engine.kernels.native.matmul_source import (
+from engine.kernels.native.arithmetic import (
     AVX2,
     AVX512,
     AVX512_BFLOAT16,
@@ -26,17 +26,11 @@ NUM_LAYERS = 2
 ROWS = (1, 2, 4, 5, 6, 7, 13)
 
 
-def available(isa: InstructionSet) -> bool:
-    features = llvm.get_host_cpu_features()
-    needed = {AVX512_BFLOAT16: "avx512bf16", AVX512: "avx512bw", AVX2: "fma"}
-    return bool(features.get(needed[isa]))
-
-
 @pytest.fixture(params=["AVX512_BFLOAT16", "AVX512", "AVX2"])
 def isa(request, monkeypatch) -> InstructionSet:
     """Each instruction set, its products registered under names of their own."""
     isa = globals()[request.param]
-    if not available(isa):
+    if not is_available(isa):
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setattr(packed_weight, "_instruction_set", lambda: isa)
     monkeypatch.setattr(
@@ -155,7 +149,7 @@ def test_weights_are_given_up_as_they_are_packed():
 
 
 def test_the_kernel_for_this_machine_is_the_best_that_it_has():
-    best = next(isa for isa in (AVX512_BFLOAT16, AVX512, AVX2) if available(isa))
+    best = next(isa for isa in (AVX512_BFLOAT16, AVX512, AVX2) if is_available(isa))
     chosen = host_instruction_set()
     assert chosen is not None
     assert replace(chosen, has_int8_dot=False) == best

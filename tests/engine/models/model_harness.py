@@ -45,7 +45,14 @@ class LoadedModel:
         self.dtype = dtype
         mesh = make_mesh(tp_size, jax.devices()[:tp_size])
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self.attention = make_attention("cpu", backend, mesh)
+        self.attention = make_attention(
+            "cpu",
+            backend,
+            mesh,
+            dtype=dtype,
+            head_dim=self.config.head_dim,
+            page_size=PAGE_SIZE,
+        )
         self.model = make_model(self.config, mesh, self.attention, dtype, quantization)
         if dummy_seed is None:
             self.params = load_weights(

@@ -8,6 +8,7 @@ import pytest
 from model_harness import DATA, LoadedModel, read_json
 
 from engine.models.config import load_model_config
+from engine.models.layer_stack import lay_out_for_cpu
 
 ITEMS = read_json(DATA / "smollm2_golden.json")["items"]
 BFLOAT16_MEDIAN = 0.05
@@ -38,7 +39,8 @@ def test_all_ten_prompts_give_the_golden_tokens_in_float32(
 
 def test_bfloat16_is_no_further_from_float32_than_transformers_is(demo_checkpoint: Path) -> None:
     config = load_model_config(demo_checkpoint)
-    model = LoadedModel(demo_checkpoint, config, dtype="bfloat16")
+    model = LoadedModel(demo_checkpoint, config, dtype="bfloat16", backend="auto")
+    model.params = lay_out_for_cpu(config, model.params)
     errors = [
         abs(float(row[token_id]) - logprob)
         for item in ITEMS
