@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.metadata import AttentionMetadata, zeroed_cache
 
 Pages = tuple[jax.Array, jax.Array]
 """Keys and values, each [L, num_pages, K, page_size, H]; bfloat16 as its bits, uint16."""
@@ -83,12 +83,7 @@ class HeadPagesAttention:
             page_size=page_size,
             dtype=dtype,
         )
-
-        def zeros() -> Pages:
-            return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
-
-        shardings = jax.tree.map(lambda pages: pages.sharding, shapes)
-        return jax.jit(zeros, out_shardings=shardings)()
+        return zeroed_cache(shapes)
 
     def attend(
         self,
@@ -150,11 +145,7 @@ def store_tokens(
     `pages` are [num_pages, K, page_size, H] here.
     """
     k_pages, v_pages = pages
-    position_T = metadata.position_T
-    is_token_T = position_T >= 0
-    entry_T = jnp.maximum(position_T, 0) // metadata.page_size
-    page_T = jnp.where(is_token_T, metadata.page_indices[metadata.row_T, entry_T], 0)
-    offset_T = jnp.where(is_token_T, position_T % metadata.page_size, 0)
+    page_T, offset_T = metadata.places()
     with jax.named_scope("store_kv"):
         k_pages = k_pages.at[page_T, :, offset_T].set(_as_stored(k_TKH, k_pages.dtype))
         v_pages = v_pages.at[page_T, :, offset_T].set(_as_stored(v_TKH, v_pages.dtype))

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Cache = Any
 """A pytree of arrays that only the attention implementation which made it understands."""
+
+
+def zeroed_cache(shapes: Cache) -> Cache:
+    """Make the arrays that `jax.ShapeDtypeStruct`s describe, of zeros, each where it belongs."""
+
+    def zeros() -> Cache:
+        return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda pages: pages.sharding, shapes))()
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +53,13 @@ class AttentionMetadata:
     num_decodes: jax.Array
     page_size: int = field(metadata={"static": True})
     num_decode_rows: int = field(metadata={"static": True})
+
+    def places(self) -> tuple[jax.Array, jax.Array]:
+        """Each token's page and its offset in it, int32 [T]; padding goes to page 0."""
+        is_token_T = self.position_T >= 0
+        entry_T = jnp.maximum(self.position_T, 0) // self.page_size
+        page_T = jnp.where(is_token_T, self.page_indices[self.row_T, entry_T], 0)
+        return page_T, jnp.where(is_token_T, self.position_T % self.page_size, 0)
 
     @property
     def num_chunk_tokens(self) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from engine.kernels.metadata import AttentionMetadata
+from engine.kernels.metadata import AttentionMetadata, zeroed_cache
 from engine.kernels.native.arithmetic import InstructionSet, host_instruction_set
 from engine.kernels.native.attention_source import PageShape, attention_source
 from engine.kernels.native.xla_handler import register_handler
@@ -31,7 +31,7 @@ _NO_WINDOW = 2**30
 
 def can_attend(dtype: DTypeLike, *, head_dim: int, page_size: int) -> bool:
     """Whether there is a kernel for this machine's processor and such a cache."""
-    isa = _instruction_set()
+    isa = host_instruction_set()
     if isa is None or jnp.dtype(dtype) != jnp.bfloat16:
         return False
     return head_dim % isa.lanes == 0 and page_size % isa.lanes == 0
@@ -58,7 +58,9 @@ class PackedPagesAttention:
         dtype: DTypeLike,
     ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """See `AttentionBackend.cache_shapes`."""
-        _register(PageShape(head_dim, page_size))
+        isa, page_shape = host_instruction_set(), PageShape(head_dim, page_size)
+        assert isa is not None, "asked can_attend first"
+        _register(isa, page_shape, _target(page_shape))
         leading = (num_layers, num_pages, num_kv_heads)
         sharding = NamedSharding(self._mesh, _HEADS_OF_PAGES)
         keys = (*leading, head_dim // 2, page_size, 2)
@@ -87,12 +89,7 @@ class PackedPagesAttention:
             page_size=page_size,
             dtype=dtype,
         )
-
-        def zeros() -> PackedPages:
-            return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
-
-        shardings = jax.tree.map(lambda pages: pages.sharding, shapes)
-        return jax.jit(zeros, out_shardings=shardings)()
+        return zeroed_cache(shapes)
 
     def attend(
         self,
@@ -150,11 +147,7 @@ def _store_tokens(
 ) -> PackedPages:
     """Write each token's keys and values into its page; padding tokens go to page 0."""
     keys, values = cache
-    position_T = metadata.position_T
-    is_token_T = position_T >= 0
-    entry_T = jnp.maximum(position_T, 0) // metadata.page_size
-    page_T = jnp.where(is_token_T, metadata.page_indices[metadata.row_T, entry_T], 0)
-    offset_T = jnp.where(is_token_T, position_T % metadata.page_size, 0)
+    page_T, offset_T = metadata.places()
     k_TKH, v_TKH = (
         jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) for x in (k_TKH, v_TKH)
     )
@@ -170,11 +163,5 @@ def _target(shape: PageShape) -> str:
 
 
 @cache
-def _instruction_set() -> InstructionSet | None:
-    return host_instruction_set()
-
-
-def _register(shape: PageShape) -> None:
-    isa = _instruction_set()
-    assert isa is not None, "asked can_attend first"
-    register_handler(_target(shape), attention_source(isa, shape), num_arguments=9)
+def _register(isa: InstructionSet, shape: PageShape, target: str) -> None:
+    register_handler(target, attention_source(isa, shape), num_arguments=9)

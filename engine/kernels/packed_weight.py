@@ -130,7 +130,7 @@ class PackedWeight:
 
 def can_pack(dtype: DTypeLike) -> bool:
     """Whether there is a kernel for this machine's processor and weights of that type."""
-    isa = _instruction_set()
+    isa = host_instruction_set()
     if isa is None or jnp.dtype(dtype) not in _OUTPUTS:
         return False
     return jnp.dtype(dtype) != jnp.int8 or isa.has_int8_dot
@@ -143,12 +143,12 @@ def pack_weights(weights: list[jax.Array]) -> PackedWeight:
         weights: [F, D] of each layer, alike in shape, type and sharding. The list is emptied
             on the way, so that memory holds each once, but for the one that is being packed.
     """
-    isa = _instruction_set()
+    isa = host_instruction_set()
     assert isa is not None, "asked can_pack first"
     sharding, (num_outputs, num_inputs) = weights[0].sharding, weights[0].shape
     dtype = weights[0].dtype
     for output in _OUTPUTS[dtype]:
-        register_handler(_target(output), matmul_source(isa, output), num_arguments=3)
+        _register(isa, output, _target(output))
     assert isinstance(sharding, NamedSharding)
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
@@ -206,5 +206,5 @@ def _target(dtype: DTypeLike) -> str:
 
 
 @cache
-def _instruction_set() -> InstructionSet | None:
-    return host_instruction_set()
+def _register(isa: InstructionSet, output: Output, target: str) -> None:
+    register_handler(target, matmul_source(isa, output), num_arguments=3)

@@ -5,6 +5,7 @@ Numbers come in words of 32 bits: two of bfloat16, the first in the low half, or
 
 import struct
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import llvmlite.binding as llvm
@@ -54,6 +55,7 @@ AVX512 = InstructionSet(lanes=16, panel_vectors=4, panel_rows=5, has_bfloat16_do
 AVX2 = InstructionSet(lanes=8, panel_vectors=2, panel_rows=4, has_bfloat16_dot=False)
 
 
+@cache
 def host_instruction_set() -> InstructionSet | None:
     """The best for this machine; None where there is no kernel for it."""
     if not llvm.get_process_triple().startswith("x86_64"):

@@ -16,7 +16,6 @@ their places between versions.
 """
 
 import ctypes
-import functools
 from typing import Any
 
 import jax
@@ -61,11 +60,10 @@ def load_buffer(name: str, index: int, num_dims: int) -> str:
     return text
 
 
-@functools.cache
 def register_handler(name: str, kernel: str, num_arguments: int) -> None:
     """Compile a kernel for this machine, and let programs call it by name.
 
-    Call it before a program that names it is compiled, or loaded from a cache.
+    Call it once, before a program that names it is compiled, or loaded from a cache.
 
     Args:
         name: For `jax.ffi.ffi_call`; must stand for the same kernel in every process.

@@ -209,7 +209,7 @@ def test_packed_pages_equal_numpy(
     if not is_available(instruction_set):
         pytest.skip("this processor has other instructions")
     name = f"test_{instruction_set.lanes}_{instruction_set.panel_rows}"
-    monkeypatch.setattr(packed_pages, "_instruction_set", lambda: instruction_set)
+    monkeypatch.setattr(packed_pages, "host_instruction_set", lambda: instruction_set)
     monkeypatch.setattr(
         packed_pages, "_target", lambda shape: f"{name}_{shape.head_dim}_{shape.page_size}"
     )

@@ -32,7 +32,7 @@ def isa(request, monkeypatch) -> InstructionSet:
     isa = globals()[request.param]
     if not is_available(isa):
         pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(packed_weight, "_instruction_set", lambda: isa)
+    monkeypatch.setattr(packed_weight, "host_instruction_set", lambda: isa)
     monkeypatch.setattr(
         packed_weight, "_target", lambda dtype: f"{request.param}_{jnp.dtype(dtype).name}"
     )
