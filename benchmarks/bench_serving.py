@@ -23,7 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.serving import plot, report
-from benchmarks.serving.client import RequestOptions, ServingClient, find_model, flush_cache
+from benchmarks.serving.client import (
+    RequestOptions,
+    ServingClient,
+    ask_profiler,
+    find_model,
+    flush_cache,
+)
 from benchmarks.serving.command_line import REFUSED, parse_arguments
 from benchmarks.serving.datasets import DatasetOptions, make_requests
 from benchmarks.serving.errors import BenchmarkError
@@ -97,7 +103,11 @@ async def benchmark(arguments: argparse.Namespace) -> int:
         await warm_up(client, arguments.warmup_requests, requests[0], prompts)
         if arguments.flush_cache:
             await flush_cache(session, base_url)
+        if arguments.profile:
+            await ask_profiler(session, base_url, "start")
         run = await measure(client, requests, arguments, rng)
+        if arguments.profile:
+            await ask_profiler(session, base_url, "stop")
     return show(run, arguments, model, len(requests))
 
 

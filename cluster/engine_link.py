@@ -107,6 +107,14 @@ class EngineLink:
             ) from None
         return self._info
 
+    async def profile(self, num_steps: int) -> None:
+        response = cast("DeploymentResponse[bytes]", self._engine.profile.remote(num_steps))
+        try:
+            end = await asyncio.wait_for(_await_end(response), _INFO_TIMEOUT_S)
+        except TimeoutError:
+            raise EngineNotReadyError("No engine answered the call to profile.") from None
+        _raise_if_failed(end)
+
     def abort_choice(self, request_id: str, index: int) -> None:
         self._receiver.abort_choice(request_id, 0, index)
 

@@ -163,6 +163,10 @@ class Gang:
             self._pending.append((plan.step, time.monotonic(), future))
         return future
 
+    def profile(self, num_steps: int) -> None:
+        if not self.failure.done() and self._socket is not None:
+            self._broadcast(self._socket, MessageKind.PROFILE, msgspec.msgpack.encode(num_steps))
+
     async def stop(self) -> None:
         self._fail(EngineDiedError("the engine's hosts were stopped"))
         for task in self._tasks:

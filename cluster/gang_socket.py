@@ -29,6 +29,8 @@ class MessageKind(enum.Enum):
     READY = b"ready"
     PLAN = b"plan"
     RESULT = b"result"
+    PROFILE = b"profile"
+    """Trace so many of the next steps, as msgpack; 0 ends a trace early."""
 
 
 class HostMessage(NamedTuple):

@@ -10,7 +10,7 @@ import logging
 from cluster.gang import Gang, HostStatus
 from cluster.placement import Claim, Cluster, claim_hosts, read_cluster, resolve_device
 from engine.config import EngineConfig
-from engine.errors import EngineDiedError, EngineError, QwenOnRayError
+from engine.errors import EngineDiedError, EngineError, EngineNotReadyError, QwenOnRayError
 from engine.step import (
     EngineLimits,
     ProgressCallback,
@@ -73,6 +73,16 @@ class HostGroup:
             future.set_exception(EngineDiedError("the engine's hosts are not running"))
             return future
         return self._gang.execute(plan)
+
+    def profile(self, num_steps: int) -> None:
+        """Have every host trace its next steps; 0 ends a trace early.
+
+        Raises:
+            EngineNotReadyError: There are no hosts.
+        """
+        if self._gang is None:
+            raise EngineNotReadyError("the engine's hosts are not running")
+        self._gang.profile(num_steps)
 
     async def failed(self) -> QwenOnRayError:
         """Wait until the present epoch fails, and say why; for an owner that has no step under way.

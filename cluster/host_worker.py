@@ -61,6 +61,10 @@ class Runner(Protocol):
         """Start a step, in plan order; returns before the device is done."""
         ...
 
+    def profile(self, num_steps: int) -> None:
+        """Trace the next steps; 0 ends a trace early. Returns at once, never raises."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
@@ -178,7 +182,7 @@ def start_model_runner(task: HostTask, on_progress: ProgressCallback) -> Runner:
         coordinator_address=task.coordinator_address,
     )
     on_progress(StartProgress(phase="rendezvous", done=task.num_hosts, total=task.num_hosts))
-    return ModelRunner(task.config)
+    return ModelRunner(task.config, rank=task.rank)
 
 
 def _start(task: HostTask, link: HostSocket) -> Runner:
@@ -234,6 +238,8 @@ def _run_plans(runner: Runner, link: HostSocket, *, is_reporting: bool) -> NoRet
                 )
             next_step += 1
             steps.put(runner.dispatch(plan))
+        elif kind is MessageKind.PROFILE:
+            runner.profile(msgspec.msgpack.decode(payload, type=int))
     raise failures.get()
 
 

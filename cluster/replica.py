@@ -116,6 +116,19 @@ class Engine:
         )
         return msgspec.msgpack.encode(info)
 
+    async def profile(self, num_steps: int) -> bytes:
+        """Have every host trace its next steps; 0 ends a trace early.
+
+        Returns:
+            An encoded `GenerateEnd` without tokens, which carries the error where there was one.
+        """
+        try:
+            self._group.profile(num_steps)
+        except QwenOnRayError as error:
+            failure = CallError(type(error).__name__, str(error))
+            return msgspec.msgpack.encode(GenerateEnd(error=failure))
+        return msgspec.msgpack.encode(GenerateEnd())
+
     async def generate(self, payload: bytes) -> bytes:
         """Run a `GenerateCall` to its end; the tokens go to the router's socket meanwhile.
 

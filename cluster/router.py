@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -35,6 +36,8 @@ from cluster.openai.schema import (
     ErrorResponse,
     ModelCard,
     ModelList,
+    ProfileRequest,
+    ProfileStatus,
 )
 from cluster.openai.sse import AnswerResponse
 from cluster.serve_log import log_into_serve
@@ -119,6 +122,21 @@ def _add_routes(app: FastAPI) -> None:
         }
         return JSONResponse(state, status_code=200 if info.is_ready else 503)
 
+    @app.post(
+        "/start_profile",
+        response_model=ProfileStatus,
+        openapi_extra=_body_reference(ProfileRequest, is_required=False),
+    )
+    async def start_profile(request: Request) -> ProfileStatus:
+        """Trace the engine's next steps by JAX's profiler, below --profile-dir on every host."""
+        body = parse_body(ProfileRequest, await read_body(request) or b"{}")
+        return await _service(request).profile(body.num_steps)
+
+    @app.post("/stop_profile")
+    async def stop_profile(request: Request) -> ProfileStatus:
+        """End a trace before its steps were taken; one that has ended is left alone."""
+        return await _service(request).profile(0)
+
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         return Response(await _service(request).exposition(), media_type=CONTENT_TYPE_LATEST)
@@ -183,16 +201,17 @@ async def _on_fault(request: Request, error: Exception) -> Response:
     return _send_error(request, internal_error())
 
 
-def _body_reference(kind: type[ChatCompletionRequest | CompletionRequest]) -> dict[str, Any]:
+def _body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
     # Bodies are read raw, so that each fault can be explained in OpenAI's way; FastAPI has to be
     # told of their schema.
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": is_required, "content": {"application/json": {"schema": schema}}}}
 
 
 def _body_schemas() -> dict[str, Any]:
+    kinds = (ChatCompletionRequest, CompletionRequest, ProfileRequest)
     _, schemas = models_json_schema(
-        [(ChatCompletionRequest, "validation"), (CompletionRequest, "validation")],
+        [(kind, "validation") for kind in kinds],
         ref_template="#/components/schemas/{model}",
     )
     return schemas["$defs"]

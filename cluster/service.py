@@ -29,6 +29,7 @@ from cluster.openai.schema import (
     CompletionRequest,
     ModelCard,
     ModelList,
+    ProfileStatus,
 )
 from cluster.openai.sse import DONE, encode_error_event
 from engine.config import EngineConfig
@@ -175,6 +176,21 @@ class OpenAIService:
             root=self._config.model_path,
             max_model_len=info.context_length or None,
         )
+
+    async def profile(self, num_steps: int) -> ProfileStatus:
+        """Have one engine trace its next steps; 0 ends a trace early.
+
+        Raises:
+            RequestError: The server was started without --profile-dir.
+            EngineNotReadyError: No engine is there.
+        """
+        directory = self._config.profile_dir
+        if directory is None:
+            raise RequestError(
+                "Profiling is off. Start the server with --profile-dir=DIR to write traces there."
+            )
+        await self.engine.profile(num_steps)
+        return ProfileStatus(num_steps=num_steps, directory=directory)
 
     def _check_model(self, name: str) -> None:
         names = self._config.model_names

@@ -170,6 +170,11 @@ class EngineConfig(BaseModel):
         gt=0,
         description="Seconds that a request waits for an engine that is starting.",
     )
+    profile_dir: str | None = Field(
+        default=None,
+        description="Directory on each host where POST /start_profile has JAX's profiler write a "
+        "trace of the next steps. Default: that endpoint is off.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="How much is logged."
     )

@@ -178,6 +178,21 @@ async def find_model(
     return cards[0].id, cards[0].root
 
 
+async def ask_profiler(session: aiohttp.ClientSession, base_url: str, action: str) -> None:
+    """Have the server start or stop writing a trace.
+
+    Raises:
+        BenchmarkError: It cannot.
+    """
+    async with session.post(f"{base_url}/{action}_profile") as response:
+        text = await response.read()
+        if response.status != 200:
+            raise BenchmarkError(
+                f"--profile: the server's /{action}_profile answered HTTP {response.status} "
+                f"({explain(text)})."
+            )
+
+
 async def flush_cache(session: aiohttp.ClientSession, base_url: str) -> None:
     """Have the server forget its prefix cache.
 

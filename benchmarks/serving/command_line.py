@@ -17,7 +17,6 @@ from benchmarks.serving.flags import (
 
 # Flags of the benchmarks that this one follows, and why they are not here.
 REFUSED = {
-    "--profile": "the server has no profiler that HTTP starts.",
     "--lora-name": "name the adapter as --model, if the server has one.",
     "--apply-chat-template": "the server does that: use a backend ending in -chat.",
     "--return-logprob": "ask for them with --extra-request-body '{\"logprobs\": 1}'.",
@@ -105,6 +104,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="sent before, with prompts of their own, and not counted; default: 1",
+    )
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="have the server write a trace meanwhile: /start_profile before, /stop_profile after",
     )
     group.add_argument(
         "--flush-cache", action="store_true", help="empty the server's prefix cache before"

@@ -122,6 +122,14 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def profile(self, num_steps: int) -> None:
+        """Have one engine's hosts trace their next steps; 0 ends a trace early.
+
+        Raises:
+            EngineNotReadyError: No engine is there.
+        """
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         """Generate all choices; yields (index in `request.choices`, delta) as tokens come.
 

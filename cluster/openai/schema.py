@@ -128,6 +128,9 @@ Prompts = Annotated[
 ]
 
 
+MAX_PROFILED_STEPS = 10_000
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -201,6 +204,19 @@ class CompletionRequest(_GenerationBody):
     prompt: Prompts
     logprobs: StrictInt | None = None
     echo: StrictBool = False
+
+
+class ProfileRequest(_Body):
+    """Body of POST /start_profile; an empty one will do."""
+
+    num_steps: Annotated[StrictInt, Field(ge=1, le=MAX_PROFILED_STEPS)] = 100
+
+
+class ProfileStatus(BaseModel):
+    """What was asked of every host of one engine; `directory` is on the hosts."""
+
+    num_steps: int
+    directory: str
 
 
 class PromptTokensDetails(BaseModel):

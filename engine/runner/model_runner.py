@@ -36,6 +36,7 @@ from engine.runner.slot_state import (
     needs_admission,
     padding_admission,
 )
+from engine.runner.step_profiler import StepProfiler
 from engine.runner.step_program import make_step
 from engine.scheduling.buckets import bucket_table
 from engine.sharding import make_mesh
@@ -106,12 +107,16 @@ class ModelRunner:
 
     Args:
         config: The engine's.
+        rank: This process's among the hosts; names its folder of traces.
         devices: JAX devices to use; by default all. jax.distributed must have been initialised
             before `start` if there are several hosts.
     """
 
-    def __init__(self, config: EngineConfig, *, devices: list[Any] | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, rank: int = 0, devices: list[Any] | None = None
+    ) -> None:
         self._config = config
+        self._profiler = StepProfiler(Path(config.profile_dir or ".").expanduser() / f"rank-{rank}")
         self._devices = devices
         self._programs: dict[Bucket | str, Any] = {}
         self._params: Any = None
@@ -213,15 +218,26 @@ class ModelRunner:
     def dispatch(self, plan: StepPlan) -> PendingStep:
         """Start a step and return before the device is done with it."""
         started_s = time.monotonic()
-        for params in plan.admissions:
-            if needs_admission(params):
-                for admission in make_admissions(params, self._vocab_size):
-                    self._state = self._programs[_ADMISSION](self._state, admission)
-        inputs = self._batch.build(plan)
-        sampled, self._cache, self._state = self._programs[plan.bucket](
-            self._params, self._cache, self._state, inputs
-        )
+        self._profiler.count_step()
+        with jax.profiler.StepTraceAnnotation("step", step_num=plan.step):
+            for params in plan.admissions:
+                if needs_admission(params):
+                    for admission in make_admissions(params, self._vocab_size):
+                        self._state = self._programs[_ADMISSION](self._state, admission)
+            inputs = self._batch.build(plan)
+            sampled, self._cache, self._state = self._programs[plan.bucket](
+                self._params, self._cache, self._state, inputs
+            )
         return PendingStep(plan, sampled, started_s, self.num_compiles_since_ready)
+
+    def profile(self, num_steps: int) -> None:
+        """Write a trace of the next steps below `profile_dir`; 0 ends one that is under way."""
+        if num_steps == 0:
+            self._profiler.stop()
+        elif self._config.profile_dir is None:
+            logger.warning("no trace: --profile-dir is not set")
+        else:
+            self._profiler.start(num_steps)
 
     def close(self) -> None:
         """Free weights, pages and programs; safe to call twice, and after a `start` that failed."""

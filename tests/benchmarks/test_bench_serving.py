@@ -246,6 +246,22 @@ async def test_the_cache_is_flushed_where_the_server_can():
     assert flushed == [1]
 
 
+async def test_the_server_is_profiled_while_it_is_measured_where_it_can():
+    called = []
+
+    async def answer(exchange: Exchange) -> None:
+        called.append((exchange.path, len(server.exchanges)))
+        await exchange.send_json({})
+
+    async with OpenAIServer() as server:
+        with pytest.raises(BenchmarkError, match="HTTP 404"):
+            await bench(server, "--profile")
+        server.exchanges.clear()
+        server.paths |= {"/start_profile": answer, "/stop_profile": answer}
+        assert await bench(server, "--profile --warmup-requests 1 --num-prompts 3") == 0
+    assert called == [("/start_profile", 1), ("/stop_profile", 4)]
+
+
 async def test_a_file_gets_arguments_and_figures_but_no_key(tmp_path):
     path = tmp_path / "out.jsonl"
     async with OpenAIServer() as server:

@@ -39,6 +39,7 @@ class FakeEngine:
         aborted_choices: What `abort_choice` was called with.
         is_awaited: A request is held until the engine is ready.
         becomes_ready: Ends that wait.
+        profiled: Numbers of steps that `profile` was called with.
         closed_early: Ids of requests whose iterator was closed before its end.
     """
 
@@ -49,6 +50,7 @@ class FakeEngine:
         self.steps: asyncio.Semaphore | None = None
         self.requests: list[GenerateRequest] = []
         self.aborted_choices: list[tuple[str, int]] = []
+        self.profiled: list[int] = []
         self.closed_early: list[str] = []
         self.is_awaited = asyncio.Event()
         self.becomes_ready = asyncio.Event()
@@ -77,6 +79,9 @@ class FakeEngine:
             ) from None
         self.info = replace(self.info, is_ready=True)
         return self.info
+
+    async def profile(self, num_steps: int) -> None:
+        self.profiled.append(num_steps)
 
     def abort_choice(self, request_id: str, index: int) -> None:
         self.aborted_choices.append((request_id, index))

@@ -69,6 +69,11 @@ class NullRunner:
         return NullStep(plan, device_s=3600.0 if is_hanging else 0.0)
 
 
+    def profile(self, num_steps: int) -> None:
+        with self._log.open("a") as log:
+            log.write(f"profile {num_steps}\n")
+
+
 def start(task: HostTask, on_progress: ProgressCallback) -> Runner:
     return NullRunner(task)
 

@@ -238,6 +238,28 @@ async def test_metrics_show_the_engines_figures(
     assert f"qwen_on_ray:engine_compiles_total{label} 0.0" in text
 
 
+async def test_profiling_is_asked_of_the_engine_only_where_it_was_allowed(tmp_path: Path) -> None:
+    service, engine = make_service(tmp_path, profile_dir="/traces")
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        started = await client.post("/start_profile", json={"num_steps": 7})
+        by_default = await client.post("/start_profile")
+        too_many = await client.post("/start_profile", json={"num_steps": 10**6})
+        stopped = await client.post("/stop_profile")
+    assert started.json() == {"num_steps": 7, "directory": "/traces"}
+    assert (by_default.status_code, stopped.status_code) == (200, 200)
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "num_steps")
+    assert engine.profiled == [7, 100, 0]
+
+    service, engine = make_service(tmp_path)
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        refused = await client.post("/start_profile")
+    assert refused.status_code == 400
+    assert "--profile-dir" in refused.json()["error"]["message"]
+    assert engine.profiled == []
+
+
 async def test_a_fault_of_ours_is_told_without_its_inside(
     client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

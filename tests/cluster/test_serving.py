@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 import ray._private.worker
+from jax.profiler import ProfileData
 from processes import descendants, listens
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -50,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def args(checkpoint: Path) -> dict[str, object]:
+def args(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {
         "model_path": str(checkpoint),
         "served_model_name": "tiny",
@@ -62,6 +63,7 @@ def args(checkpoint: Path) -> dict[str, object]:
         "max_total_tokens": 2048,
         "max_running_requests": 4,
         "chunked_prefill_size": 32,
+        "profile_dir": str(tmp_path_factory.mktemp("traces")),
     }
 
 
@@ -194,6 +196,30 @@ async def test_a_stop_string_ends_the_request_in_the_engine_too(client, expected
 async def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(client):
     with pytest.raises(openai.BadRequestError, match=r"tokens.*256"):
         await client.completions.create(model="tiny", prompt="word " * 400)
+
+
+async def test_every_rank_writes_a_trace_of_the_steps_asked_for(base_url, client, args):
+    httpx.post(f"{base_url}/start_profile", json={"num_steps": 5}).raise_for_status()
+    directory = Path(str(args["profile_dir"]))
+
+    async def traces() -> list[Path]:
+        await stream_text(client)  # A trace begins and ends with steps.
+        return list(directory.rglob("*.xplane.pb"))
+
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(paths := await traces()) < 2:
+            pass
+    assert {path.relative_to(directory).parts[0] for path in paths} == {"rank-0", "rank-1"}
+    for path in paths:
+        planes = ProfileData.from_file(str(path)).planes
+        steps = {
+            dict(event.stats)["step_num"]
+            for plane in planes
+            for line in plane.lines
+            for event in line.events
+            if event.name == "step"
+        }
+        assert len(steps) in (4, 5), "the step during which a trace begins may be missing"
 
 
 def test_haproxy_stands_in_front_where_ray_has_it(base_url):

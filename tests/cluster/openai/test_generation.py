@@ -35,6 +35,9 @@ class Replay:
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         return EngineInfo(is_ready=True)
 
+    async def profile(self, num_steps: int) -> None:
+        raise NotImplementedError
+
     def abort_choice(self, request_id: str, index: int) -> None:
         self.aborted.append(index)
 
