@@ -3,11 +3,19 @@
 Each router has its own registry and shows it at `/metrics`.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from engine.stats import EngineStats
 
@@ -46,11 +54,16 @@ class RouterMetrics(Collector):
 
     Attributes:
         engine_stats: The engine's figures, to be set before they are shown.
+        num_generated_tokens: Tokens of all requests so far. Like the histogram of times between
+            tokens, without prometheus_client's locks: they would cost more than a token's text.
     """
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.engine_stats = EngineStats()
+        self.num_generated_tokens = 0
+        self._inter_token_counts = [0] * (len(_LATENCY_BUCKETS_S) + 1)
+        self._inter_token_sum_s = 0.0
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(name, help_text, ["model_name", *labels], registry=self.registry)
@@ -74,9 +87,6 @@ class RouterMetrics(Collector):
         self.prompt_tokens = counter(
             "vllm:prompt_tokens", "Prompt tokens of requests that began."
         ).labels(model_name)
-        self.generation_tokens = counter(
-            "vllm:generation_tokens", "Tokens that were generated."
-        ).labels(model_name)
         self._finished = counter(
             "vllm:request_success", "Choices that ended, by how.", "finished_reason"
         )
@@ -97,12 +107,14 @@ class RouterMetrics(Collector):
             "vllm:time_to_first_token_seconds",
             "From a request's arrival to a choice's first token.",
         )
-        self.inter_token_latency_s = histogram(
-            "vllm:inter_token_latency_seconds", "Between tokens of a choice."
-        )
         self.request_latency_s = histogram(
             "vllm:e2e_request_latency_seconds", "From a request's arrival to its end."
         )
+
+    def observe_inter_token_latency(self, latency_s: float, num_tokens: int) -> None:
+        """Count tokens that came together, so long after the ones before them."""
+        self._inter_token_counts[bisect_left(_LATENCY_BUCKETS_S, latency_s / num_tokens)] += 1
+        self._inter_token_sum_s += latency_s / num_tokens
 
     def count_finished(self, finish_reason: str) -> None:
         """Count a choice that ended by stop, length or abort (the client left)."""
@@ -113,7 +125,24 @@ class RouterMetrics(Collector):
         self._errors.labels(self._model_name, str(status)).inc()
 
     def collect(self) -> Iterable[Metric]:
-        """The engine's figures, for the registry."""
+        """The engine's figures and those that are counted here, for the registry."""
+        tokens = CounterMetricFamily(
+            "vllm:generation_tokens", "Tokens that were generated.", labels=["model_name"]
+        )
+        tokens.add_metric([self._model_name], self.num_generated_tokens)
+        yield tokens
+        latency = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds",
+            "Between tokens of a choice.",
+            labels=["model_name"],
+        )
+        bounds = [*map(floatToGoString, _LATENCY_BUCKETS_S), "+Inf"]
+        latency.add_metric(
+            [self._model_name],
+            list(zip(bounds, accumulate(self._inter_token_counts), strict=True)),
+            self._inter_token_sum_s,
+        )
+        yield latency
         for families, figures in (
             (CounterMetricFamily, _ENGINE_COUNTERS),
             (GaugeMetricFamily, _ENGINE_GAUGES),

@@ -5,7 +5,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def _add_routes(app: FastAPI) -> None:
         body = parse_body(ChatCompletionRequest, await read_body(request))
         request_id = make_request_id("chatcmpl")
         parts = _service(request).chat(body, request_id)
-        return AnswerResponse(parts, is_stream=body.stream, request_id=request_id)
+        return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.post(
         "/v1/completions",
@@ -93,7 +93,7 @@ def _add_routes(app: FastAPI) -> None:
         body = parse_body(CompletionRequest, await read_body(request))
         request_id = make_request_id("cmpl")
         parts = _service(request).complete(body, request_id)
-        return AnswerResponse(parts, is_stream=body.stream, request_id=request_id)
+        return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> ModelList:
@@ -144,6 +144,17 @@ def _add_routes(app: FastAPI) -> None:
 
 def _service(request: Request) -> OpenAIService:
     return request.app.state.service
+
+
+def _answer(
+    request: Request, parts: AsyncGenerator[bytes, None], request_id: str, *, is_stream: bool
+) -> Response:
+    return AnswerResponse(
+        parts,
+        is_stream=is_stream,
+        request_id=request_id,
+        describe_failure=_service(request).describe_stream_failure,
+    )
 
 
 class _KeyCheck:
@@ -205,7 +216,12 @@ def _body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[
     # Bodies are read raw, so that each fault can be explained in OpenAI's way; FastAPI has to be
     # told of their schema.
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": is_required, "content": {"application/json": {"schema": schema}}}}
+    return {
+        "requestBody": {
+            "required": is_required,
+            "content": {"application/json": {"schema": schema}},
+        }
+    }
 
 
 def _body_schemas() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cluster.openai.completions import (
 )
 from cluster.openai.engine_client import ChoiceRequest, EngineClient, EngineInfo, GenerateRequest
 from cluster.openai.errors import describe_error, internal_error
-from cluster.openai.generation import ChoiceUpdate, Generation
+from cluster.openai.generation import Generation
 from cluster.openai.heading import make_heading
 from cluster.openai.sampling import make_sampling_params
 from cluster.openai.schema import (
@@ -31,7 +31,8 @@ from cluster.openai.schema import (
     ModelList,
     ProfileStatus,
 )
-from cluster.openai.sse import DONE, encode_error_event
+from cluster.openai.sse import encode_error_event
+from cluster.request_watch import RequestWatch
 from engine.config import EngineConfig
 from engine.errors import ModelNotFoundError, QwenOnRayError, RequestError
 from engine.text.chat_template import ChatTemplate
@@ -82,39 +83,38 @@ class OpenAIService:
     async def chat(
         self, body: ChatCompletionRequest, request_id: str
     ) -> AsyncGenerator[bytes, None]:
-        """Answer a chat request: the stream's events, or one part with the whole object.
+        """Answer a chat request: the stream's events without its end, or the whole object.
 
         Raises:
-            RequestError, EngineError: Before the first part only; after it an error is an event.
+            RequestError, EngineError: Before the first part, or amid a stream.
         """
         self._check_model(body.model)
         with self._admit(body, num_prompts=1) as ticket:
             arrival_s = time.monotonic()
             info = await self._ready_info()
             prompt = await self._in_thread(partial(self._encode_chat, body))
-            generation = self._generation(body, request_id, [prompt], "messages", info, ticket)
+            request = self._make_request(body, request_id, [prompt], "messages", info, ticket)
             heading = make_heading(request_id, body.model, info.fingerprint)
-            updates = self._observe(generation, ticket, arrival_s)
-            if body.stream:
-                events = stream_chat(
-                    updates,
-                    generation,
-                    heading,
-                    tokenizer=self._tokenizer,
-                    include_usage=_includes_usage(body),
-                )
-                async with aclosing(self._end_stream(events)) as parts:
-                    async for part in parts:
-                        yield part
-            else:
-                completion = await collect_chat(
-                    updates,
-                    generation,
-                    heading,
-                    tokenizer=self._tokenizer,
-                    has_logprobs=body.logprobs,
-                )
-                yield completion.model_dump_json().encode()
+            with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
+                generation = self._generation(body, request, watch)
+                if body.stream:
+                    events = stream_chat(
+                        generation,
+                        heading,
+                        tokenizer=self._tokenizer,
+                        include_usage=_includes_usage(body),
+                    )
+                    async with aclosing(events):
+                        async for event in events:
+                            yield event
+                else:
+                    completion = await collect_chat(
+                        generation,
+                        heading,
+                        tokenizer=self._tokenizer,
+                        has_logprobs=body.logprobs,
+                    )
+                    yield completion.model_dump_json().encode()
 
     async def complete(
         self, body: CompletionRequest, request_id: str
@@ -128,34 +128,33 @@ class OpenAIService:
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )
-            generation = self._generation(body, request_id, prompts, "prompt", info, ticket)
+            request = self._make_request(body, request_id, prompts, "prompt", info, ticket)
             heading = make_heading(request_id, body.model, info.fingerprint)
-            updates = self._observe(generation, ticket, arrival_s)
             echoes = [echo for echo in echoes for _ in range(body.n)]
             has_logprobs = body.logprobs is not None
-            if body.stream:
-                events = stream_completion(
-                    updates,
-                    generation,
-                    heading,
-                    echoes=echoes,
-                    tokenizer=self._tokenizer,
-                    has_logprobs=has_logprobs,
-                    include_usage=_includes_usage(body),
-                )
-                async with aclosing(self._end_stream(events)) as parts:
-                    async for part in parts:
-                        yield part
-            else:
-                completion = await collect_completion(
-                    updates,
-                    generation,
-                    heading,
-                    echoes=echoes,
-                    tokenizer=self._tokenizer,
-                    has_logprobs=has_logprobs,
-                )
-                yield completion.model_dump_json().encode()
+            with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
+                generation = self._generation(body, request, watch)
+                if body.stream:
+                    events = stream_completion(
+                        generation,
+                        heading,
+                        echoes=echoes,
+                        tokenizer=self._tokenizer,
+                        has_logprobs=has_logprobs,
+                        include_usage=_includes_usage(body),
+                    )
+                    async with aclosing(events):
+                        async for event in events:
+                            yield event
+                else:
+                    completion = await collect_completion(
+                        generation,
+                        heading,
+                        echoes=echoes,
+                        tokenizer=self._tokenizer,
+                        has_logprobs=has_logprobs,
+                    )
+                    yield completion.model_dump_json().encode()
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""
@@ -227,7 +226,7 @@ class OpenAIService:
             raise RequestError("The chat template made an empty prompt.", param="messages")
         return prompt
 
-    def _generation(
+    def _make_request(
         self,
         body: ChatCompletionRequest | CompletionRequest,
         request_id: str,
@@ -235,7 +234,7 @@ class OpenAIService:
         prompt_field: str,
         info: EngineInfo,
         ticket: Ticket,
-    ) -> Generation:
+    ) -> GenerateRequest:
         choices = []
         for prompt in prompts:
             sampling = make_sampling_params(
@@ -254,13 +253,21 @@ class OpenAIService:
             ]
         ticket.add_tokens(body.n * sum(map(len, prompts)))
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return GenerateRequest(
+            request_id=request_id,
+            choices=tuple(choices),
+            cache_salt=(body.cache_salt or "").encode(),
+        )
+
+    def _generation(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        request: GenerateRequest,
+        watch: RequestWatch,
+    ) -> Generation:
         return Generation(
             self.engine,
-            GenerateRequest(
-                request_id=request_id,
-                choices=tuple(choices),
-                cache_salt=(body.cache_salt or "").encode(),
-            ),
+            request,
             make_detokenizer=lambda: Detokenizer(
                 self._tokenizer,
                 stop=body.stop,
@@ -269,6 +276,7 @@ class OpenAIService:
                 min_tokens=body.min_tokens,
             ),
             own_stop_token_ids=frozenset(body.stop_token_ids),
+            on_update=watch.take,
         )
 
     def _format_stop_token_ids(self, prompt_field: str) -> list[int]:
@@ -279,61 +287,15 @@ class OpenAIService:
         ids = [self._tokenizer.token_id(token) for token in tokens if token]
         return [token_id for token_id in ids if token_id is not None]
 
-    async def _observe(
-        self, generation: Generation, ticket: Ticket, arrival_s: float
-    ) -> AsyncGenerator[ChoiceUpdate, None]:
-        """Pass updates on, with what they mean for the waiting room and the metrics."""
-        choices = generation.request.choices
-        last_token_s: dict[int, float] = {}
-        unfinished = set(range(len(choices)))
-        metrics = self.metrics
-        try:
-            async with aclosing(generation.updates()) as updates:
-                async for update in updates:
-                    now_s = time.monotonic()
-                    before_s = last_token_s.get(update.index)
-                    if before_s is None:
-                        ticket.started(len(choices[update.index].prompt_token_ids))
-                        metrics.num_requests_running.inc()
-                        metrics.time_to_first_token_s.observe(now_s - arrival_s)
-                    elif update.num_tokens:
-                        metrics.inter_token_latency_s.observe(
-                            (now_s - before_s) / update.num_tokens
-                        )
-                    last_token_s[update.index] = now_s
-                    metrics.generation_tokens.inc(update.num_tokens)
-                    if update.finish_reason is not None:
-                        unfinished.discard(update.index)
-                        metrics.num_requests_running.dec()
-                        metrics.count_finished(update.finish_reason)
-                    yield update
-            metrics.request_latency_s.observe(time.monotonic() - arrival_s)
-        finally:
-            for index in unfinished:
-                metrics.count_finished("abort")
-                if index in last_token_s:
-                    metrics.num_requests_running.dec()
-
-    async def _end_stream(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        """Close a stream by [DONE], or by the error that broke it."""
-        has_begun = False
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    has_begun = True
-                    yield event
-        except Exception as error:
-            if not has_begun:
-                raise  # the route answers with a status of its own
-            if isinstance(error, QwenOnRayError):
-                reply = describe_error(error)
-            else:
-                logger.exception("a stream failed")
-                reply = internal_error()
-            self.metrics.count_error(reply.status)
-            yield encode_error_event(reply)
+    def describe_stream_failure(self, error: Exception) -> bytes:
+        """The event that ends a stream whose status is long sent."""
+        if isinstance(error, QwenOnRayError):
+            reply = describe_error(error)
         else:
-            yield DONE
+            logger.error("a stream failed", exc_info=error)
+            reply = internal_error()
+        self.metrics.count_error(reply.status)
+        return encode_error_event(reply)
 
     async def exposition(self) -> bytes:
         """This router's and its engine's metrics in Prometheus' text format."""

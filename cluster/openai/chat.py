@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from cluster.openai.generation import ChoiceUpdate, Generation, ShownToken, collect
+from cluster.openai.generation import Generation, ShownToken, collect
 from cluster.openai.heading import Heading
 from cluster.openai.schema import (
     AssistantMessage,
@@ -59,7 +59,6 @@ def render_messages(request: ChatCompletionRequest, template: ChatTemplate | Non
 
 
 async def stream_chat(
-    updates: AsyncGenerator[ChoiceUpdate, None],
     generation: Generation,
     heading: Heading,
     *,
@@ -85,7 +84,7 @@ async def stream_chat(
         return TextEvent(lambda text: chunk([_chunk_choice(index, ChatDelta(content=text))]))
 
     text_events: dict[int, TextEvent] = {}
-    async with aclosing(updates):
+    async with aclosing(generation.updates()) as updates:
         async for update in updates:
             events = b""
             if update.index not in text_events:
@@ -109,7 +108,6 @@ async def stream_chat(
 
 
 async def collect_chat(
-    updates: AsyncGenerator[ChoiceUpdate, None],
     generation: Generation,
     heading: Heading,
     *,
@@ -117,7 +115,7 @@ async def collect_chat(
     has_logprobs: bool,
 ) -> ChatCompletion:
     """Wait for the whole answer."""
-    choices = await collect(updates, len(generation.request.choices))
+    choices = await collect(generation)
     return ChatCompletion(
         id=heading.id,
         created=heading.created,

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from cluster.openai.generation import ChoiceUpdate, Generation, ShownToken, collect
+from cluster.openai.generation import Generation, ShownToken, collect
 from cluster.openai.heading import Heading
 from cluster.openai.schema import (
     Completion,
@@ -67,7 +67,6 @@ def echoed_texts(request: CompletionRequest, tokenizer: Tokenizer) -> list[str]:
 
 
 async def stream_completion(
-    updates: AsyncGenerator[ChoiceUpdate, None],
     generation: Generation,
     heading: Heading,
     *,
@@ -92,7 +91,7 @@ async def stream_completion(
             lambda text: _completion(heading, [_choice(index, text, None, None, None)], **fields)
         )
 
-    async with aclosing(updates):
+    async with aclosing(generation.updates()) as updates:
         async for update in updates:
             text = unechoed.pop(update.index, "") + update.text
             if has_logprobs or update.finish_reason is not None:
@@ -115,7 +114,6 @@ async def stream_completion(
 
 
 async def collect_completion(
-    updates: AsyncGenerator[ChoiceUpdate, None],
     generation: Generation,
     heading: Heading,
     *,
@@ -124,7 +122,7 @@ async def collect_completion(
     has_logprobs: bool,
 ) -> Completion:
     """Wait for the whole answer."""
-    choices = await collect(updates, len(generation.request.choices))
+    choices = await collect(generation)
     return _completion(
         heading,
         [

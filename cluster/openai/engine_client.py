@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
 from engine.stats import EngineStats
 
@@ -43,8 +45,7 @@ class GenerateRequest:
     cache_salt: bytes = b""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenDelta:
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """New tokens of one choice: those of one step, or of several if the router lags.
 
     Attributes:

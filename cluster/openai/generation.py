@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
+
 from cluster.openai.engine_client import EngineClient, GenerateRequest, TokenDelta
 from cluster.openai.schema import PromptTokensDetails, StopReason, Usage
 from engine.errors import EngineDiedError
@@ -12,16 +14,14 @@ from engine.request import TokenLogprobs
 from engine.text.detokenizer import Detokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownToken:
+class ShownToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A token whose text the client has, with its log probabilities."""
 
     token_id: int
     logprobs: TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceUpdate:
+class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one delta made certain of one choice.
 
     Attributes:
@@ -55,6 +55,7 @@ class Generation:
 
     Args:
         own_stop_token_ids: The client's, reported as `stop_reason` if one of them ends a choice.
+        on_update: Called with each update before it is handed out.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class Generation:
         *,
         make_detokenizer: Callable[[], Detokenizer],
         own_stop_token_ids: frozenset[int] = frozenset(),
+        on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
     ) -> None:
         self.request = request
         self._engine = engine
         self._own_stop_token_ids = own_stop_token_ids
+        self._on_update = on_update
         self._choices = [_Choice(make_detokenizer()) for _ in request.choices]
         self._num_running = len(self._choices)
         self._has_cut = False
@@ -87,6 +90,7 @@ class Generation:
                 if update.finish_reason is not None:
                     choice.is_running = False
                     self._num_running -= 1
+                self._on_update(update)
                 yield update
                 # The engine ends by itself, unless it need not report a choice that was cut.
                 if self._num_running == 0 and self._has_cut:
@@ -168,12 +172,10 @@ class WholeChoice:
     stop_reason: int | str | None = None
 
 
-async def collect(
-    updates: AsyncGenerator[ChoiceUpdate, None], num_choices: int
-) -> list[WholeChoice]:
+async def collect(generation: Generation) -> list[WholeChoice]:
     """Wait for the end of all choices."""
-    choices = [WholeChoice() for _ in range(num_choices)]
-    async with aclosing(updates):
+    choices = [WholeChoice() for _ in generation.request.choices]
+    async with aclosing(generation.updates()) as updates:
         async for update in updates:
             choice = choices[update.index]
             choice.text += update.text

@@ -59,15 +59,23 @@ class AnswerResponse(Response):
     which for a request that waits for the engine may be a minute away.
 
     Args:
-        parts: Events of a stream, or a single part with the whole JSON object.
+        parts: Events of a stream, without the [DONE] at its end, or a single part with the whole
+            JSON object. What it raises before its first part, the route answers with a status.
         request_id: Goes into the header `x-request-id`, unless whoever is in front has named the
             request: Serve does, and puts its name into the answer by itself, beside any of ours.
+        describe_failure: The event that ends a stream broken by that error, in place of [DONE].
     """
 
     def __init__(
-        self, parts: AsyncGenerator[bytes, None], *, is_stream: bool, request_id: str
+        self,
+        parts: AsyncGenerator[bytes, None],
+        *,
+        is_stream: bool,
+        request_id: str,
+        describe_failure: Callable[[Exception], bytes],
     ) -> None:
         self._parts = parts
+        self._describe_failure = describe_failure
         self._is_stream = is_stream
         self._request_id = request_id
         self._is_named = False
@@ -96,9 +104,16 @@ class AnswerResponse(Response):
                 {"type": "http.response.start", "status": 200, "headers": self._headers(part)}
             )
             await send({"type": "http.response.body", "body": part, "more_body": True})
-            async for part in parts:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            try:
+                async for part in parts:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            except Exception as error:
+                if not self._is_stream:
+                    raise
+                end = self._describe_failure(error)
+            else:
+                end = DONE if self._is_stream else b""
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
     def _headers(self, part: bytes) -> list[tuple[bytes, bytes]]:
         headers = [] if self._is_named else [(_REQUEST_ID, self._request_id.encode())]

@@ -91,9 +91,7 @@ def sample(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> Sa
         state: Counts, biases and end tokens by slot.
     """
     with jax.named_scope("sample"):
-        is_adjusted = jnp.any(
-            inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens
-        )
+        is_adjusted = jnp.any(inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens)
 
         def adjust() -> jax.Array:
             return _adjust(logits_RV, inputs, state)

@@ -6,13 +6,13 @@ Works on bytes: a character may be spread over several tokens, and is given out 
 import codecs
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from engine.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Text that became certain.
 
     Attributes:

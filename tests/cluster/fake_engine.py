@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import uvicorn
 from tiny_tokenizer import write_tiny_tokenizer
 
@@ -126,9 +127,11 @@ class FakeEngine:
             for token_id in token_ids
         ]
         if token_ids[-1] == end:
-            deltas[-1] = replace(deltas[-1], finish_reason="stop", stop_token_id=end)
+            deltas[-1] = msgspec.structs.replace(
+                deltas[-1], finish_reason="stop", stop_token_id=end
+            )
         else:
-            deltas[-1] = replace(deltas[-1], finish_reason="length")
+            deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="length")
         return deltas
 
     def _logprobs(self, token_id: int, num_top: int | None) -> tuple[TokenLogprobs, ...]:

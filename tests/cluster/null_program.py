@@ -68,7 +68,6 @@ class NullRunner:
         is_hanging = HANGING_POSITION in plan.decode_positions
         return NullStep(plan, device_s=3600.0 if is_hanging else 0.0)
 
-
     def profile(self, num_steps: int) -> None:
         with self._log.open("a") as log:
             log.write(f"profile {num_steps}\n")

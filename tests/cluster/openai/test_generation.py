@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tiny_tokenizer import write_tiny_tokenizer
 
 from cluster.openai.engine_client import (
@@ -72,7 +72,7 @@ def run(
         make_detokenizer=lambda: Detokenizer(tokenizer, stop=stop),
         own_stop_token_ids=own_stop_token_ids,
     )
-    whole = asyncio.run(collect(generation.updates(), num_choices))
+    whole = asyncio.run(collect(generation))
     return whole, generation, engine
 
 
