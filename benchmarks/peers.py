@@ -162,7 +162,9 @@ def _transformers(launch: Launch) -> list[str]:
     return [
         *(launch.program("transformers"), "serve", "--host", "127.0.0.1"),
         *("--port", str(launch.port), "--dtype", "bfloat16", "--device", "cpu"),
-        *("--continuous-batching", str(launch.checkpoint)),
+        # By default it takes most of the machine's memory.
+        *("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks"),
+        *(str(launch.max_running * launch.max_len // 64), str(launch.checkpoint)),
     ]
 
 

@@ -29,6 +29,7 @@ except ImportError:  # Ray has it for Linux only.
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_ATTEMPT_S = 90.0
 _RETRY_S = 20.0
 """Less time than that is not enough to start a Ray node once more."""
 _STOP_TIMEOUT_S = 10
@@ -203,7 +204,8 @@ def start_node(
     """Start a node, again and again until it is part of its cluster.
 
     `ray start` gives up after 30 s, which a machine that does something else as well may need, and
-    a head that opens its port may be as slow to be ready. What else ails a head is final.
+    a head that opens its port may be as slow to be ready; one that neither gives up nor starts is
+    ended. What else ails a head is final.
 
     Args:
         arguments: As of `RayNode`.
@@ -217,12 +219,13 @@ def start_node(
     """
     while True:
         node = RayNode(arguments, labels=labels)
+        patience_s = time.monotonic() + _ATTEMPT_S
         try:
-            while node.is_alive() and not node.has_started():
+            while node.is_alive() and not node.has_started() and time.monotonic() < patience_s:
                 pause()
                 if time.monotonic() > deadline_s:
                     raise EngineError(f"{what} in time. It printed:\n{node.output_tail()}")
-            if node.is_alive():
+            if node.is_alive() and node.has_started():
                 return node
             is_final = "--head" in arguments and not node.has_timed_out()
             if is_final or time.monotonic() > deadline_s - _RETRY_S:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,8 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from engine.runner.model_runner import ModelRunner, PendingStep
+from engine.step import StepPlan
 from scripts import demo_model
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -43,6 +46,25 @@ class FolderScheduling(LoadScopeScheduling):
             if path.startswith(folder):
                 return folder
         return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def steps_compile_nothing() -> Iterator[None]:
+    """Fail every step, of any engine that a test runs in its process, that compiles a program.
+
+    Those of hosts in processes of their own are counted where they are served.
+    """
+    dispatch = ModelRunner.dispatch
+
+    def watched(runner: ModelRunner, plan: StepPlan) -> PendingStep:
+        before = runner.num_compiles_since_ready
+        pending = dispatch(runner, plan)
+        assert runner.num_compiles_since_ready == before, f"{plan.bucket} compiled a program"
+        return pending
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "dispatch", watched)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ reordering them, in every step. Packed once, they stream from memory as fast as 
 
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import accumulate
 from typing import Literal
 
 import jax
@@ -27,23 +28,34 @@ _OUTPUTS: dict[np.dtype, tuple[Output, ...]] = {
 
 
 @jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class JoinedWeight:
+    """Stands where a weight was that lies among another one's words, after its outputs."""
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
-    """One linear map's weights [F, D] of one or all layers, packed for this machine.
+    """Weights [F, D] of one or all layers, packed for this machine.
+
+    They are those of one linear map, or of several with the same inputs, side by side: one product
+    then reads all of them.
 
     Attributes:
         words: uint32 [L, panels, D / n, W]: for each panel of W outputs and each n inputs, as many
             as fill 32 bits, a word per output, the first input in its lowest bits. int8 lies there
-            with 128 added. On each device outputs are padded to whole panels and inputs to whole
-            words.
-        shape: (F, D), over all devices.
+            with 128 added. On each device the outputs of each map are padded to whole panels and
+            inputs to whole words.
+        outputs: F of each map, over all devices.
+        num_inputs: D, over all devices.
         dtype: Of the weights, and of what they are multiplied by.
         sharded_axis: Of [F, D], the one that goes over the mesh; None if neither does.
         layer: int32: which of the layers is meant; None stands for the first.
     """
 
     words: jax.Array
-    shape: tuple[int, int] = field(metadata={"static": True})
+    outputs: tuple[int, ...] = field(metadata={"static": True})
+    num_inputs: int = field(metadata={"static": True})
     dtype: Literal["bfloat16", "int8"] = field(metadata={"static": True})
     sharded_axis: int | None = field(metadata={"static": True})
     layer: jax.Array | None = None
@@ -52,7 +64,12 @@ class PackedWeight:
         return replace(self, layer=jnp.asarray(layer, jnp.int32))
 
     def product(self, x_TD: jax.Array, dtype: DTypeLike, mesh: Mesh) -> jax.Array:
-        """x W^T.
+        """The product with the weights of the one map that these are; as `products`."""
+        (out_TF,) = self.products(x_TD, dtype, mesh)
+        return out_TF
+
+    def products(self, x_TD: jax.Array, dtype: DTypeLike, mesh: Mesh) -> list[jax.Array]:
+        """x W^T for each of the maps.
 
         Args:
             x_TD: [T, D], of the weights' dtype.
@@ -61,29 +78,41 @@ class PackedWeight:
             mesh: Where the weight lies.
 
         Returns:
-            [T, F], sharded as the weight's outputs are.
+            [T, F] of each, sharded as the weights' outputs are.
         """
         name = _target(dtype)
         axis = self.sharded_axis
-        num_outputs = self.shape[0] // (mesh.size if axis == 0 else 1)
+        outputs = [number // (mesh.size if axis == 0 else 1) for number in self.outputs]
 
-        def shard_product(x_TD: jax.Array, words: jax.Array, layer: jax.Array) -> jax.Array:
+        def shard_products(
+            x_TD: jax.Array, words: jax.Array, layer: jax.Array
+        ) -> tuple[jax.Array, ...]:
             num_inputs = words.shape[2] * 4 // x_TD.dtype.itemsize
             if num_inputs > x_TD.shape[1]:
                 x_TD = jnp.pad(x_TD, ((0, 0), (0, num_inputs - x_TD.shape[1])))
-            shape = jax.ShapeDtypeStruct((x_TD.shape[0], num_outputs), dtype)
+            ends = list(accumulate(_padded(number, words.shape[3]) for number in outputs))
+            # Behind the last map's outputs there is nothing to be written over.
+            width = ends[-1] - _padded(outputs[-1], words.shape[3]) + outputs[-1]
+            shape = jax.ShapeDtypeStruct((x_TD.shape[0], width), dtype)
             out = jax.ffi.ffi_call(name, shape)(x_TD, words, layer)
             if self.dtype == "int8":
                 out -= 128 * jnp.sum(x_TD, axis=1, keepdims=True, dtype=jnp.int32)
-            return jax.lax.psum(out, TENSOR_AXIS) if axis == 1 else out
+            if axis == 1:
+                out = jax.lax.psum(out, TENSOR_AXIS)
+            starts = [0, *ends[:-1]]
+            return tuple(
+                out[:, start : start + number]
+                for start, number in zip(starts, outputs, strict=True)
+            )
 
-        return jax.shard_map(
-            shard_product,
+        found = jax.shard_map(
+            shard_products,
             mesh=mesh,
             in_specs=(P(None, TENSOR_AXIS if axis == 1 else None), self._spec, P()),
-            out_specs=P(None, TENSOR_AXIS if axis == 0 else None),
+            out_specs=(P(None, TENSOR_AXIS if axis == 0 else None),) * len(outputs),
             check_vma=False,
         )(x_TD, self.words, self._layer)
+        return list(found)
 
     def rows(self, ids_T: jax.Array, mesh: Mesh) -> jax.Array:
         """Rows of the weight, as an embedding table gives them: [T, D].
@@ -93,7 +122,8 @@ class PackedWeight:
             mesh: Where the weight lies.
         """
         assert self.sharded_axis != 1, "an embedding table is sharded by its vocabulary"
-        num_rows = self.shape[0] // (mesh.size if self.sharded_axis == 0 else 1)
+        (num_rows,) = self.outputs
+        num_rows //= mesh.size if self.sharded_axis == 0 else 1
 
         def shard_rows(ids_T: jax.Array, words: jax.Array, layer: jax.Array) -> jax.Array:
             width = words.shape[3]
@@ -109,7 +139,7 @@ class PackedWeight:
             rows_TD = jax.lax.bitcast_convert_type(words_TK, kind).reshape(len(ids_T), -1)
             if self.dtype == "int8":
                 rows_TD = jax.lax.bitcast_convert_type(rows_TD ^ 128, jnp.int8)
-            return rows_TD[:, : self.shape[1]]
+            return rows_TD[:, : self.num_inputs]
 
         return jax.shard_map(
             shard_rows,
@@ -136,17 +166,20 @@ def can_pack(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype) != jnp.int8 or isa.has_int8_dot
 
 
-def pack_weights(weights: list[jax.Array]) -> PackedWeight:
-    """Pack one linear map's weights of all layers, and make its product known to XLA.
+def pack_weights(*maps: list[jax.Array]) -> PackedWeight:
+    """Pack linear maps' weights of all layers side by side, and make the product known to XLA.
 
     Args:
-        weights: [F, D] of each layer, alike in shape, type and sharding. The list is emptied
-            on the way, so that memory holds each once, but for the one that is being packed.
+        maps: For each map its weights [F, D] of each layer; alike in type and sharding, and all but
+            F in shape. The lists are emptied on the way, so that memory holds each weight once, but
+            for the one that is being packed.
     """
     isa = host_instruction_set()
     assert isa is not None, "asked can_pack first"
-    sharding, (num_outputs, num_inputs) = weights[0].sharding, weights[0].shape
-    dtype = weights[0].dtype
+    first = maps[0][0]
+    sharding, num_inputs, dtype = first.sharding, first.shape[1], first.dtype
+    num_layers, outputs = len(maps[0]), tuple(weights[0].shape[0] for weights in maps)
+    del first
     for output in _OUTPUTS[dtype]:
         _register(isa, output, _target(output))
     assert isinstance(sharding, NamedSharding)
@@ -155,29 +188,36 @@ def pack_weights(weights: list[jax.Array]) -> PackedWeight:
     sharded = [axis for axis, name in enumerate(sharding.spec) if name is not None]
     sharded_axis = sharded[0] if sharded else None
     shards = [mesh.size if axis == sharded_axis else 1 for axis in (0, 1)]
-    num_panels = -(-num_outputs // shards[0] // isa.panel_outputs)
+    panels = [_padded(n // shards[0], isa.panel_outputs) // isa.panel_outputs for n in outputs]
     num_words = -(-num_inputs // shards[1] * dtype.itemsize // 4)
-    shape = (len(weights), num_panels * shards[0], num_words * shards[1], isa.panel_outputs)
+    shape = (num_layers, sum(panels) * shards[0], num_words * shards[1], isa.panel_outputs)
     spec = _words_spec(sharded_axis)
     words = jnp.zeros(shape, jnp.uint32, device=NamedSharding(mesh, spec))
-    for layer in range(len(weights)):
-        words = _put(words, weights.pop(0), np.int32(layer), mesh=mesh, spec=spec)
+    first_panel = 0
+    for weights, num_panels in zip(maps, panels, strict=True):
+        for layer in range(num_layers):
+            place = np.array([layer, first_panel], np.int32)
+            words = _put(words, weights.pop(0), place, panels=num_panels, mesh=mesh, spec=spec)
+        first_panel += num_panels
     return PackedWeight(
         words=words,
-        shape=(num_outputs, num_inputs),
+        outputs=outputs,
+        num_inputs=num_inputs,
         dtype="int8" if dtype == jnp.int8 else "bfloat16",
         sharded_axis=sharded_axis,
     )
 
 
-@partial(jax.jit, static_argnames=("mesh", "spec"), donate_argnames="words")
+@partial(jax.jit, static_argnames=("panels", "mesh", "spec"), donate_argnames="words")
 def _put(
-    words: jax.Array, weight_FD: jax.Array, layer: jax.Array, *, mesh: Mesh, spec: P
+    words: jax.Array, weight_FD: jax.Array, place: jax.Array, *, panels: int, mesh: Mesh, spec: P
 ) -> jax.Array:
-    def put_shard(words: jax.Array, weight_FD: jax.Array, layer: jax.Array) -> jax.Array:
-        num_panels, num_words, width = words.shape[1:]
+    """Pack one weight into the `panels` from `place`, a layer and a panel, on every device."""
+
+    def put_shard(words: jax.Array, weight_FD: jax.Array, place: jax.Array) -> jax.Array:
+        _, _, num_words, width = words.shape
         in_word = 4 // weight_FD.dtype.itemsize
-        missing = (num_panels * width - len(weight_FD), num_words * in_word - weight_FD.shape[1])
+        missing = (panels * width - len(weight_FD), num_words * in_word - weight_FD.shape[1])
         bits = jax.lax.bitcast_convert_type(
             weight_FD, jnp.uint8 if weight_FD.dtype == jnp.int8 else jnp.uint16
         )
@@ -185,8 +225,8 @@ def _put(
             bits ^= 128
         bits = jnp.pad(bits, ((0, missing[0]), (0, missing[1])))
         rows = jax.lax.bitcast_convert_type(bits.reshape(-1, num_words, in_word), jnp.uint32)
-        panels = rows.reshape(num_panels, width, num_words).transpose(0, 2, 1)
-        return jax.lax.dynamic_update_index_in_dim(words, panels, layer, 0)
+        packed = rows.reshape(panels, width, num_words).transpose(0, 2, 1)
+        return jax.lax.dynamic_update_slice(words, packed[None], (place[0], place[1], 0, 0))
 
     return jax.shard_map(
         put_shard,
@@ -194,7 +234,11 @@ def _put(
         in_specs=(spec, P(*spec[1:3]), P()),
         out_specs=spec,
         check_vma=False,
-    )(words, weight_FD, layer)
+    )(words, weight_FD, place)
+
+
+def _padded(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _words_spec(sharded_axis: int | None) -> P:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engine.kernels.packed_weight import PackedWeight, can_pack, pack_weights
+from engine.kernels.packed_weight import JoinedWeight, PackedWeight, can_pack, pack_weights
 from engine.models.config import ModelConfig
 
 MAX_SCANNED_LAYER_BYTES = 16 * 2**20
@@ -23,6 +23,9 @@ MAX_SCANNED_LAYER_BYTES = 16 * 2**20
 Milliseconds of a step of 2 rows in bfloat16, unrolled and scanned: 23 and 22 at 7 MB a layer,
 54 and 90 at 30 MB, 126 and 246 at 94 MB.
 """
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Maps of the same input, whose packed weights lie side by side, with the first of them."""
 
 _Tree = dict[str, Any]
 
@@ -67,6 +70,8 @@ def layer_of_stack(stacked: _Tree, slices: _Tree, layer: jax.Array) -> _Tree:
     """One layer's parameters, of the stack and of what a scan cut out of `scanned_part`."""
 
     def pick(leaf: Any, part: Any) -> Any:
+        if isinstance(leaf, JoinedWeight):
+            return leaf
         return leaf.at_layer(layer) if _is_packed(leaf) else _from_bits(part)
 
     return jax.tree.map(pick, stacked, slices, is_leaf=_is_packed)
@@ -77,12 +82,26 @@ def _join(
 ) -> _Tree:
     """Make one parameter of each that the layers have, matrices packed, the rest by `join`."""
     joined: _Tree = {}
-    for path, array in _flatten(layers[0]):
-        arrays = [_remove(layer, path) for layer in layers]
-        is_matrix = is_packed and array.ndim == 2
-        del array
-        _insert(joined, path, pack_weights(arrays) if is_matrix else join(arrays))
+    is_matrix = {path: array.ndim == 2 for path, array in _flatten(layers[0])}
+    for path, is_packable in is_matrix.items():
+        if not (is_packed and is_packable):
+            _insert(joined, path, join([_remove(layer, path) for layer in layers]))
+            continue
+        first, *others = _side_by_side(path)
+        if path != first:
+            continue  # Packed with the first of them.
+        maps = [[_remove(layer, each) for layer in layers] for each in (first, *others)]
+        _insert(joined, first, pack_weights(*maps))
+        for other in others:
+            _insert(joined, other, JoinedWeight())
     return joined
+
+
+def _side_by_side(path: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Paths of the weights that lie side by side with that one, itself included, in order."""
+    *above, name, last = path
+    group = next((group for group in JOINED if name in group), (name,))
+    return [(*above, each, last) for each in group]
 
 
 def _stack(arrays: list[jax.Array]) -> jax.Array:
@@ -110,7 +129,7 @@ def _from_bits(array: jax.Array) -> jax.Array:
 
 
 def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, PackedWeight)
+    return isinstance(leaf, PackedWeight | JoinedWeight)
 
 
 def _flatten(tree: _Tree, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

@@ -6,6 +6,7 @@ fast bfloat16 matmul on the CPU wants that order, the TPU takes either; or packe
 `layer_stack` found a kernel of our own for this machine's processor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from jax.typing import ArrayLike
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
 from engine.kernels.packed_weight import PackedWeight
 from engine.models.config import ModelConfig
-from engine.models.quantization import Quantization, dequantize, quantized_product
+from engine.models.quantization import Quantization, dequantize, quantize_activations
 from engine.models.rope import rotate
 from engine.sharding import ShardLayout, named_sharding
 
@@ -81,24 +82,49 @@ class Linear(nnx.Module):
         self.weight = parameter(build, out_axis, in_axis)
         self.scale = weight_scale(build, out_axis)
         self.bias = parameter(build, out_axis) if has_bias else None
-        self._mesh = build.mesh
+        self.mesh = build.mesh
+        self._dtype = build.dtype
         self._sharding = named_sharding(build.mesh, (None, out_axis))
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """Map [T, in] to [T, out], sharded as `out_axis` is."""
+        (out_TF,) = apply_linears((self,), x_TD)
+        return out_TF
+
+    def finish(self, product_TF: jax.Array, scale_T1: jax.Array | None) -> jax.Array:
+        """Make the map's output of its product, and of the activations' scale if it has one."""
         # The constraint stands before scales and bias: with `in_axis` sharded it is where partial
         # sums of the devices are added up.
-        weight = self.weight.get_value()
+        out_TF = jax.lax.with_sharding_constraint(product_TF, self._sharding)
         if self.scale is not None:
-            product, scale_T1 = quantized_product(x_TD, weight, self._mesh)
-            product = jax.lax.with_sharding_constraint(product, self._sharding)
-            out = dequantize(product, scale_T1, self.scale[...], x_TD.dtype)
-        elif isinstance(weight, PackedWeight):
-            out = weight.product(x_TD, x_TD.dtype, self._mesh)
-        else:
-            out = jnp.einsum("TD,FD->TF", x_TD, weight)
-            out = jax.lax.with_sharding_constraint(out, self._sharding)
-        return out if self.bias is None else out + self.bias[...][None, :]
+            assert scale_T1 is not None
+            out_TF = dequantize(out_TF, scale_T1, self.scale[...], self._dtype)
+        return out_TF if self.bias is None else out_TF + self.bias[...][None, :]
+
+
+def apply_linears(linears: Sequence[Linear], x_TD: jax.Array) -> list[jax.Array]:
+    """Map the same [T, in] by each of them: in one product, where weights lie side by side.
+
+    Args:
+        linears: One, or those of a group of `layer_stack.JOINED`, in its order.
+    """
+    weights = [linear.weight.get_value() for linear in linears]
+    scale_T1: jax.Array | None = None
+    dtype = x_TD.dtype
+    if linears[0].scale is not None:
+        x_TD, scale_T1 = quantize_activations(x_TD)
+        dtype = jnp.dtype(jnp.int32)
+    if isinstance(weights[0], PackedWeight):
+        products = weights[0].products(x_TD, dtype, linears[0].mesh)
+    else:
+        products = [
+            jnp.einsum("TD,FD->TF", x_TD, weight, preferred_element_type=dtype)
+            for weight in weights
+        ]
+    return [
+        linear.finish(product_TF, scale_T1)
+        for linear, product_TF in zip(linears, products, strict=True)
+    ]
 
 
 class Embedding(nnx.Module):
@@ -146,7 +172,8 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(build, "embed", "ffn")
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = apply_linears((self.gate_proj, self.up_proj), x_TD)
+        return self.down_proj(jax.nn.silu(gate_TF) * up_TF)
 
 
 class SelfAttention(Protocol):

@@ -60,6 +60,12 @@ def _quantize_sharded(
     )
 
 
+def quantize_activations(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Round each token's row to int8: int8 [T, D], and its scale as float32 [T, 1]."""
+    quantized_TD, scale_T = quantize_rows(x_TD)
+    return quantized_TD, scale_T[:, None]
+
+
 def quantized_product(
     x_TD: jax.Array, weight_FD: jax.Array | PackedWeight, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
@@ -69,14 +75,14 @@ def quantized_product(
         int32 [T, F], exact, and float32 [T, 1]: the activations' scales. The product of both and
         of the weight's scales is the result.
     """
-    quantized_TD, scale_T = quantize_rows(x_TD)
+    quantized_TD, scale_T1 = quantize_activations(x_TD)
     if isinstance(weight_FD, PackedWeight):
         product_TF = weight_FD.product(quantized_TD, jnp.int32, mesh)
     else:
         product_TF = jnp.einsum(
             "TD,FD->TF", quantized_TD, weight_FD, preferred_element_type=jnp.int32
         )
-    return product_TF, scale_T[:, None]
+    return product_TF, scale_T1
 
 
 def dequantize(

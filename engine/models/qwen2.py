@@ -9,7 +9,14 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from engine.kernels.attention import Cache
-from engine.models.layers import Build, DecoderLayer, HeadAttention, Linear, StepContext
+from engine.models.layers import (
+    Build,
+    DecoderLayer,
+    HeadAttention,
+    Linear,
+    StepContext,
+    apply_linears,
+)
 from engine.models.names import CheckpointTensor
 
 
@@ -30,9 +37,9 @@ class Qwen2Attention(nnx.Module):
         step: StepContext,
         sliding_window: int | None,
     ) -> tuple[jax.Array, Cache]:
-        q_TNH = self._heads.split_query(self.q_proj(x_TD))
-        k_TKH = self._heads.split_kv(self.k_proj(x_TD))
-        v_TKH = self._heads.split_kv(self.v_proj(x_TD))
+        q, k, v = apply_linears((self.q_proj, self.k_proj, self.v_proj), x_TD)
+        q_TNH, k_TKH = self._heads.split_query(q), self._heads.split_kv(k)
+        v_TKH = self._heads.split_kv(v)
         out, cache = self._heads(q_TNH, k_TKH, v_TKH, cache, layer, step, sliding_window)
         return self.o_proj(out), cache
 

@@ -11,7 +11,15 @@ from jax.typing import ArrayLike
 
 from engine.kernels.attention import Cache
 from engine.models import qwen2
-from engine.models.layers import Build, DecoderLayer, HeadAttention, Linear, RMSNorm, StepContext
+from engine.models.layers import (
+    Build,
+    DecoderLayer,
+    HeadAttention,
+    Linear,
+    RMSNorm,
+    StepContext,
+    apply_linears,
+)
 from engine.models.names import CheckpointTensor
 
 
@@ -33,9 +41,10 @@ class Qwen3Attention(nnx.Module):
         step: StepContext,
         sliding_window: int | None,
     ) -> tuple[jax.Array, Cache]:
-        q_TNH = self.q_norm(self._heads.split_query(self.q_proj(x_TD)))
-        k_TKH = self.k_norm(self._heads.split_kv(self.k_proj(x_TD)))
-        v_TKH = self._heads.split_kv(self.v_proj(x_TD))
+        q, k, v = apply_linears((self.q_proj, self.k_proj, self.v_proj), x_TD)
+        q_TNH = self.q_norm(self._heads.split_query(q))
+        k_TKH = self.k_norm(self._heads.split_kv(k))
+        v_TKH = self._heads.split_kv(v)
         out, cache = self._heads(q_TNH, k_TKH, v_TKH, cache, layer, step, sliding_window)
         return self.o_proj(out), cache
 

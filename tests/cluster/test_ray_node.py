@@ -1,11 +1,13 @@
 """What a Ray node of our own is told, and that nothing of it outlives it."""
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +16,7 @@ from processes import descendants
 
 from cluster import ray_node
 from cluster.addresses import free_port
-from cluster.ray_node import RayNode, proxy_environment
+from cluster.ray_node import RayNode, proxy_environment, start_node
 
 FOLDER = Path("/tmp/qor-12345678/haproxy")
 
@@ -113,3 +115,31 @@ def test_node_ends_with_an_owner_that_is_killed() -> None:
         finally:
             owner.kill()
     assert not psutil.wait_procs(family, timeout=120)[1]
+
+
+@pytest.mark.slow
+def test_start_that_neither_ends_nor_succeeds_is_ended_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes: list[RayNode] = []
+
+    class FirstIsFrozen(RayNode):
+        def __init__(self, *arguments: Any, **labels: Any) -> None:
+            super().__init__(*arguments, **labels)
+            nodes.append(self)
+            is_first = len(nodes) == 1
+            monkeypatch.setattr(ray_node, "_ATTEMPT_S", 0.0 if is_first else 90.0)
+            if is_first:
+                os.kill(self._process.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(ray_node, "RayNode", FirstIsFrozen)
+    host = ray.util.get_node_ip_address()
+    arguments = ["--head", "--node-ip-address", host, "--port", str(free_port(host))]
+    arguments += ["--include-dashboard", "false", "--ray-client-server-port", str(free_port(host))]
+    node = start_node(arguments, labels={}, what="head", deadline_s=time.monotonic() + 150)
+    try:
+        assert nodes == [nodes[0], node]
+        assert not nodes[0].is_alive()
+        assert node.has_started()
+    finally:
+        node.stop()

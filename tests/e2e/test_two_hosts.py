@@ -127,6 +127,7 @@ def test_killed_rank_comes_back_and_the_same_request_is_answered_alike(
         log="serve.log",
     )
     expected = wait_for_answer(head, START_TIMEOUT_S, "serve.log")
+    assert expected["num_compiles"] == 0
     logger.info("first answer %.1f s after `serve run`", time.monotonic() - served_s)
     assert expected["text"]
     assert [len(host.pids(WORKER_TITLE)) for host in hosts] == [1, 1], "one rank on each host"
@@ -152,6 +153,7 @@ def test_killed_rank_comes_back_and_the_same_request_is_answered_alike(
     recovery_s = time.monotonic() - killed_s
     logger.info("served again %.1f s after the kill of rank 1", recovery_s)
     assert again["text"] == expected["text"]
+    assert again["num_compiles"] == 0
     assert other.pids(WORKER_TITLE) not in ([], victim), "rank 1 runs in a fresh process"
 
 
@@ -171,6 +173,7 @@ def test_same_command_on_both_hosts_serves_and_ends_with_rank_0(
         for rank, host in enumerate(hosts)
     ]
     answer = wait_for_answer(head, START_TIMEOUT_S, "serve_app.log")
+    assert answer["num_compiles"] == 0
     logger.info("first answer %.1f s after the commands", time.monotonic() - started_s)
     assert answer["text"]
     assert [len(host.pids(WORKER_TITLE)) for host in hosts] == [1, 1], "one rank on each host"
