@@ -107,6 +107,34 @@ def test_devices_share_outputs_or_inputs(isa: InstructionSet, axes: tuple[str, s
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("tp_size", [1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_maps_side_by_side_give_what_each_gives_alone(tp_size: int, dtype: str):
+    if not can_pack(dtype):
+        pytest.skip("no kernel for this processor")
+    mesh = make_mesh(tp_size, jax.devices()[:tp_size])
+    sharding = named_sharding(mesh, ("ffn", "embed"))
+    # Whole panels, less than one, and a rest at the end of a device's share.
+    maps = [
+        [jnp.asarray(weight * 40, dtype) for weight in random_weights(num_outputs, 66)]
+        for num_outputs in (384, 9, 150)
+    ]
+
+    def placed(weights: list[jax.Array]) -> list[jax.Array]:
+        return [jax.device_put(weight, sharding) for weight in weights]
+
+    joined = pack_weights(*map(placed, maps))
+    out = "int32" if dtype == "int8" else "bfloat16"
+    for num_rows in (1, 7):
+        x = np.random.default_rng(num_rows).standard_normal((num_rows, 66)) * 40
+        x = jnp.asarray(x, dtype)
+        for layer in range(NUM_LAYERS):
+            got = jax.jit(lambda w, x: w.products(x, out, mesh))(joined.at_layer(layer), x)
+            for part, weights in zip(got, maps, strict=True):
+                alone = pack_weights(placed(weights)).at_layer(layer)
+                np.testing.assert_array_equal(part, product(alone, np.asarray(x), out, tp_size))
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: InstructionSet):
     packed = pack(random_weights(128, 512), 1, "ffn", "embed")
     x = np.random.default_rng(0).standard_normal((40, 512)).astype(jnp.bfloat16)
