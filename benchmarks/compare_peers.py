@@ -13,6 +13,7 @@ for all. Prints each figure with its ratio to ours (ours better: above 1).
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import signal
@@ -185,7 +186,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             for workload in WORKLOADS:
                 # Whoever is first in one round is last in the next.
                 for server in servers if number % 2 == 0 else reversed(servers):
-                    figures = measure(server, workload, checkpoint, folder, seed=number)
+                    try:
+                        figures = measure(server, workload, checkpoint, folder, seed=number)
+                    except RuntimeError as error:
+                        # What was measured before must not be lost with it.
+                        print(f"round {number + 1} failed: {error}", file=sys.stderr)
+                        continue
                     runs.setdefault(str(workload), {}).setdefault(server.name, []).append(figures)
                     rate = figures["output_throughput"]
                     print(f"round {number + 1}, {workload}: {server.name} {rate:.1f} tokens/s")
@@ -246,7 +252,8 @@ def prompt_flags(server: Server, checkpoint: Path) -> list[str]:
 
 
 def median_of(results: dict[str, Any], workload: str, name: str, figure: str) -> float:
-    return statistics.median(run[figure] for run in results["runs"][workload][name])
+    runs = results["runs"][workload].get(name, [])
+    return statistics.median(run[figure] for run in runs) if runs else math.nan
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -276,10 +283,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     width = 0.8 / len(names)
     for place, workload in enumerate(results["runs"]):
         for index, name in enumerate(names):
-            rates = [run["output_throughput"] for run in results["runs"][workload][name]]
+            runs = results["runs"][workload].get(name, [])
+            rates = [run["output_throughput"] for run in runs]
             left = place + (index - (len(names) - 1) / 2) * width
             label = name if place == 0 else None
-            axes.bar(left, statistics.median(rates), width, color=f"C{index}", label=label)
+            height = median_of(results, workload, name, "output_throughput")
+            axes.bar(left, height, width, color=f"C{index}", label=label)
             axes.plot([left] * len(rates), rates, "k.", markersize=3)
     axes.set_xticks(range(len(results["runs"])), list(results["runs"]))
     axes.set(ylabel="output tokens/s", title="Qwen3-0.6B's shape, bfloat16")

@@ -20,6 +20,7 @@ from jax.profiler import ProfileData
 # Of the device where there is one; on a CPU the operations are on the threads of the host.
 _DEVICE = "/device:"
 _HOST = "/host:CPU"
+_END_MARK = "end: "
 _NUMBER = re.compile(r"[.\d]+$")
 
 
@@ -56,6 +57,7 @@ def operations(profile: ProfileData) -> Iterator[tuple[str, float]]:
             yield from own_times(
                 (event.start_ns, event.start_ns + event.duration_ns, event.name)
                 for event in line.events
+                if not event.name.startswith(_END_MARK)
             )
 
 

@@ -19,7 +19,7 @@ def test_time_spent_in_another_operation_is_that_ones():
     ]
 
 
-def test_the_largest_operation_of_a_real_trace_comes_first(tmp_path, monkeypatch, capsys):
+def test_operations_of_a_real_trace_come_by_their_shares(tmp_path, monkeypatch, capsys):
     large, small = jnp.ones((1024, 1024)), jnp.ones((8, 8))
     multiply = jax.jit(lambda a, b: (a @ a, jnp.sin(b)))
     jax.block_until_ready(multiply(large, small))
@@ -31,7 +31,7 @@ def test_the_largest_operation_of_a_real_trace_comes_first(tmp_path, monkeypatch
     (trace,) = tmp_path.rglob("*.xplane.pb")
     assert lines[0] == str(trace)
     names = {event for event, _ in top_operations.operations(ProfileData.from_file(str(trace)))}
-    assert any("dot" in name for name in names)
+    assert any("sin" in name for name in names)
     shares = [float(line.split("%")[0]) for line in lines[2:]]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=1)
