@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jax.profiler import ProfileData
 
@@ -35,21 +36,26 @@ def main() -> int:
     if not traces:
         print(f"top_operations: no trace lies below {arguments.folder}", file=sys.stderr)
         return 2
-    times_ns: collections.Counter[str] = collections.Counter()
+    times_ns: collections.defaultdict[str, float] = collections.defaultdict(float)
     counts: collections.Counter[str] = collections.Counter()
     for name, own_ns in operations(ProfileData.from_file(str(traces[-1]))):
         kind = _NUMBER.sub("", name)
         times_ns[kind] += own_ns
         counts[kind] += 1
-    total_ns = times_ns.total() or 1
+    total_ns = sum(times_ns.values()) or 1.0
     print(f"{traces[-1]}\n{'share':>7}{'ms':>11}{'times':>9}  operation")
-    for kind, own_ns in times_ns.most_common(arguments.top):
+    longest_first = sorted(times_ns.items(), key=lambda item: -item[1])
+    for kind, own_ns in longest_first[: arguments.top]:
         print(f"{own_ns / total_ns:>7.1%}{own_ns / 1e6:>11.2f}{counts[kind]:>9}  {kind}")
     return 0
 
 
-def operations(profile: ProfileData) -> Iterator[tuple[str, float]]:
-    """Each operation's name and the nanoseconds that it did not spend in another one."""
+def operations(profile: Any) -> Iterator[tuple[str, float]]:
+    """Each operation's name and the nanoseconds that it did not spend in another one.
+
+    Args:
+        profile: A `jax.profiler.ProfileData`.
+    """
     planes = list(profile.planes)
     devices = [plane for plane in planes if plane.name.startswith(_DEVICE)]
     for plane in devices or [plane for plane in planes if plane.name == _HOST]:
