@@ -219,7 +219,9 @@ async def test_every_rank_writes_a_trace_of_the_steps_asked_for(base_url, client
             for event in line.events
             if event.name == "step"
         }
-        assert len(steps) in (4, 5), "the step during which a trace begins may be missing"
+        # The step during which a trace begins may be missing, and some come while it is ended.
+        assert len(steps) >= 4
+        assert sorted(steps) == list(range(min(steps), max(steps) + 1))
 
 
 def test_haproxy_stands_in_front_where_ray_has_it(base_url):
