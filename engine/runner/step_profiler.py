@@ -32,7 +32,10 @@ class StepProfiler:
         self._steps_left = 0
 
     def start(self, num_steps: int) -> None:
-        """Trace the next `num_steps` steps, or some more; while a trace is under way, nothing new begins."""
+        """Trace the next `num_steps` steps, or some more.
+
+        While a trace is under way, nothing new begins.
+        """
         if self._thread is not None and self._thread.is_alive():
             logger.warning("a trace is under way already; it goes on")
             return
