@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from engine.kernels.attention import AttentionMetadata, make_attention
+from engine.kernels.attention import AttentionMetadata, make_attention, zeroed_cache
 from engine.kernels.packed_weight import PackedWeight, can_pack, pack_weights
 from engine.models.quantization import dequantize, quantized_product
 from engine.runner.sampler import SamplingInputs, sample
@@ -83,7 +83,7 @@ def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
         page_size=PAGE_SIZE,
     )
     pages_per_seq = context // PAGE_SIZE + 1
-    cache = attention.init_cache(
+    shapes = attention.cache_shapes(
         num_layers=1,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -91,6 +91,7 @@ def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
         page_size=PAGE_SIZE,
         dtype=jnp.bfloat16,
     )
+    cache = zeroed_cache(shapes)
     num_rows = max(2, rows)
     lens = np.where(np.arange(num_rows) < rows, context, 0).astype(np.int32)
     pages = 1 + np.arange(num_rows * pages_per_seq, dtype=np.int32) % (rows * pages_per_seq)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
@@ -18,7 +19,7 @@ from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.metadata import AttentionMetadata, Cache
 from engine.kernels.packed_pages import PackedPagesAttention, can_attend
 
-__all__ = ["AttentionBackend", "AttentionMetadata", "Cache", "make_attention"]
+__all__ = ["AttentionBackend", "AttentionMetadata", "Cache", "make_attention", "zeroed_cache"]
 
 
 class AttentionBackend(Protocol):
@@ -34,22 +35,12 @@ class AttentionBackend(Protocol):
         page_size: int,
         dtype: DTypeLike,
     ) -> Cache:
-        """Describe the cache of all layers: `jax.ShapeDtypeStruct`s with shardings."""
-        ...
-
-    def init_cache(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
-        dtype: DTypeLike,
-    ) -> Cache:
-        """Make the zeroed cache of all layers, sharded by kv heads over mesh axis "tp".
+        """Describe the cache of all layers, sharded by kv heads over mesh axis "tp".
 
         Page 0 takes what padding tokens write; hand out pages from 1 on.
+
+        Returns:
+            `jax.ShapeDtypeStruct`s with shardings, for `zeroed_cache`.
         """
         ...
 
@@ -71,7 +62,7 @@ class AttentionBackend(Protocol):
             q_TNH: Queries; N is K times the group size, kv head k serves queries k*G to k*G+G-1.
             k_TKH: Keys of this step's tokens, rotated already.
             v_TKH: Their values.
-            cache: As `init_cache` or the previous call returned it; donated in effect.
+            cache: As `zeroed_cache` or the previous call returned it; donated in effect.
             layer: Which layer's pages: an int where layers are unrolled, traced in a scan.
             metadata: The step's.
             sm_scale: Factor on the scores, usually `H ** -0.5`.
@@ -81,6 +72,15 @@ class AttentionBackend(Protocol):
             [T, N, H] in the dtype of `q_TNH`, zero for padding tokens; and the cache.
         """
         ...
+
+
+def zeroed_cache(shapes: Cache) -> Cache:
+    """Make the arrays that `jax.ShapeDtypeStruct`s describe, of zeros, each where it belongs."""
+
+    def zeros() -> Cache:
+        return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda pages: pages.sharding, shapes))()
 
 
 def make_attention(

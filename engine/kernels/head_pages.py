@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from engine.kernels.metadata import AttentionMetadata, zeroed_cache
+from engine.kernels.metadata import AttentionMetadata
 
 Pages = tuple[jax.Array, jax.Array]
 """Keys and values, each [L, num_pages, K, page_size, H]; bfloat16 as its bits, uint16."""
@@ -63,27 +63,6 @@ class HeadPagesAttention:
             sharding=NamedSharding(self._mesh, _HEADS_OF_PAGES),
         )
         return pages, pages
-
-    def init_cache(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
-        dtype: DTypeLike,
-    ) -> Pages:
-        """See `AttentionBackend.init_cache`."""
-        shapes = self.cache_shapes(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            num_pages=num_pages,
-            page_size=page_size,
-            dtype=dtype,
-        )
-        return zeroed_cache(shapes)
 
     def attend(
         self,

@@ -13,15 +13,6 @@ Cache = Any
 """A pytree of arrays that only the attention implementation which made it understands."""
 
 
-def zeroed_cache(shapes: Cache) -> Cache:
-    """Make the arrays that `jax.ShapeDtypeStruct`s describe, of zeros, each where it belongs."""
-
-    def zeros() -> Cache:
-        return jax.tree.map(lambda pages: jnp.zeros(pages.shape, pages.dtype), shapes)
-
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda pages: pages.sharding, shapes))()
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:

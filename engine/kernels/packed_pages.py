@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from engine.kernels.metadata import AttentionMetadata, zeroed_cache
+from engine.kernels.metadata import AttentionMetadata
 from engine.kernels.native.arithmetic import InstructionSet, host_instruction_set
 from engine.kernels.native.attention_source import PageShape, attention_source
 from engine.kernels.native.xla_handler import register_handler
@@ -69,27 +69,6 @@ class PackedPagesAttention:
             jax.ShapeDtypeStruct(keys, jnp.uint16, sharding=sharding),
             jax.ShapeDtypeStruct(values, jnp.uint16, sharding=sharding),
         )
-
-    def init_cache(
-        self,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
-        dtype: DTypeLike,
-    ) -> PackedPages:
-        """See `AttentionBackend.init_cache`."""
-        shapes = self.cache_shapes(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            num_pages=num_pages,
-            page_size=page_size,
-            dtype=dtype,
-        )
-        return zeroed_cache(shapes)
 
     def attend(
         self,

@@ -4,6 +4,7 @@ XLA's own product takes weights as [out, in], and nine tenths of its time for a 
 reordering them, in every step. Packed once, they stream from memory as fast as it gives them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import accumulate
@@ -156,6 +157,27 @@ class PackedWeight:
     @property
     def _layer(self) -> jax.Array:
         return jnp.zeros((), jnp.int32) if self.layer is None else self.layer
+
+
+def products(
+    x_TD: jax.Array,
+    weights: Sequence[jax.Array | PackedWeight | JoinedWeight],
+    dtype: DTypeLike,
+    mesh: Mesh,
+) -> list[jax.Array]:
+    """x W^T for each weight of the same inputs, [F, D] or packed, whichever way they lie.
+
+    Args:
+        x_TD: [T, D], of the weights' dtype.
+        weights: Where the first is packed, the others are those that lie with it.
+        dtype: Of the results; sums of bfloat16 are taken in float32, and those of int8 in int32.
+        mesh: Where the weights lie.
+    """
+    if isinstance(weights[0], PackedWeight):
+        return weights[0].products(x_TD, dtype, mesh)
+    return [
+        jnp.einsum("TD,FD->TF", x_TD, weight, preferred_element_type=dtype) for weight in weights
+    ]
 
 
 def can_pack(dtype: DTypeLike) -> bool:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
-from engine.kernels.packed_weight import PackedWeight
+from engine.kernels.packed_weight import PackedWeight, products
 from engine.models.config import ModelConfig
 from engine.models.quantization import Quantization, dequantize, quantize_activations
 from engine.models.rope import rotate
@@ -114,16 +114,10 @@ def apply_linears(linears: Sequence[Linear], x_TD: jax.Array) -> list[jax.Array]
     if linears[0].scale is not None:
         x_TD, scale_T1 = quantize_activations(x_TD)
         dtype = jnp.dtype(jnp.int32)
-    if isinstance(weights[0], PackedWeight):
-        products = weights[0].products(x_TD, dtype, linears[0].mesh)
-    else:
-        products = [
-            jnp.einsum("TD,FD->TF", x_TD, weight, preferred_element_type=dtype)
-            for weight in weights
-        ]
+    found = products(x_TD, weights, dtype, linears[0].mesh)
     return [
         linear.finish(product_TF, scale_T1)
-        for linear, product_TF in zip(linears, products, strict=True)
+        for linear, product_TF in zip(linears, found, strict=True)
     ]
 
 

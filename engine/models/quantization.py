@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from engine.kernels.packed_weight import PackedWeight
+from engine.kernels.packed_weight import PackedWeight, products
 
 Quantization = Literal["none", "int8"]
 
@@ -76,12 +76,7 @@ def quantized_product(
         of the weight's scales is the result.
     """
     quantized_TD, scale_T1 = quantize_activations(x_TD)
-    if isinstance(weight_FD, PackedWeight):
-        product_TF = weight_FD.product(quantized_TD, jnp.int32, mesh)
-    else:
-        product_TF = jnp.einsum(
-            "TD,FD->TF", quantized_TD, weight_FD, preferred_element_type=jnp.int32
-        )
+    (product_TF,) = products(quantized_TD, [weight_FD], jnp.int32, mesh)
     return product_TF, scale_T1
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
-from engine.kernels.packed_weight import PackedWeight
+from engine.kernels.packed_weight import products
 from engine.models import qwen, qwen2, qwen3
 from engine.models.config import Architecture, ModelConfig
 from engine.models.layer_stack import layer_of_stack, scanned_part
@@ -135,12 +135,8 @@ class Model:
             if "scale" in params[head]:
                 product_RV, scale_R1 = quantized_product(hidden_RD, weight_VD, self._mesh)
                 logits_RV = dequantize(product_RV, scale_R1, params[head]["scale"], jnp.float32)
-            elif isinstance(weight_VD, PackedWeight):
-                logits_RV = weight_VD.product(hidden_RD, jnp.float32, self._mesh)
             else:
-                logits_RV = jnp.einsum(
-                    "RD,VD->RV", hidden_RD, weight_VD, preferred_element_type=jnp.float32
-                )
+                (logits_RV,) = products(hidden_RD, [weight_VD], jnp.float32, self._mesh)
             logits_RV = jax.lax.with_sharding_constraint(logits_RV, self._logits_sharding)
             return logits_RV[:, : self.config.vocab_size]
 

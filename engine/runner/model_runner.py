@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.hub import resolve_checkpoint
-from engine.kernels.attention import Cache, make_attention
+from engine.kernels.attention import Cache, make_attention, zeroed_cache
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.layer_stack import lay_out_for_cpu
@@ -182,9 +182,7 @@ class ModelRunner:
             ],
         )
         pages = self._compile(buckets, model_config, dtype, platform, context_length, on_progress)
-        self._cache = self._attention.init_cache(
-            **self._cache_numbers(model_config, pages), dtype=dtype
-        )
+        self._cache = zeroed_cache(self._cache_shapes(model_config, dtype, pages))
         self._state = self._init_state()
         self._batch = BatchBuilder(
             num_slots=config.max_running_requests, pages_per_seq=self._pages_per_seq
@@ -370,17 +368,14 @@ class ModelRunner:
             on_progress(StartProgress(phase="warmup", done=done, total=len(smallest)))
 
     def _cache_shapes(self, model_config: ModelConfig, dtype: str, pages: int) -> Cache:
-        numbers = self._cache_numbers(model_config, pages)
-        return self._attention.cache_shapes(**numbers, dtype=dtype)
-
-    def _cache_numbers(self, model_config: ModelConfig, pages: int) -> dict[str, int]:
-        return {
-            "num_layers": model_config.num_layers,
-            "num_kv_heads": self._model.layout.num_kv_heads,
-            "head_dim": model_config.head_dim,
-            "num_pages": pages,
-            "page_size": self._config.page_size,
-        }
+        return self._attention.cache_shapes(
+            num_layers=model_config.num_layers,
+            num_kv_heads=self._model.layout.num_kv_heads,
+            head_dim=model_config.head_dim,
+            num_pages=pages,
+            page_size=self._config.page_size,
+            dtype=dtype,
+        )
 
     def _init_state(self) -> SlotState:
         def init() -> SlotState:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from engine.errors import ConfigError
 from engine.kernels import attention_xla, packed_pages
-from engine.kernels.attention import make_attention
+from engine.kernels.attention import make_attention, zeroed_cache
 from engine.kernels.native.arithmetic import AVX2, AVX512, AVX512_BFLOAT16
 from engine.kernels.packed_pages import PackedPagesAttention, can_attend
 
@@ -62,7 +62,7 @@ class Harness:
             head_dim=self.head_dim,
             page_size=page_size,
         )
-        cache = self.backend.init_cache(
+        shapes = self.backend.cache_shapes(
             num_layers=1,
             num_kv_heads=num_kv_heads,
             head_dim=self.head_dim,
@@ -70,6 +70,7 @@ class Harness:
             page_size=page_size,
             dtype=dtype,
         )
+        cache = zeroed_cache(shapes)
         stored = np.full((), garbage, jnp.dtype(dtype)).view(jax.tree.leaves(cache)[0].dtype)
         self.cache = jax.tree.map(lambda pages: jnp.full_like(pages, stored), cache)
         self.attend = jax.jit(
@@ -409,7 +410,7 @@ def test_the_cache_is_what_its_shapes_say(page_size: int):
     backend = make_attention("cpu", "auto", make_mesh(2), dtype="bfloat16", **kind)
     numbers = {"num_layers": 3, "num_kv_heads": 4, "num_pages": 10} | kind
     shapes = backend.cache_shapes(**numbers, dtype="bfloat16")
-    cache = backend.init_cache(**numbers, dtype="bfloat16")
+    cache = zeroed_cache(shapes)
     for described, made in zip(jax.tree.leaves(shapes), jax.tree.leaves(cache), strict=True):
         assert (made.shape, made.dtype) == (described.shape, described.dtype)
         assert made.sharding == described.sharding

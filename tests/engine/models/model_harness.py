@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engine.kernels.attention import AttentionMetadata, make_attention
+from engine.kernels.attention import AttentionMetadata, make_attention, zeroed_cache
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.quantization import Quantization
@@ -80,7 +80,7 @@ class LoadedModel:
         return logits, cache
 
     def make_cache(self, num_tokens: int) -> Any:
-        return self.attention.init_cache(
+        shapes = self.attention.cache_shapes(
             num_layers=self.config.num_layers,
             num_kv_heads=self.model.layout.num_kv_heads,
             head_dim=self.config.head_dim,
@@ -88,6 +88,7 @@ class LoadedModel:
             page_size=PAGE_SIZE,
             dtype=self.dtype,
         )
+        return zeroed_cache(shapes)
 
     def prefill(
         self,
