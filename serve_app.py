@@ -15,14 +15,19 @@ from typing import Any, cast
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    LoggingConfig,
+)
 
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
 from cluster.placement import Cluster, check_capacity, need_of, read_cluster, resolve_device
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
 from cluster.router import Router
-from cluster.status import describe_start
+from cluster.status import describe_start, failure_of
 from engine.config import EngineConfig, parse_config
 from engine.errors import CapacityError, ConfigError, EngineError, QwenOnRayError
 
@@ -190,9 +195,8 @@ def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: i
                 return
             status = application_status.status
             if status == ApplicationStatus.DEPLOY_FAILED:
-                raise EngineError(
-                    f"{config.model_path} cannot be served. {describe_start(APP_NAME)}"
-                )
+                reason = failure_of(APP_NAME) or _reasons_of_serve(application_status)
+                raise EngineError(f"{config.model_path} cannot be served. {reason}")
             if status == ApplicationStatus.RUNNING:
                 if not is_said:
                     logger.info("Serving %s at http://%s:%d/v1", config.model_names[0], host, port)
@@ -202,6 +206,16 @@ def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: i
                 line = told
     finally:
         serve.shutdown()
+
+
+def _reasons_of_serve(application: ApplicationStatusOverview) -> str:
+    """What failed outside of the engine, such as a router that could not read its tokenizer."""
+    reasons = [
+        f"{name}: {deployment.message.strip()}"
+        for name, deployment in application.deployments.items()
+        if deployment.status == DeploymentStatus.DEPLOY_FAILED
+    ]
+    return "\n".join(reasons) or application.message
 
 
 if __name__ == "__main__":

@@ -125,10 +125,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name in PEERS if name != OURS]
     parser.add_argument("--peers", nargs="+", choices=names, default=["vllm"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--concurrency",
+        nargs="+",
+        type=int,
+        choices=[workload.concurrency for workload in WORKLOADS],
+        default=[workload.concurrency for workload in WORKLOADS],
+        help="which workloads; all by default",
+    )
     parser.add_argument("--prefix-caching", action="store_true", help="on, for all servers")
     parser.add_argument("--max-running", type=int, default=32)
     parser.add_argument("--max-len", type=int, default=1024, help="prompt plus output")
     parser.add_argument("--start-timeout-s", type=float, default=1200.0)
+    parser.add_argument(
+        "--run-timeout-s", type=float, default=900.0, help="of one workload on one server"
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--folder", type=Path, default=cache / "qwen-on-ray" / "peers")
     parser.add_argument(
@@ -165,6 +176,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for peer in peers:
         peer.convert(environments[peer.name], checkpoint)
+    workloads = [each for each in WORKLOADS if each.concurrency in arguments.concurrency]
+    timeout_s = arguments.run_timeout_s
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     ready_s = {}
     with ExitStack() as stack:
@@ -183,12 +196,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             server.signal_all(signal.SIGSTOP)
             servers.append(server)
         for number in range(arguments.rounds):
-            for workload in WORKLOADS:
+            for workload in workloads:
                 # Whoever is first in one round is last in the next.
                 for server in servers if number % 2 == 0 else reversed(servers):
                     try:
-                        figures = measure(server, workload, checkpoint, folder, seed=number)
-                    except RuntimeError as error:
+                        figures = measure(
+                            server, workload, checkpoint, folder, seed=number, timeout_s=timeout_s
+                        )
+                    except (RuntimeError, subprocess.TimeoutExpired) as error:
                         # What was measured before must not be lost with it.
                         print(f"round {number + 1} failed: {error}", file=sys.stderr)
                         continue
@@ -201,7 +216,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "prefix_caching": arguments.prefix_caching,
         "versions": {peer.name: version_of(peer, environments[peer.name]) for peer in peers},
         "ready_s": ready_s,
-        "workloads": [asdict(workload) for workload in WORKLOADS],
+        "workloads": [asdict(workload) for workload in workloads],
         "runs": runs,
     }
 
@@ -217,9 +232,20 @@ def running(peer: Peer, launch: Launch, log: Path) -> Iterator[Server]:
 
 
 def measure(
-    server: Server, workload: Workload, checkpoint: Path, folder: Path, *, seed: int
+    server: Server,
+    workload: Workload,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    seed: int,
+    timeout_s: float,
 ) -> dict[str, float]:
-    """Run `bench_serving.py` against a server that is let go for that time."""
+    """Run `bench_serving.py` against a server that is let go for that time.
+
+    Raises:
+        RuntimeError: It failed, and said why.
+        subprocess.TimeoutExpired: The server is slower than that.
+    """
     output = folder / "last-run.jsonl"
     output.unlink(missing_ok=True)
     command = [
@@ -234,7 +260,9 @@ def measure(
     ]
     server.signal_all(signal.SIGCONT)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
     finally:
         server.signal_all(signal.SIGSTOP)
     if done.returncode:

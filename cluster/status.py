@@ -108,10 +108,14 @@ def read_all(app: str) -> dict[str, dict[str, Any]]:
 
 def describe_start(app: str) -> str:
     """Say in a line how far the latest replica of an application has come."""
-    replicas = read_all(app)
-    if not replicas:
-        return "waiting for a place for the engine's leader"
-    return describe_progress(max(replicas.values(), key=lambda replica: replica["time"]))
+    latest = _latest(app)
+    return describe_progress(latest) if latest else "waiting for a place for the engine's leader"
+
+
+def failure_of(app: str) -> str | None:
+    """Why the latest replica of an application failed; None if it has not."""
+    latest = _latest(app)
+    return latest["note"] if latest and latest["phase"] == "failed" else None
 
 
 def describe_progress(progress: Mapping[str, Any]) -> str:
@@ -120,6 +124,10 @@ def describe_progress(progress: Mapping[str, Any]) -> str:
     if progress["total"]:
         words += f" {progress['done']} of {progress['total']}"
     return f"{words}: {progress['note']}" if progress["note"] else words
+
+
+def _latest(app: str) -> dict[str, Any] | None:
+    return max(read_all(app).values(), key=lambda replica: replica["time"], default=None)
 
 
 def _as_json(progress: StartProgress) -> dict[str, Any]:

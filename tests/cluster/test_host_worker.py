@@ -70,6 +70,16 @@ class Host:
                 pass
         return message.payload
 
+    async def wait_until_ready(self) -> None:
+        """Both of its connections stand: it reports on one and hears plans on the other."""
+        missing = {MessageKind.HELLO, MessageKind.READY}
+        async with asyncio.timeout(TIMEOUT_S):
+            while missing:
+                missing.discard((await self.leader.receive()).kind)
+
+    def send_plan(self, step: int) -> None:
+        assert self.leader.broadcast(MessageKind.PLAN, plan(step)) == {}
+
     def fall_silent(self) -> None:
         self._beats.cancel()
 
@@ -89,7 +99,7 @@ class Host:
 async def ready_host(folder: Path) -> AsyncIterator[Host]:
     host = Host(folder)
     try:
-        await host.receive(MessageKind.READY)
+        await host.wait_until_ready()
         yield host
     finally:
         host.close()
@@ -107,7 +117,7 @@ async def test_host_on_a_machine_that_stood_still_for_long_serves_on(tmp_path: P
                 await asyncio.sleep(0.01)
         await asyncio.sleep(1.2 * PATIENCE_S)
         os.kill(pid, signal.SIGCONT)
-        host.leader.broadcast(MessageKind.PLAN, plan(0))
+        host.send_plan(0)
         assert decode_result(await host.receive(MessageKind.RESULT)).step == 0
 
 
@@ -121,7 +131,7 @@ async def test_host_whose_leader_is_silent_ends(tmp_path: Path) -> None:
 async def test_host_that_missed_a_plan_takes_no_further_step(tmp_path: Path) -> None:
     async with ready_host(tmp_path) as host:
         for step in (0, 1, 3):
-            host.leader.broadcast(MessageKind.PLAN, plan(step))
+            host.send_plan(step)
         await asyncio.to_thread(host.process.join, TIMEOUT_S)
     assert (
         (tmp_path / "failure")

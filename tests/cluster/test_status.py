@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.status import StartStatus, read_all
+from cluster.status import StartStatus, failure_of, read_all
 from engine.step import StartProgress
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -64,6 +64,9 @@ def test_apps_do_not_see_each_other_and_a_failure_says_why() -> None:
     assert read_all("one")["a"]["phase"] == "failed"
     assert read_all("one")["a"]["note"] == "Rank 1 has no weights."
     assert list(read_all("other")) == ["b"]
+    assert failure_of("one") == "Rank 1 has no weights."
+    assert failure_of("other") is None
+    assert failure_of("none") is None
     first.clear()
     second.clear()
 
