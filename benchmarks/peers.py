@@ -227,19 +227,22 @@ _PYTHON_3_11 = shutil.which("python3.11") or "python3"
 
 OURS = "qwen-on-ray"
 
+# All servers are in memory at once; near its end Ray would end a worker of whichever runs.
+_OUR_RAY = {"RAY_AUTH_MODE": "disabled", "RAY_memory_monitor_refresh_ms": "0"}
+
 PEERS = {
     peer.name: peer
     for peer in (
         Peer(
             name=OURS,
             command=_ours,
-            variables={"RAY_AUTH_MODE": "disabled"},
+            variables=_OUR_RAY,
             ready_path="/health/ready",
         ),
         Peer(
             name="qwen-on-ray-int8",
             command=lambda launch: _ours(launch, "--quantization", "int8"),
-            variables={"RAY_AUTH_MODE": "disabled"},
+            variables=_OUR_RAY,
             ready_path="/health/ready",
         ),
         Peer(
