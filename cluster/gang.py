@@ -18,7 +18,7 @@ import ray.exceptions
 
 from cluster.addresses import bracketed
 from cluster.gang_socket import HostMessage, LeaderSocket, MessageKind
-from cluster.host_processes import HostProcess, end_processes, start_processes
+from cluster.host_processes import HostProcess, cause_of_death, end_processes, start_processes
 from cluster.host_worker import BEAT_PERIOD_S, HostFacts, HostFailure, HostTask
 from cluster.placement import Claim
 from engine import errors
@@ -82,7 +82,8 @@ class Gang:
         self._limits: dict[int, EngineLimits] = {}
         self._is_started = asyncio.Event()
         self._on_progress: ProgressCallback = lambda progress: None
-        self._blame: dict[int, HostFailure | None] = {}
+        self._deaths: dict[int, ray.exceptions.RayError] = {}
+        self._failures: dict[int, HostFailure] = {}
         self._lost: set[int] = set()
         self.hosts: list[HostStatus] = []
         self.failure: asyncio.Future[QwenOnRayError] = asyncio.get_running_loop().create_future()
@@ -233,10 +234,10 @@ class Gang:
             logger.error("%s failed:\n%s", self.hosts[rank].name, failure.traceback)
         except ray.exceptions.RayError as error:
             logger.error("%s died: %s", self.hosts[rank].name, error)
-            self._blame[rank] = None
+            self._deaths[rank] = error
         else:
-            self._blame[rank] = failure
-            if len(self._blame) < len(self.hosts):
+            self._failures[rank] = failure
+            if len(self._failures) + len(self._deaths) < len(self.hosts):
                 await asyncio.sleep(_BLAME_WINDOW_S)
         self._fail(self._explain())
 
@@ -253,12 +254,11 @@ class Gang:
 
     def _explain(self) -> QwenOnRayError:
         """Name the rank at fault: a dead one before those that only lost their connection to it."""
-        dead = [rank for rank, failure in self._blame.items() if failure is None]
-        if dead:
-            names = ", ".join(self.hosts[rank].name for rank in dead)
-            return EngineDiedError(f"A process of the engine died: {names}.")
-        rank, failure = next(iter(self._blame.items()))
-        assert failure is not None
+        if self._deaths:
+            names = ", ".join(self.hosts[rank].name for rank in self._deaths)
+            cause = cause_of_death(next(iter(self._deaths.values())))
+            return EngineDiedError(f"A process of the engine died: {names}. {cause}".rstrip())
+        rank, failure = next(iter(self._failures.items()))
         name = self.hosts[rank].name
         if self._is_started.is_set():
             # Clients read this one; the traceback is in the log.

@@ -91,6 +91,16 @@ async def end_processes(processes: Sequence[HostProcess]) -> None:
     await _end_local(process.facts for process in processes)
 
 
+def cause_of_death(error: BaseException) -> str:
+    """What Ray knows of a process's end that can be acted on, as a sentence; usually nothing."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return (
+            "Ray ended it because its node ran low on memory: lower --max-total-tokens, or run "
+            "less beside it."
+        )
+    return ""
+
+
 def rank_order(node_ranks: Sequence[int | None], is_local: Sequence[bool]) -> list[int]:
     """Order bundles by the ranks that their nodes must take.
 
@@ -111,11 +121,12 @@ async def _facts_of(actors: Sequence[ActorHandle]) -> list[HostFacts]:
     done, silent = await asyncio.wait(questions, timeout=_START_TIMEOUT_S)
     for question in silent:
         question.cancel()
-    died = [question.exception() for question in done if question.exception()]
+    died = [error for question in done if (error := question.exception())]
     if silent or died:
         raise EngineError(
             f"{len(silent) + len(died)} of {len(actors)} hosts did not start a process within "
-            f"{_START_TIMEOUT_S:.0f} s. " + " ".join(str(error) for error in died)
+            f"{_START_TIMEOUT_S:.0f} s. "
+            + " ".join(cause_of_death(error) or str(error) for error in died)
         )
     return [question.result() for question in questions]
 

@@ -1,45 +1,13 @@
 """A Ray of the test session's own, started by the first test that asks for it."""
 
-import os
-import secrets
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-# Ray reads these once, when imported; without a token it would write one into the user's home.
-os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-
-import ray
-
-from cluster.addresses import free_port
-from cluster.ray_node import start_node
-
-_TESTS = Path(__file__).parent
-_START_TIMEOUT_S = 150
+from own_ray import own_ray
 
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Ray with two CPUs, as a laptop has, and a temporary folder and a token of its own."""
-    host = ray.util.get_node_ip_address()
-    port = free_port(host)
-    arguments = ["--head", "--node-ip-address", host, "--port", str(port), "--num-cpus", "2"]
-    arguments += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
-    arguments += ["--ray-client-server-port", str(free_port(host))]
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
-    node = start_node(arguments, labels={}, what="Ray did not start", deadline_s=deadline_s)
-    try:
-        ray.init(
-            address=f"{host}:{port}",
-            log_to_driver=False,
-            # Host programs of the tests lie beside this file.
-            runtime_env={"env_vars": {"PYTHONPATH": f"{_TESTS}:{_TESTS.parents[1]}"}},
-        )
+    """Ray as `own_ray` makes it."""
+    with own_ray():
         yield
-    finally:
-        ray.shutdown()
-        node.stop()

@@ -88,6 +88,11 @@ def fail_on_rank_1(task: HostTask, on_progress: ProgressCallback) -> Runner:
     return NullRunner(task)
 
 
+def start_forever(task: HostTask, on_progress: ProgressCallback) -> Runner:
+    time.sleep(3600)
+    return NullRunner(task)
+
+
 def miss_weights_on_rank_1(task: HostTask, on_progress: ProgressCallback) -> Runner:
     if task.rank == 1:
         raise CheckpointError("model-00002.safetensors is missing")

@@ -25,6 +25,8 @@ from engine.step import Bucket, StartProgress, StepPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
+LOW_MEMORY_GANG = Path(__file__).with_name("low_memory_gang.py")
+
 
 def plan(step: int, *, position: int = 0) -> StepPlan:
     return StepPlan(
@@ -178,6 +180,21 @@ async def test_executing_without_a_gang_fails(tmp_path: Path) -> None:
     async with gang(tmp_path) as group:
         with pytest.raises(EngineDiedError):
             await group.execute(plan(0))
+
+
+def test_a_host_that_ray_ends_for_want_of_memory_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(LOW_MEMORY_GANG), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(LOW_MEMORY_GANG.parents[2])},
+    )
+    assert re.search(
+        r"Ray ended it because its node ran low on memory: lower --max-total-tokens",
+        done.stdout,
+    ), done.stderr
 
 
 def test_ranks_follow_the_nodes_own_numbers_where_all_have_one() -> None:
