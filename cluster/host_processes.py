@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+import ray.exceptions
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
