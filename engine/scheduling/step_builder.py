@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from engine.request import Request
@@ -12,8 +13,7 @@ from engine.step import Bucket, Chunk, PageUpdate, SlotParams, StepPlan
 _NO_IDS = np.empty(0, np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(msgspec.Struct, frozen=True):
     """One row of a plan: which request, and what its result means.
 
     Attributes:
