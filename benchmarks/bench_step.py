@@ -143,12 +143,19 @@ def _null_program(bucket: Bucket, num_slots: int, pages_per_seq: int) -> Any:
 
 
 def plot(rows: dict[int, dict[str, float]], path: Path) -> None:
-    """Draw milliseconds per step, stacked by part, against running requests."""
+    """Draw milliseconds per step of each part and of all, against running requests."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.stackplot(list(rows), [[row[part] for row in rows.values()] for part in PARTS])
-    axes.legend(PARTS, loc="upper left")
-    axes.set(xlabel="running requests", ylabel="ms per step, host", xscale="log")
+    for part in PARTS:
+        axes.plot(list(rows), [row[part] for row in rows.values()], ".-", label=part)
+    sums = [sum(row[part] for part in PARTS) for row in rows.values()]
+    axes.plot(list(rows), sums, "k.-", linewidth=2, label="sum")
+    axes.set(xscale="log", yscale="log", title="Host work per step, one core")
+    axes.set(xlabel="running requests", ylabel="ms")
+    axes.set_xticks(list(rows), [str(running) for running in rows], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
 
 

@@ -112,7 +112,7 @@ def _ours(launch: Launch, *flags: str) -> list[str]:
         *("--device", "cpu", "--dtype", "bfloat16", "--port", str(launch.port)),
         *("--max-running-requests", str(launch.max_running)),
         *("--context-length", str(launch.max_len)),
-        *("--max-total-tokens", str(launch.max_running * launch.max_len // 2)),
+        *("--max-total-tokens", str(launch.max_running * launch.max_len // 4)),
         *("--chunked-prefill-size", "512", *flags),
     ]
     return command if launch.prefix_caching else [*command, "--no-enable-prefix-caching"]
@@ -215,7 +215,7 @@ def _llama_server(launch: Launch) -> list[str]:
         *(str(launch.environment / "build" / "bin" / "llama-server"), "--alias", "m"),
         *("--model", str(_gguf(launch.checkpoint)), "--host", "127.0.0.1"),
         *("--port", str(launch.port), "--parallel", str(launch.max_running), "--kv-unified"),
-        *("--ctx-size", str(launch.max_running * launch.max_len // 2)),
+        *("--ctx-size", str(launch.max_running * launch.max_len // 4)),
         # Without a thread for each connection it closes those that are over its number.
         *("--threads", str(os.cpu_count()), "--threads-http", str(2 * launch.max_running)),
         *(() if launch.prefix_caching else ("--no-cache-prompt",)),
