@@ -34,6 +34,7 @@ class Harness:
         self,
         sequences: list[oracle.Sequence],
         *,
+        platform: str = "cpu",
         flag: str = "xla",
         page_size: int = 4,
         tp_size: int = 1,
@@ -55,7 +56,7 @@ class Harness:
             np.int32
         )
         self.backend = make_attention(
-            "cpu",
+            platform,
             flag,
             make_mesh(tp_size),
             dtype=dtype,
@@ -245,13 +246,14 @@ def test_packed_pages_equal_numpy(
     assert seen == sum(lengths)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("sliding_window", [None, 100])
-def test_sequences_longer_than_a_key_block_equal_numpy(sliding_window):
+def test_sequences_longer_than_a_key_block_equal_numpy(platform, sliding_window):
     rng = np.random.default_rng(5)
     length = 8 * attention_xla.CPU_BLOCKS.num_keys + 9
     sequences = [oracle.random_sequence(rng, n, 2, 1, 16) for n in (length, 20)]
     expected = [oracle.attend(sequence, sliding_window) for sequence in sequences]
-    harness = Harness(sequences, page_size=16, sliding_window=sliding_window)
+    harness = Harness(sequences, platform=platform, page_size=16, sliding_window=sliding_window)
     prompt_len = length - 3
     got = harness.prefill(0, 0, prompt_len)
     got |= harness.prefill(1, 0, 18, bucket=32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -37,6 +38,7 @@ class LoadedModel:
         *,
         tp_size: int = 1,
         dtype: str = "float32",
+        platform: str = "cpu",
         backend: str = "dense",
         dummy_seed: int | None = None,
         quantization: Quantization = "none",
@@ -46,7 +48,7 @@ class LoadedModel:
         mesh = make_mesh(tp_size, jax.devices()[:tp_size])
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.attention = make_attention(
-            "cpu",
+            platform,
             backend,
             mesh,
             dtype=dtype,
@@ -115,6 +117,18 @@ class LoadedModel:
         capacity = max(len(token_ids), padded_to or 0)
         cache = self.make_cache(capacity)
         return self.prefill(token_ids, cache, alpha, capacity=capacity, padded_to=padded_to)[0]
+
+    def lowered_for(self, platform: str, num_tokens: int) -> str:
+        """StableHLO of a prompt's step for a platform that need not be here."""
+        metadata = chunk_metadata(num_tokens, num_tokens, num_tokens)
+        exported = jax.export.export(self._step, platforms=[platform])(
+            self.params,
+            np.zeros(num_tokens, np.int32),
+            self.make_cache(num_tokens),
+            np.ones(num_tokens, np.float32),
+            metadata,
+        )
+        return exported.mlir_module()
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """Decode through the cache, in a bucket of two rows of which one is padding."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,21 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
     assert max_difference(logits[-1], golden["logits_last"]) < LOGITS_TOLERANCE
     assert logits.argmax(-1).tolist() == golden["argmax"]
     assert model.greedy(golden["ids"], len(golden["greedy"])) == golden["greedy"]
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_what_other_platforms_run_equals_transformers(platform: str) -> None:
+    golden = read_json(DATA / "tiny-qwen3" / "golden.json")
+    model = LoadedModel(DATA / "tiny-qwen3", platform=platform, backend="auto")
+    logits = model.logits(golden["ids"])
+    assert max_difference(logits[-1], golden["logits_last"]) < LOGITS_TOLERANCE
+    assert model.greedy(golden["ids"], len(golden["greedy"])) == golden["greedy"]
+
+
+def test_a_gpus_step_is_lowered_without_one_and_calls_nothing_of_the_cpus() -> None:
+    model = LoadedModel(DATA / "tiny-qwen3", platform="gpu", backend="auto", dtype="bfloat16")
+    text = model.lowered_for("cuda", num_tokens=16)
+    assert set(re.findall(r"stablehlo.custom_call @(\w+)", text)) <= {"Sharding"}
 
 
 @pytest.mark.parametrize("length", [16, 64, 65, 128, 200])
