@@ -18,7 +18,6 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import (
     ApplicationStatus,
     ApplicationStatusOverview,
-    DeploymentStatus,
     LoggingConfig,
 )
 
@@ -53,6 +52,7 @@ _ROUTER_ENVIRONMENT = MappingProxyType(
 _ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
 _LOGGING = LoggingConfig(enable_access_log=False)
 _POLL_S = 0.5
+_OWN_ERROR = "\nengine.errors."
 _HTTP_FIELDS = ("host", "port", "http_host", "http_port")
 
 
@@ -209,13 +209,16 @@ def _serve_until(stop: threading.Event, config: EngineConfig, host: str, port: i
 
 
 def _reasons_of_serve(application: ApplicationStatusOverview) -> str:
-    """What failed outside of the engine, such as a router that could not read its tokenizer."""
-    reasons = [
-        f"{name}: {deployment.message.strip()}"
-        for name, deployment in application.deployments.items()
-        if deployment.status == DeploymentStatus.DEPLOY_FAILED
-    ]
-    return "\n".join(reasons) or application.message
+    """What failed outside of the engine, such as a router that could not read its tokenizer.
+
+    An error of ours says in its last line what to do; of others the traceback may be of use.
+    """
+    reasons = []
+    for deployment in application.deployments.values():
+        if deployment.status.value == "DEPLOY_FAILED":
+            _, is_own, own = deployment.message.rpartition(_OWN_ERROR)
+            reasons.append(own.partition(": ")[2] if is_own else deployment.message)
+    return "\n".join(reason.strip() for reason in reasons) or application.message
 
 
 if __name__ == "__main__":

@@ -7,12 +7,19 @@ from typing import Any
 import pytest
 import yaml
 from ray import serve
-from ray.serve.schema import LoggingConfig, ServeStatus
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatusOverview,
+    LoggingConfig,
+    ServeStatus,
+)
 
 import serve_app
 from cluster.placement import Cluster, Node
 from engine.config import parse_config
-from engine.errors import CapacityError, ConfigError
+from engine.errors import CapacityError, ConfigError, EngineError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -79,6 +86,43 @@ def test_an_application_that_is_shut_down_elsewhere_ends_the_command(
     (target,) = deployed
     assert isinstance(target.logging_config, LoggingConfig)
     assert not target.logging_config.enable_access_log
+
+
+def test_a_router_that_fails_says_why_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    traceback = (
+        "The deployment failed to start 3 times in a row. Error:\nray::ServeReplica (pid=1)\n"
+        '  File "tokenizer.py", line 183, in load_tokenizer\n    raise CheckpointError(\n{}\n'
+    )
+
+    def status_of(error: str) -> ServeStatus:
+        router = DeploymentStatusOverview(
+            status=DeploymentStatus.DEPLOY_FAILED,
+            status_trigger=DeploymentStatusTrigger.REPLICA_STARTUP_FAILED,
+            replica_states={},
+            message=traceback.format(error),
+        )
+        application = ApplicationStatusOverview(
+            status=ApplicationStatus.DEPLOY_FAILED,
+            message="Failed to update the deployments ['Router'].",
+            last_deployed_time_s=0.0,
+            deployments={"Router": router},
+        )
+        return ServeStatus(applications={serve_app.APP_NAME: application})
+
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run_many", lambda targets, **_: None)
+    monkeypatch.setattr(serve, "shutdown", lambda: None)
+    config = parse_config({"model_path": "m", "device": "cpu"})
+
+    def failure(error: str) -> str:
+        monkeypatch.setattr(serve, "status", lambda: status_of(error))
+        with pytest.raises(EngineError) as failed:
+            serve_app._serve_until(threading.Event(), config, "127.0.0.1", 8000)
+        return str(failed.value)
+
+    own = "engine.errors.CheckpointError: No tokenizer in m: say where it lies."
+    assert failure(own) == "m cannot be served. No tokenizer in m: say where it lies."
+    assert "load_tokenizer" in failure("ValueError: 7 is no number")
 
 
 def test_an_http_address_among_the_args_is_refused_with_its_place() -> None:
