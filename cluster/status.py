@@ -2,13 +2,13 @@
 
 A replica's own methods answer only after its constructor is done, which is too late to tell what it
 waits for; so the replica writes here, and the quickstart and /health/ready read. Knows Ray's
-key-value store and the names of its actors, and no more of Ray.
+key-value store, the names of its actors and what Serve says of a deployment, and no more of Ray.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import ray.util
@@ -21,8 +21,13 @@ from ray.experimental.internal_kv import (
 
 from engine.step import StartProgress
 
+if TYPE_CHECKING:
+    # Importing it takes a second, and the quickstart shows progress before.
+    from ray.serve.schema import ApplicationStatusOverview
+
 _NAMESPACE = "qwen-on-ray-status"
 _WRITE_PERIOD_S = 0.2
+_OWN_ERROR = "\nengine.errors."
 
 
 class StartStatus:
@@ -124,6 +129,20 @@ def describe_progress(progress: Mapping[str, Any]) -> str:
     if progress["total"]:
         words += f" {progress['done']} of {progress['total']}"
     return f"{words}: {progress['note']}" if progress["note"] else words
+
+
+def reason_of(application: "ApplicationStatusOverview") -> str:
+    """Why an application could not be deployed, where it was not the engine that failed.
+
+    Such as a router that could not read its tokenizer. An error of ours says in its last line what
+    to do; of others the traceback may be of use.
+    """
+    reasons = []
+    for deployment in application.deployments.values():
+        if deployment.status.value == "DEPLOY_FAILED":
+            _, is_own, own = deployment.message.rpartition(_OWN_ERROR)
+            reasons.append(own.partition(": ")[2] if is_own else deployment.message)
+    return "\n".join(reason.strip() for reason in reasons) or application.message
 
 
 def _latest(app: str) -> dict[str, Any] | None:

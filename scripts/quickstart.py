@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import httpx
 import psutil
@@ -30,10 +30,7 @@ from demo_model import DemoModelError, demo_model_directory, ensure_demo_model
 from terminal import StepLines, WrappedText
 
 from cluster.ray_node import proxy_environment
-from cluster.status import read_all
-
-if TYPE_CHECKING:
-    from ray.serve.schema import ApplicationStatusOverview
+from cluster.status import read_all, reason_of
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo-cpu.yaml"
 PROMPT = "Why is the sky blue? Answer in two sentences."
@@ -242,14 +239,6 @@ def wait_until_ready(name: str, base_url: str, lines: StepLines) -> None:
                 raise QuickstartError(f"The model could not be served: {reason_of(application)}")
             time.sleep(POLL_S)
     lines.done()
-
-
-def reason_of(application: "ApplicationStatusOverview") -> str:
-    """Dig the last line of a failed deployment's traceback out of what Serve says of it."""
-    for deployment in application.deployments.values():
-        if deployment.status == "DEPLOY_FAILED":
-            return deployment.message.strip().rpartition("\n")[2]
-    return application.message
 
 
 def is_ready(client: httpx.Client) -> bool:
