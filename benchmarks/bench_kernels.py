@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from engine.kernels.attention import AttentionMetadata, make_attention, zeroed_cache
-from engine.kernels.packed_weight import PackedWeight, can_pack, pack_weights
+from engine.kernels.packed_weight import PackedWeight, can_pack, pack_weights, products
 from engine.models.quantization import dequantize, quantized_product
 from engine.runner.sampler import SamplingInputs, sample
 from engine.runner.slot_state import init_slot_state
@@ -56,6 +56,9 @@ def main() -> int:
     parser.add_argument("--config", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 8, 32], help="decoding rows")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument(
+        "--chunk", type=int, nargs="*", default=[512], help="tokens of a prompt's chunk"
+    )
     parser.add_argument("--runs", type=int, default=10)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.config]
@@ -64,7 +67,10 @@ def main() -> int:
     show("read memory", COPY_BYTES, best_s(jax.jit(jnp.sum), (source,), arguments.runs))
     for rows in arguments.rows:
         for context in arguments.context:
-            measure_attention(shape, rows, context, arguments.runs)
+            measure_decodes(shape, rows, context, arguments.runs)
+    for tokens in arguments.chunk:
+        for context in arguments.context:
+            measure_chunk(shape, tokens, max(context, tokens), arguments.runs)
     for rows in arguments.rows:
         measure_matrices(shape, rows, arguments.runs)
     for rows in arguments.rows:
@@ -72,8 +78,53 @@ def main() -> int:
     return 0
 
 
-def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
+def measure_decodes(shape: Shape, rows: int, context: int, runs: int) -> None:
     """One layer's decode attention, every row at the same context length."""
+    num_rows = max(2, rows)
+    lens = np.where(np.arange(num_rows) < rows, context, 0).astype(np.int32)
+    metadata = AttentionMetadata(
+        position_T=jnp.asarray(lens - 1),
+        row_T=jnp.arange(num_rows, dtype=jnp.int32),
+        page_indices=page_table(num_rows, rows, context),
+        kv_lens=jnp.asarray(lens),
+        cu_chunk_lens=jnp.zeros(1, jnp.int32),
+        num_decodes=jnp.int32(rows),
+        page_size=PAGE_SIZE,
+        num_decode_rows=num_rows,
+    )
+    num_bytes = 2 * 2 * rows * context * shape.num_kv_heads * shape.head_dim
+    seconds = attention_s(shape, metadata, runs)
+    show(f"attention, {rows} rows at {context} tokens", num_bytes, seconds)
+
+
+def measure_chunk(shape: Shape, tokens: int, context: int, runs: int) -> None:
+    """One layer's attention of a prompt's chunk, the last of that many tokens."""
+    metadata = AttentionMetadata(
+        position_T=jnp.arange(context - tokens, context, dtype=jnp.int32),
+        row_T=jnp.zeros(tokens, jnp.int32),
+        page_indices=page_table(1, 1, context),
+        kv_lens=jnp.full(1, context, jnp.int32),
+        cu_chunk_lens=jnp.array([0, tokens], jnp.int32),
+        num_decodes=jnp.int32(0),
+        page_size=PAGE_SIZE,
+        num_decode_rows=0,
+    )
+    seen = tokens * (context - (tokens - 1) / 2)
+    num_flops = 2 * 2 * seen * shape.num_heads * shape.head_dim
+    seconds = attention_s(shape, metadata, runs)
+    what = f"attention, last {tokens} of {context} tokens"
+    print(f"{what:<46} {seconds * 1e3:8.3f} ms {num_flops / seconds / 1e9:8.0f} GFLOP/s")
+
+
+def page_table(num_rows: int, rows: int, context: int) -> jax.Array:
+    """Pages of `rows` sequences, one behind the other; rows beyond them repeat the first ones'."""
+    pages_per_seq = context // PAGE_SIZE + 1
+    pages = 1 + np.arange(num_rows * pages_per_seq, dtype=np.int32) % (rows * pages_per_seq)
+    return jnp.asarray(pages.reshape(num_rows, pages_per_seq))
+
+
+def attention_s(shape: Shape, metadata: AttentionMetadata, runs: int) -> float:
+    """Seconds of one layer's attention by the implementation that would serve here."""
     attention = make_attention(
         jax.default_backend(),
         "auto",
@@ -82,31 +133,18 @@ def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
         head_dim=shape.head_dim,
         page_size=PAGE_SIZE,
     )
-    pages_per_seq = context // PAGE_SIZE + 1
     shapes = attention.cache_shapes(
         num_layers=1,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        num_pages=1 + rows * pages_per_seq,
+        num_pages=int(metadata.page_indices.max()) + 1,
         page_size=PAGE_SIZE,
         dtype=jnp.bfloat16,
     )
     cache = zeroed_cache(shapes)
-    num_rows = max(2, rows)
-    lens = np.where(np.arange(num_rows) < rows, context, 0).astype(np.int32)
-    pages = 1 + np.arange(num_rows * pages_per_seq, dtype=np.int32) % (rows * pages_per_seq)
-    metadata = AttentionMetadata(
-        position_T=jnp.asarray(lens - 1),
-        row_T=jnp.arange(num_rows, dtype=jnp.int32),
-        page_indices=jnp.asarray(pages.reshape(num_rows, pages_per_seq)),
-        kv_lens=jnp.asarray(lens),
-        cu_chunk_lens=jnp.zeros(1, jnp.int32),
-        num_decodes=jnp.int32(rows),
-        page_size=PAGE_SIZE,
-        num_decode_rows=num_rows,
-    )
-    query = jnp.ones((num_rows, shape.num_heads, shape.head_dim), jnp.bfloat16)
-    key = jnp.ones((num_rows, shape.num_kv_heads, shape.head_dim), jnp.bfloat16)
+    num_tokens = metadata.position_T.shape[0]
+    query = jnp.ones((num_tokens, shape.num_heads, shape.head_dim), jnp.bfloat16)
+    key = jnp.ones((num_tokens, shape.num_kv_heads, shape.head_dim), jnp.bfloat16)
 
     def attend(cache: Any) -> tuple[jax.Array, Any]:
         return attention.attend(query, key, key, cache, 0, metadata, sm_scale=shape.head_dim**-0.5)
@@ -119,8 +157,7 @@ def measure_attention(shape: Shape, rows: int, context: int, runs: int) -> None:
         out, cache = program(cache)
         out.block_until_ready()
         best = min(best, time.perf_counter() - started_s)
-    num_bytes = 2 * 2 * rows * context * shape.num_kv_heads * shape.head_dim
-    show(f"attention, {rows} rows at {context} tokens", num_bytes, best)
+    return best
 
 
 def measure_matrices(shape: Shape, rows: int, runs: int) -> None:
@@ -146,6 +183,7 @@ def measure_matrices(shape: Shape, rows: int, runs: int) -> None:
 def make_weights(
     matrices: list[tuple[int, int]], copies: int, dtype: DTypeLike, *, is_packed: bool
 ) -> list[Any]:
+    """So many copies of each matrix, all copies of the first size first."""
     sharding = named_sharding(make_mesh(1, jax.devices()[:1]), ("ffn", "embed"))
     weights: list[Any] = []
     for size in matrices:
@@ -161,17 +199,17 @@ def make_weights(
 def multiply(inputs: dict[int, jax.Array], weights: list[Any]) -> list[jax.Array]:
     """The products as the models' layers make them."""
     mesh = make_mesh(1, jax.devices()[:1])
-    products = []
+    found = []
     for weight in weights:
-        x, scale = inputs[weight.shape[1]], jnp.ones(weight.shape[0], jnp.float32)
+        is_packed = isinstance(weight, PackedWeight)
+        outputs, num_inputs = (weight.outputs[0], weight.num_inputs) if is_packed else weight.shape
+        x = inputs[num_inputs]
         if jnp.dtype(weight.dtype) == jnp.int8:
-            product = quantized_product(x, weight, mesh)
-            products.append(dequantize(*product, scale, jnp.bfloat16))
-        elif isinstance(weight, PackedWeight):
-            products.append(weight.product(x, jnp.bfloat16, mesh))
+            product, scale = quantized_product(x, weight, mesh)
+            found.append(dequantize(product, scale, jnp.ones(outputs, jnp.float32), jnp.bfloat16))
         else:
-            products.append(jnp.einsum("TD,FD->TF", x, weight))
-    return products
+            found += products(x, [weight], jnp.bfloat16, mesh)
+    return found
 
 
 def measure_sampling(shape: Shape, rows: int, runs: int) -> None:

@@ -1,6 +1,7 @@
 """LLVM text of ragged paged attention over packed pages: flash-style, decodes and chunks alike.
 
-A chunk of work is one kv head for a few tokens. Consecutive tokens of one sequence are a run, whose
+A chunk of work is one kv head for a few tokens; a head's chunks follow each other, so that threads
+which work side by side read the same keys. Consecutive tokens of one sequence are a run, whose
 query rows (tokens times the heads that share the kv head) go over the sequence's keys together, in
 blocks at fixed absolute boundaries. What a row computes does not depend on the rows beside it, and
 a block of which it sees nothing leaves its sums untouched to the last bit: so a token's result is
@@ -11,6 +12,7 @@ for how both lie. Scores are kept in powers of two.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.kernels.native.arithmetic import (
@@ -26,6 +28,7 @@ from engine.kernels.native.llvm_text import Function, Value, splat, vector
 from engine.kernels.native.xla_handler import load_buffer
 
 TOKENS_PER_CHUNK = 8
+_SOFTENED_ROWS = 4
 # Below every real score, but finite: its difference with itself is 0, not not-a-number.
 _LOWEST = -1e30
 
@@ -60,7 +63,8 @@ def attention_source(isa: InstructionSet, shape: PageShape) -> str:
     parts = [declarations(isa)]
     parts += [_scores(isa, shape, num_rows) for num_rows in rows]
     parts += [_sums(isa, shape, num_rows) for num_rows in rows]
-    parts += [_soften(isa), _run(isa, shape), _count(), _chunk(shape)]
+    parts += [_soften(isa, num_rows) for num_rows in range(1, _SOFTENED_ROWS + 1)]
+    parts += [_run(isa, shape), _count(), _chunk(shape)]
     return "".join(parts)
 
 
@@ -115,31 +119,38 @@ def _sums(isa: InstructionSet, shape: PageShape, num_rows: int) -> str:
         at = f.at("%sums", f.add(part.index, 4 * shape.head_dim * row))
         for number in vectors:
             total = f.load(isa.floats, at, 4 * isa.lanes * number)
-            starts.append((isa.floats, f.op(f"fmul {isa.floats} {total}, {decay}")))
-    pairs = f.div(f.add("%valid", 1), 2)
-    pair = f.loop(0, pairs, carried=starts)
-    per_vector = isa.lanes // 2
-    pointer_offset = f.mul(f.div(pair.index, per_vector), 8)
-    values = f.op(f"load ptr, ptr {f.at('%values', pointer_offset)}, align 8")
-    offset = f.mul(f.rem(pair.index, per_vector), 4 * shape.head_dim)
-    at = f.at(values, f.add(offset, part.index))
-    # The second of the last pair may be beyond what exists.
-    second = f.add(f.mul(pair.index, 2), 1)
-    has_second = f.op(f"icmp slt i64 {second}, %valid")
-    mask = f.broadcast("i32", f.op(f"select i1 {has_second}, i32 -1, i32 65535"), isa.lanes)
-    weights = []
-    for number in vectors:
-        words = f.load(isa.words, at, 4 * isa.lanes * number)
-        weights.append(operand(f, isa, "float32", f.op(f"and {isa.words} {words}, {mask}")))
-    sums = []
-    for row in rows:
-        at = f.at("%weights", f.mul(pair.index, 4))
-        word = f.load("i32", at, 2 * _block(isa) * row)
-        x = operand(f, isa, "float32", f.broadcast("i32", word, isa.lanes))
+            starts.append(f.op(f"fmul {isa.floats} {total}, {decay}"))
+
+    def add_pairs(
+        first: Value | int, stop: Value, before: list[Value], mask: int | None
+    ) -> list[Value]:
+        """Add the products of some pairs of values, of which a mask keeps the first only."""
+        pair = f.loop(first, stop, carried=[(isa.floats, value) for value in before])
+        per_vector = isa.lanes // 2
+        pointer_offset = f.mul(f.div(pair.index, per_vector), 8)
+        values = f.op(f"load ptr, ptr {f.at('%values', pointer_offset)}, align 8")
+        offset = f.mul(f.rem(pair.index, per_vector), 4 * shape.head_dim)
+        at = f.at(values, f.add(offset, part.index))
+        weights = []
         for number in vectors:
-            before = pair.values[row * num_vectors + number]
-            sums.append(add_products(f, isa, "float32", before, weights[number], x))
-    totals = pair.end(*sums)
+            words = f.load(isa.words, at, 4 * isa.lanes * number)
+            if mask is not None:
+                words = f.op(f"and {isa.words} {words}, {splat('i32', mask, isa.lanes)}")
+            weights.append(operand(f, isa, "float32", words))
+        sums = []
+        for row in rows:
+            at = f.at("%weights", f.mul(pair.index, 4))
+            word = f.load("i32", at, 2 * _block(isa) * row)
+            x = operand(f, isa, "float32", f.broadcast("i32", word, isa.lanes))
+            for number in vectors:
+                total = pair.values[row * num_vectors + number]
+                sums.append(add_products(f, isa, "float32", total, weights[number], x))
+        return pair.end(*sums)
+
+    whole, pairs = f.div("%valid", 2), f.div(f.add("%valid", 1), 2)
+    totals = add_pairs(0, whole, starts, None)
+    # The second of the last pair may be beyond what exists.
+    totals = add_pairs(whole, pairs, totals, 0xFFFF)
     for row in rows:
         at = f.at("%sums", f.add(part.index, 4 * shape.head_dim * row))
         for number in vectors:
@@ -149,58 +160,103 @@ def _sums(isa: InstructionSet, shape: PageShape, num_rows: int) -> str:
     return f.text()
 
 
-def _soften(isa: InstructionSet) -> str:
-    """@soften: one row's scores of a block into weights, bfloat16; returns the sums' decay.
+def _soften(isa: InstructionSet, num_rows: int) -> str:
+    """@softenN: N rows' scores of a block, float32 [N, block], into weights, bfloat16.
 
-    Keys from %first to before %stop, counted from the block's first, are seen. %best and %total are
-    the row's: the highest score so far, and the sum of its weights.
+    %bounds are int32 [N, 2]: the first key that a row sees, counted from the block's first, and the
+    one behind its last. %best and %total are the rows' highest score so far and the sum of their
+    weights. %decays gets the factor on what was summed before this block.
     """
     f = Function(
-        "float @soften(ptr noalias %scores, ptr noalias %weights, ptr noalias %best, "
-        "ptr noalias %total, i32 %first, i32 %stop, float %scale)"
+        f"void @soften{num_rows}(ptr noalias %scores, ptr noalias %weights, ptr noalias %best, "
+        "ptr noalias %total, ptr noalias %decays, ptr noalias %bounds, float %scale)"
     )
-    lanes, floats, words = isa.lanes, isa.floats, isa.words
-    first, stop = (f.broadcast("i32", name, lanes) for name in ("%first", "%stop"))
+    bounds = [[f.load("i32", "%bounds", 8 * row + at) for at in (0, 4)] for row in range(num_rows)]
+    # Masks cost a sixth of the time, and most blocks are seen whole.
+    sees_all = "true"
+    for first, stop in bounds:
+        starts_before = f.op(f"icmp sle i32 {first}, 0")
+        ends_behind = f.op(f"icmp sge i32 {stop}, {_block(isa)}")
+        sees_all = f.op(f"and i1 {sees_all}, {f.op(f'and i1 {starts_before}, {ends_behind}')}")
+    whole, part = f.new_label(), f.new_label()
+    f.branch_if(sees_all, whole, part)
+    f.start(whole)
+    _soften_seen(f, isa, [[None] * isa.panel_vectors] * num_rows)
+    f.start(part)
+    _soften_seen(f, isa, [_seen(f, isa, first, stop) for first, stop in bounds])
+    return f.text()
+
+
+def _seen(f: Function, isa: InstructionSet, first: Value, stop: Value) -> list[Value]:
+    """Masks, one per vector of a block's keys."""
+    starts, stops = (f.broadcast("i32", bound, isa.lanes) for bound in (first, stop))
+    masks = []
+    for number in range(isa.panel_vectors):
+        keys = ", ".join(f"i32 {isa.lanes * number + lane}" for lane in range(isa.lanes))
+        is_late = f.op(f"icmp sge {isa.words} <{keys}>, {starts}")
+        is_early = f.op(f"icmp slt {isa.words} <{keys}>, {stops}")
+        masks.append(f.op(f"and {vector('i1', isa.lanes)} {is_late}, {is_early}"))
+    return masks
+
+
+def _soften_seen(f: Function, isa: InstructionSet, seen: Sequence[Sequence[Value | None]]) -> None:
+    """The rest of @softenN, with a mask for each vector of each row's keys, None where all count.
+
+    Rows go through each stage together: alone a row would mostly wait for its own last result.
+    """
+    lanes, floats, block = isa.lanes, isa.floats, _block(isa)
+    rows = range(len(seen))
+
+    def keep(mask: Value | None, value: Value, otherwise: Value) -> Value:
+        if mask is None:
+            return value
+        return f.op(f"select {vector('i1', lanes)} {mask}, {floats} {value}, {floats} {otherwise}")
+
     scale = f.broadcast("float", "%scale", lanes)
     nothing = splat("float", "0xFFF0000000000000", lanes)
-    seen, scores = [], []
+    scores: list[list[Value]] = []
+    for row in rows:
+        at = f.at("%scores", 4 * block * row)
+        scores.append([])
+        for number, mask in enumerate(seen[row]):
+            score = f.load(floats, at, 4 * lanes * number)
+            scores[row].append(keep(mask, f.op(f"fmul {floats} {score}, {scale}"), nothing))
+    highest = [scores[row][0] for row in rows]
+    for number in range(1, isa.panel_vectors):
+        for row in rows:
+            highest[row] = f.op(
+                f"call {floats} @llvm.maxnum.v{lanes}f32({floats} {highest[row]}, "
+                f"{floats} {scores[row][number]})"
+            )
+    bests = []
+    for row in rows:
+        in_block = f.op(f"call float @llvm.vector.reduce.fmax.v{lanes}f32({floats} {highest[row]})")
+        before = f.load("float", "%best", 4 * row)
+        best = f.op(f"call float @llvm.maxnum.f32(float {before}, float {in_block})")
+        f.store("float", best, "%best", 4 * row)
+        fall = f.broadcast("float", f.op(f"fsub float {before}, {best}"), lanes)
+        decay = f.op(f"extractelement {floats} {exp2(f, isa, fall)}, i32 0")
+        f.store("float", decay, "%decays", 4 * row)
+        kept = f.op(f"fmul float {f.load('float', '%total', 4 * row)}, {decay}")
+        f.store("float", kept, "%total", 4 * row)
+        bests.append(f.broadcast("float", best, lanes))
+    totals: list[Value] = []
     for number in range(isa.panel_vectors):
-        keys = ", ".join(f"i32 {lanes * number + lane}" for lane in range(lanes))
-        is_late = f.op(f"icmp sge {words} <{keys}>, {first}")
-        is_early = f.op(f"icmp slt {words} <{keys}>, {stop}")
-        seen.append(f.op(f"and {vector('i1', lanes)} {is_late}, {is_early}"))
-        score = f.load(floats, "%scores", 4 * lanes * number)
-        score = f.op(f"fmul {floats} {score}, {scale}")
-        scores.append(
-            f.op(f"select {vector('i1', lanes)} {seen[-1]}, {floats} {score}, {floats} {nothing}")
-        )
-    highest = scores[0]
-    for score in scores[1:]:
-        highest = f.op(
-            f"call {floats} @llvm.maxnum.v{lanes}f32({floats} {highest}, {floats} {score})"
-        )
-    in_block = f.op(f"call float @llvm.vector.reduce.fmax.v{lanes}f32({floats} {highest})")
-    before = f.load("float", "%best")
-    best = f.op(f"call float @llvm.maxnum.f32(float {before}, float {in_block})")
-    f.store("float", best, "%best")
-    fall = f.broadcast("float", f.op(f"fsub float {before}, {best}"), lanes)
-    decay = f.op(f"extractelement {floats} {exp2(f, isa, fall)}, i32 0")
-    best = f.broadcast("float", best, lanes)
-    total = None
-    for number, score in enumerate(scores):
-        weight = exp2(f, isa, f.op(f"fsub {floats} {score}, {best}"))
-        weight = f.op(
-            f"select {vector('i1', lanes)} {seen[number]}, {floats} {weight}, "
-            f"{floats} zeroinitializer"
-        )
-        f.store(vector("i16", lanes), to_bfloat16(f, isa, weight), "%weights", 2 * lanes * number)
-        total = weight if total is None else f.op(f"fadd {floats} {total}, {weight}")
-    reduced = f"call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32"
-    added = f.op(f"{reduced}(float 0.0, {floats} {total})")
-    kept = f.op(f"fmul float {f.load('float', '%total')}, {decay}")
-    f.store("float", f.op(f"fadd float {kept}, {added}"), "%total")
-    f.do(f"ret float {decay}")
-    return f.text()
+        for row in rows:
+            weight = exp2(f, isa, f.op(f"fsub {floats} {scores[row][number]}, {bests[row]}"))
+            weight = keep(seen[row][number], weight, "zeroinitializer")
+            place = 2 * block * row + 2 * lanes * number
+            f.store(vector("i16", lanes), to_bfloat16(f, isa, weight), "%weights", place)
+            if number == 0:
+                totals.append(weight)
+            else:
+                totals[row] = f.op(f"fadd {floats} {totals[row]}, {weight}")
+    for row in rows:
+        reduced = f"call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32"
+        added = f.op(f"{reduced}(float 0.0, {floats} {totals[row]})")
+        kept = f.load("float", "%total", 4 * row)
+        f.store("float", f.op(f"fadd float {kept}, {added}"), "%total", 4 * row)
+    f.do("ret void")
 
 
 def _run(isa: InstructionSet, shape: PageShape) -> str:
@@ -221,7 +277,7 @@ def _run(isa: InstructionSet, shape: PageShape) -> str:
         return f.op(f"alloca i8, i64 {f.mul(num_rows, size)}, align 64")
 
     query, scores, weights = array(2 * H), array(4 * block), array(2 * block)
-    sums, best, total, decays = array(4 * H), array(4), array(4), array(4)
+    sums, best, total, decays, bounds = array(4 * H), array(4), array(4), array(4), array(8)
     key_pointers = f.op(f"alloca [{isa.panel_vectors} x ptr], align 64")
     value_pointers = f.op(f"alloca [{isa.panel_vectors} x ptr], align 64")
 
@@ -258,7 +314,9 @@ def _run(isa: InstructionSet, shape: PageShape) -> str:
         value_offset = f.add(page_offset, f.mul(inside, 2 * H))
         f.store("ptr", f.at("%values", value_offset), value_pointers, 8 * number)
 
-    def for_rows(call: str, *arguments: tuple[Value, int], more: str = "") -> None:
+    def for_rows(
+        call: str, *arguments: tuple[Value, int], more: str = "", most: int = isa.panel_rows
+    ) -> None:
         """Call a function for as many rows at a time as there is one for."""
 
         def call_at(count: int, index: Value) -> None:
@@ -268,24 +326,28 @@ def _run(isa: InstructionSet, shape: PageShape) -> str:
             ]
             f.do(f"call void @{call}{count}({', '.join(given)}{more})")
 
-        f.for_groups(0, num_rows, isa.panel_rows, call_at)
+        f.for_groups(0, num_rows, most, call_at)
 
     for_rows("scores", (query, 2 * H), (key_pointers, 0), (scores, 4 * block))
     row = f.loop(0, num_rows)
     position = f.add("%position", f.div(row.index, "%group"))
     seen_stop = f.sub(f.add(position, 1), key.index)
     seen_first = f.sub(seen_stop, "%window")
-    bounds = [
-        f.op(f"trunc i64 {f.larger(f.smaller(bound, block), 0)} to i32")
-        for bound in (seen_first, seen_stop)
-    ]
-    decay = f.op(
-        f"call float @soften(ptr {f.at(scores, f.mul(row.index, 4 * block))}, "
-        f"ptr {f.at(weights, f.mul(row.index, 2 * block))}, ptr {f.at(best, f.mul(row.index, 4))}, "
-        f"ptr {f.at(total, f.mul(row.index, 4))}, i32 {bounds[0]}, i32 {bounds[1]}, float %scale)"
-    )
-    f.store("float", decay, decays, f.mul(row.index, 4))
+    for place, bound in enumerate((seen_first, seen_stop)):
+        inside = f.op(f"trunc i64 {f.larger(f.smaller(bound, block), 0)} to i32")
+        f.store("i32", inside, bounds, f.add(f.mul(row.index, 8), 4 * place))
     row.end()
+    for_rows(
+        "soften",
+        (scores, 4 * block),
+        (weights, 2 * block),
+        (best, 4),
+        (total, 4),
+        (decays, 4),
+        (bounds, 8),
+        more=", float %scale",
+        most=_SOFTENED_ROWS,
+    )
     for_rows(
         "sums",
         (weights, 2 * block),
@@ -314,9 +376,12 @@ def _count() -> str:
     f = Function("i64 @count(ptr %buffers)")
     f.do(load_buffer("q", 0, 1))
     f.do(load_buffer("k", 1, 3))
-    tiles = f.div(f.add("%q.0", TOKENS_PER_CHUNK - 1), TOKENS_PER_CHUNK)
-    f.do(f"ret i64 {f.mul(tiles, '%k.2')}")
+    f.do(f"ret i64 {f.mul(_num_tiles(f), '%k.2')}")
     return f.text()
+
+
+def _num_tiles(f: Function) -> Value:
+    return f.div(f.add("%q.0", TOKENS_PER_CHUNK - 1), TOKENS_PER_CHUNK)
 
 
 def _chunk(shape: PageShape) -> str:
@@ -327,7 +392,8 @@ def _chunk(shape: PageShape) -> str:
         f.do(load_buffer(name, index, num_dims.get(name, 0)))
     H = shape.head_dim
     group = f.div("%q.1", "%k.2")
-    tile, head = f.div("%index", "%k.2"), f.rem("%index", "%k.2")
+    tiles = _num_tiles(f)
+    head, tile = f.div("%index", tiles), f.rem("%index", tiles)
     token_bytes = f.mul("%q.1", 2 * H)
     head_offset = f.mul(f.mul(head, group), 2 * H)
     head_bytes = 2 * H * shape.page_size
