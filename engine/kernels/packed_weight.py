@@ -4,9 +4,11 @@ XLA's own product takes weights as [out, in], and nine tenths of its time for a 
 reordering them, in every step. Packed once, they stream from memory as fast as it gives them.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from typing import Literal
 
@@ -17,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
+from engine.kernels.host_arrays import aligned_zeros, from_device_arrays
 from engine.kernels.native.arithmetic import InstructionSet, host_instruction_set
 from engine.kernels.native.matmul_source import Output, matmul_source
 from engine.kernels.native.xla_handler import register_handler
@@ -213,16 +216,28 @@ def pack_weights(*maps: list[jax.Array]) -> PackedWeight:
     panels = [_padded(n // shards[0], isa.panel_outputs) // isa.panel_outputs for n in outputs]
     num_words = -(-num_inputs // shards[1] * dtype.itemsize // 4)
     shape = (num_layers, sum(panels) * shards[0], num_words * shards[1], isa.panel_outputs)
-    spec = _words_spec(sharded_axis)
-    words = jnp.zeros(shape, jnp.uint32, device=NamedSharding(mesh, spec))
+    words_sharding = NamedSharding(mesh, _words_spec(sharded_axis))
+    shard_shape = words_sharding.shard_shape(shape)
+    packed = {
+        device: aligned_zeros(shard_shape, np.uint32)
+        for device in words_sharding.addressable_devices
+    }
+    num_threads = os.cpu_count() or 1
     first_panel = 0
-    for weights, num_panels in zip(maps, panels, strict=True):
-        for layer in range(num_layers):
-            place = np.array([layer, first_panel], np.int32)
-            words = _put(words, weights.pop(0), place, panels=num_panels, mesh=mesh, spec=spec)
-        first_panel += num_panels
+    with ThreadPoolExecutor(num_threads, "pack") as pool:
+        for weights, num_panels in zip(maps, panels, strict=True):
+            for layer in range(num_layers):
+                weight, fills = weights.pop(0), []
+                for shard in weight.addressable_shards:
+                    place = packed[shard.device][layer, first_panel : first_panel + num_panels]
+                    words_FK = _words(np.asarray(shard.data))
+                    for part in np.array_split(np.arange(num_panels), num_threads):
+                        fills.append(pool.submit(_fill, place, words_FK, part))
+                for fill in fills:
+                    fill.result()
+            first_panel += num_panels
     return PackedWeight(
-        words=words,
+        words=from_device_arrays(shape, words_sharding, packed),
         outputs=outputs,
         num_inputs=num_inputs,
         dtype="int8" if dtype == jnp.int8 else "bfloat16",
@@ -230,33 +245,21 @@ def pack_weights(*maps: list[jax.Array]) -> PackedWeight:
     )
 
 
-@partial(jax.jit, static_argnames=("panels", "mesh", "spec"), donate_argnames="words")
-def _put(
-    words: jax.Array, weight_FD: jax.Array, place: jax.Array, *, panels: int, mesh: Mesh, spec: P
-) -> jax.Array:
-    """Pack one weight into the `panels` from `place`, a layer and a panel, on every device."""
+def _words(weight_FD: np.ndarray) -> np.ndarray:
+    """The bits of a weight's rows in words: uint32 [F, D / n], the last one padded with zeros."""
+    bits = weight_FD.view(np.uint8) ^ 128 if weight_FD.dtype == np.int8 else weight_FD
+    missing = -weight_FD.shape[1] % (4 // weight_FD.dtype.itemsize)
+    if missing:
+        bits = np.pad(bits, ((0, 0), (0, missing)))
+    return np.ascontiguousarray(bits).view(np.uint32)
 
-    def put_shard(words: jax.Array, weight_FD: jax.Array, place: jax.Array) -> jax.Array:
-        _, _, num_words, width = words.shape
-        in_word = 4 // weight_FD.dtype.itemsize
-        missing = (panels * width - len(weight_FD), num_words * in_word - weight_FD.shape[1])
-        bits = jax.lax.bitcast_convert_type(
-            weight_FD, jnp.uint8 if weight_FD.dtype == jnp.int8 else jnp.uint16
-        )
-        if bits.dtype == jnp.uint8:
-            bits ^= 128
-        bits = jnp.pad(bits, ((0, missing[0]), (0, missing[1])))
-        rows = jax.lax.bitcast_convert_type(bits.reshape(-1, num_words, in_word), jnp.uint32)
-        packed = rows.reshape(panels, width, num_words).transpose(0, 2, 1)
-        return jax.lax.dynamic_update_slice(words, packed[None], (place[0], place[1], 0, 0))
 
-    return jax.shard_map(
-        put_shard,
-        mesh=mesh,
-        in_specs=(spec, P(*spec[1:3]), P()),
-        out_specs=spec,
-        check_vma=False,
-    )(words, weight_FD, place)
+def _fill(place: np.ndarray, words_FK: np.ndarray, panels: np.ndarray) -> None:
+    """Write some panels of a weight: uint32 [panels, words, W], of words [F, words]."""
+    width = place.shape[2]
+    for panel in panels:
+        rows = words_FK[panel * width : (panel + 1) * width]
+        place[panel, :, : len(rows)] = rows.T
 
 
 def _padded(number: int, step: int) -> int:

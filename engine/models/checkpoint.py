@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from engine.errors import CheckpointError
+from engine.kernels.host_arrays import aligned_zeros, from_device_arrays
 from engine.models.config import ModelConfig
 from engine.models.names import CheckpointTensor
 from engine.models.quantization import Quantization, quantize_weight
@@ -93,9 +94,7 @@ def load_weights(
 
     def load(parameter: _Parameter) -> jax.Array:
         shards = _read_shards(parameter, tensors[parameter.source_name], layout, dtype)
-        array = jax.make_array_from_single_device_arrays(
-            parameter.spec.shape, parameter.sharding, shards
-        )
+        array = from_device_arrays(parameter.spec.shape, parameter.sharding, shards)
         progress.add(_local_bytes(parameter, dtype))
         return array
 
@@ -230,7 +229,7 @@ def _check_tensors(
 
 def _read_shards(
     parameter: _Parameter, tensor: StoredTensor, layout: ShardLayout, dtype: jnp.dtype
-) -> list[jax.Array]:
+) -> dict[jax.Device, np.ndarray]:
     """Read what this process's devices hold, each distinct slice once."""
     source = tensor.map()
     part_rows = tensor.shape[0] // parameter.source.num_parts
@@ -238,7 +237,7 @@ def _read_shards(
     source = source[first_row : first_row + part_rows]
     indices = parameter.sharding.addressable_devices_indices_map(parameter.spec.shape)
     read: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
-    shards = []
+    shards = {}
     for device, index in indices.items():
         assert index is not None
         key = tuple((part.start, part.stop) for part in index)
@@ -248,13 +247,13 @@ def _read_shards(
                 for axis, part in zip(parameter.spec.axes, index, strict=True)
             ]
             read[key] = _gather(source, rows, dtype)
-        shards.append(jax.device_put(read[key], device))
+        shards[device] = read[key]
     return shards
 
 
 def _gather(source: np.ndarray, rows: list[np.ndarray], dtype: jnp.dtype) -> np.ndarray:
     """Copy the given rows (and columns) of a mapped tensor; -1 gives zeros."""
-    result = np.zeros([len(axis_rows) for axis_rows in rows], dtype)
+    result = aligned_zeros(tuple(len(axis_rows) for axis_rows in rows), dtype)
     runs = [list(_runs(axis_rows)) for axis_rows in rows]
     for to_rows, from_rows in runs[0]:
         if len(rows) == 1:
