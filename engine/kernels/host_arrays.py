@@ -1,6 +1,7 @@
 """Host arrays that JAX's CPU devices take as they are, without copying them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 
 
 def from_device_arrays(
-    shape: tuple[int, ...], sharding: jax.sharding.Sharding, parts: Mapping[jax.Device, np.ndarray]
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, parts: Mapping[Any, np.ndarray]
 ) -> jax.Array:
     """Make one array of what this process's devices are to hold of it."""
     placed = [jax.device_put(part, device) for device, part in parts.items()]

@@ -229,7 +229,7 @@ def _check_tensors(
 
 def _read_shards(
     parameter: _Parameter, tensor: StoredTensor, layout: ShardLayout, dtype: jnp.dtype
-) -> dict[jax.Device, np.ndarray]:
+) -> dict[Any, np.ndarray]:
     """Read what this process's devices hold, each distinct slice once."""
     source = tensor.map()
     part_rows = tensor.shape[0] // parameter.source.num_parts
