@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from engine.errors import ConfigError
 from engine.kernels.attention_dense import dense_attention
+from engine.kernels.attention_fresh import find_library
 from engine.kernels.attention_xla import CPU_BLOCKS, DEVICE_BLOCKS, flash_attention
 from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.metadata import AttentionMetadata, Cache
@@ -104,7 +105,9 @@ def make_attention(
         return PackedPagesAttention(mesh)
     if flag in ("auto", "fa", "xla"):
         blocks = CPU_BLOCKS if platform == "cpu" else DEVICE_BLOCKS
-        return HeadPagesAttention(mesh, partial(flash_attention, blocks=blocks))
+        has_library = platform == "gpu" and flag != "xla"
+        library = find_library(head_dim=head_dim, dtype=dtype) if has_library else None
+        return HeadPagesAttention(mesh, partial(flash_attention, blocks=blocks), library)
     if flag == "dense":
         return HeadPagesAttention(mesh, dense_attention)
     raise ConfigError(

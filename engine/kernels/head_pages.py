@@ -18,6 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
+from engine.kernels.attention_fresh import (
+    MAX_TOKENS,
+    Library,
+    fresh_attention,
+    has_fresh_chunks_only,
+)
 from engine.kernels.metadata import AttentionMetadata
 
 Pages = tuple[jax.Array, jax.Array]
@@ -40,11 +46,15 @@ class HeadPagesAttention:
     Args:
         mesh: Heads are sharded over its axis "tp".
         score_function: Attends the queries of one shard to the pages of that shard.
+        fresh_library: Attends prompts that begin in a step without their pages; None = it does not.
     """
 
-    def __init__(self, mesh: Mesh, score_function: ScoreFunction) -> None:
+    def __init__(
+        self, mesh: Mesh, score_function: ScoreFunction, fresh_library: Library | None = None
+    ) -> None:
         self._mesh = mesh
         self._score_function = score_function
+        self._fresh_library: Library | None = fresh_library
 
     def cache_shapes(
         self,
@@ -81,6 +91,7 @@ class HeadPagesAttention:
             partial(
                 _store_and_attend,
                 self._score_function,
+                self._fresh_library,
                 sm_scale=sm_scale,
                 sliding_window=sliding_window,
             ),
@@ -95,6 +106,7 @@ class HeadPagesAttention:
 
 def _store_and_attend(
     score_function: ScoreFunction,
+    fresh_library: Library | None,
     q_TNH: jax.Array,
     k_TKH: jax.Array,
     v_TKH: jax.Array,
@@ -110,9 +122,33 @@ def _store_and_attend(
     k_pages, v_pages = (pages.reshape(-1, *shape[2:]) for pages in cache)
     of_layer = replace(metadata, page_indices=metadata.page_indices + layer * shape[1])
     k_pages, v_pages = store_tokens((k_pages, v_pages), k_TKH, v_TKH, of_layer)
-    out_TNH = score_function(
-        q_TNH, k_pages, v_pages, of_layer, sm_scale=sm_scale, sliding_window=sliding_window
-    )
+    score = partial(score_function, sm_scale=sm_scale, sliding_window=sliding_window)
+
+    def attend_pages() -> jax.Array:
+        return score(q_TNH, k_pages, v_pages, of_layer)
+
+    def attend_fresh(library: Library) -> jax.Array:
+        num_decodes = metadata.num_decode_rows
+        fresh_TNH = fresh_attention(
+            q_TNH[num_decodes:],
+            k_TKH[num_decodes:],
+            v_TKH[num_decodes:],
+            metadata,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            library=library,
+        )
+        if not num_decodes:
+            return fresh_TNH
+        decodes_TNH = score(q_TNH[:num_decodes], k_pages, v_pages, of_layer.without_chunks())
+        return jnp.concatenate([decodes_TNH, fresh_TNH])
+
+    if fresh_library is None or not 0 < metadata.num_chunk_tokens <= MAX_TOKENS:
+        out_TNH = attend_pages()
+    else:
+        out_TNH = jax.lax.cond(
+            has_fresh_chunks_only(metadata), partial(attend_fresh, fresh_library), attend_pages
+        )
     return out_TNH, (k_pages.reshape(shape), v_pages.reshape(shape))
 
 

@@ -3,7 +3,7 @@
 Apart from the implementations' choice so that these can import it. Knows no cache layout.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -51,6 +51,18 @@ class AttentionMetadata:
         entry_T = jnp.maximum(self.position_T, 0) // self.page_size
         page_T = jnp.where(is_token_T, self.page_indices[self.row_T, entry_T], 0)
         return page_T, jnp.where(is_token_T, self.position_T % self.page_size, 0)
+
+    def without_chunks(self) -> "AttentionMetadata":
+        """The same step's decode rows alone."""
+        rows = self.num_decode_rows
+        return replace(
+            self,
+            position_T=self.position_T[:rows],
+            row_T=self.row_T[:rows],
+            page_indices=self.page_indices[:rows],
+            kv_lens=self.kv_lens[:rows],
+            cu_chunk_lens=self.cu_chunk_lens[:1],
+        )
 
     @property
     def num_chunk_tokens(self) -> int:

@@ -11,6 +11,9 @@ from jax.sharding import AxisType, Mesh
 from engine.errors import ConfigError
 from engine.kernels import attention_xla, packed_pages
 from engine.kernels.attention import make_attention, zeroed_cache
+from engine.kernels.attention_fresh import Library, find_library
+from engine.kernels.attention_xla import flash_attention
+from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.native.arithmetic import AVX2, AVX512, AVX512_BFLOAT16
 from engine.kernels.packed_pages import PackedPagesAttention, can_attend
 
@@ -43,6 +46,7 @@ class Harness:
         seed: int = 0,
         max_len: int | None = None,
         garbage: float = np.nan,
+        fresh_library: Library | None = None,
     ) -> None:
         self.sequences = sequences
         self.page_size = page_size
@@ -63,6 +67,8 @@ class Harness:
             head_dim=self.head_dim,
             page_size=page_size,
         )
+        if fresh_library:
+            self.backend = HeadPagesAttention(make_mesh(tp_size), flash_attention, fresh_library)
         shapes = self.backend.cache_shapes(
             num_layers=1,
             num_kv_heads=num_kv_heads,
@@ -357,6 +363,37 @@ def test_alone_equals_in_any_batch_in_bfloat16_to_the_last_bit(dtype, flag):
     )
     for key, out_NH in expected.items():
         np.testing.assert_allclose(got[key], out_NH, rtol=0, atol=SHAPE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sliding_window", [None, 9])
+@pytest.mark.parametrize("num_heads", [2, 6])
+def test_prompts_attended_among_themselves_equal_numpy(num_heads, sliding_window):
+    """What GPUs give to cuDNN, by JAX's own code for the same function."""
+    rng = np.random.default_rng(5)
+    lengths = [1, 7, 40, 31]
+    sequences = [oracle.random_sequence(rng, n, num_heads, 2, 16) for n in lengths]
+    expected = [oracle.attend(sequence, sliding_window) for sequence in sequences]
+    harness = Harness(sequences, sliding_window=sliding_window, fresh_library="xla")
+    for chunks, decodes, starts in (
+        # All begin; some begin beside a decode; one goes on, so that pages are read.
+        ([(0, 1), (1, 6), (2, 30)], [], [0, 0, 0, 0]),
+        ([(3, 31)], [1], [1, 6, 30, 0]),
+        ([(2, 10)], [], [1, 7, 30, 31]),
+    ):
+        step = oracle.Step(
+            decodes=decodes,
+            chunks=chunks,
+            starts=starts,
+            num_decode_rows=2,
+            num_chunk_tokens=48,
+            num_chunks=4,
+        )
+        for (seq, position), got in harness.run(step).items():
+            np.testing.assert_allclose(got, expected[seq][position], atol=FLOAT32_TOLERANCE)
+
+
+def test_a_library_that_is_not_there_is_not_used():
+    assert find_library(head_dim=16, dtype="bfloat16") is None
 
 
 def test_heads_spread_over_devices_give_the_same():
