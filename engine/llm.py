@@ -35,12 +35,14 @@ class Completion:
         text: Without the end token; empty where the model directory has no tokenizer.
         token_ids: The end token included.
         logprobs: One per token, or empty if not asked for.
+        prompt_logprobs: One per prompt token but the first, or empty if not asked for.
     """
 
     prompt_token_ids: list[int]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
 
@@ -192,6 +194,7 @@ class LLM:
                 continue
             completion.token_ids.extend(output.token_ids)
             completion.logprobs.extend(output.logprobs)
+            completion.prompt_logprobs.extend(output.prompt_logprobs)
             completion.finish_reason = output.finish_reason
             completion.num_cached_tokens = output.num_cached_tokens
             if output.finish_reason is not None and self._bar is not None:

@@ -17,6 +17,9 @@ from engine.errors import EngineError
 MAX_TOP_LOGPROBS = 20
 """Alternatives that a step reports for each row, however many a request wants."""
 
+NO_FLOATS = np.empty(0, np.float32)
+NO_INTS = np.empty(0, np.int32)
+
 
 class Bucket(msgspec.Struct, frozen=True, array_like=True, order=True):
     """Shape of a compiled program.
@@ -79,13 +82,25 @@ class PageUpdate(msgspec.Struct, frozen=True, array_like=True):
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive tokens of one request's prompt (or of its recomputation).
 
-    `is_last` says that the token after the chunk is to be sampled.
+    `is_last` says that the token after the chunk is to be sampled; `next_token_id` is that token
+    where it is known and its log probability is wanted, else -1.
     """
 
     slot: int
     start: int
     token_ids: np.ndarray
     is_last: bool
+    next_token_id: int = -1
+
+
+class MaskUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """The tokens that a slot may sample from this step on, until the next update or admission.
+
+    `words` is uint32 as `TokenConstraint.allowed_tokens` has it, sent as int32.
+    """
+
+    slot: int
+    words: np.ndarray
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -103,6 +118,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         decode_positions: int32, position of that input token.
         chunks: Prefill chunks.
         has_logprobs: Whether log probabilities of this step's tokens are wanted.
+        has_prompt_logprobs: Whether those of the chunks' tokens are.
+        masks: Of slots whose allowed tokens are others than before.
     """
 
     step: int
@@ -113,6 +130,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     decode_positions: np.ndarray
     chunks: tuple[Chunk, ...] = ()
     has_logprobs: bool = False
+    has_prompt_logprobs: bool = False
+    masks: tuple[MaskUpdate, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -128,6 +147,10 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         logprobs: float32 [num_rows], or empty if not wanted.
         top_token_ids: int32 [num_rows * MAX_TOP_LOGPROBS], likeliest first, or empty.
         top_logprobs: float32 [num_rows * MAX_TOP_LOGPROBS], or empty.
+        prompt_logprobs: float32 [chunk tokens]: of the token after each, as far as it is known to
+            the plan; or empty if not wanted.
+        prompt_top_token_ids: int32 [chunk tokens * MAX_TOP_LOGPROBS], or empty.
+        prompt_top_logprobs: float32 [chunk tokens * MAX_TOP_LOGPROBS], or empty.
         device_ms: From dispatch to the tokens' arrival on the host.
         num_compiles: Programs that rank 0 compiled since it was ready; anything but 0 is a fault.
     """
@@ -137,6 +160,9 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     logprobs: np.ndarray
     top_token_ids: np.ndarray
     top_logprobs: np.ndarray
+    prompt_logprobs: np.ndarray = NO_FLOATS
+    prompt_top_token_ids: np.ndarray = NO_INTS
+    prompt_top_logprobs: np.ndarray = NO_FLOATS
     device_ms: float = 0.0
     num_compiles: int = 0
 

@@ -30,6 +30,7 @@ class IntColumn(enum.IntEnum):
     """Below this position no end token may be sampled."""
     HAS_PENALTIES = 7
     HAS_LOGIT_BIAS = 8
+    HAS_MASK = 9
 
 
 class FloatColumn(enum.IntEnum):
@@ -50,6 +51,8 @@ class ChunkRow(enum.IntEnum):
     TOKEN_ID = 0
     POSITION = 1
     SEQUENCE_ROW = 2
+    NEXT_TOKEN_ID = 3
+    """The token that follows, whose log probability may be wanted; 0 where it is not known."""
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +68,7 @@ class StepInputs:
         cu_chunk_lens: int32 [num_chunks + 1].
         num_decodes: int32 [].
         has_logprobs: bool [].
+        has_prompt_logprobs: bool [].
     """
 
     row_ints: jax.Array
@@ -74,6 +78,7 @@ class StepInputs:
     cu_chunk_lens: jax.Array
     num_decodes: jax.Array
     has_logprobs: jax.Array
+    has_prompt_logprobs: jax.Array
 
 
 class BatchBuilder:
@@ -100,6 +105,9 @@ class BatchBuilder:
             stop = update.first + len(update.pages)
             self._page_table[update.slot, update.first : stop] = update.pages
 
+        for mask in plan.masks:
+            self._slot_ints[mask.slot, IntColumn.HAS_MASK] = len(mask.words) > 0
+
         bucket = plan.bucket
         num_rows = bucket.num_seqs + bucket.num_chunks
         slot_R = np.full(num_rows, self._num_slots, np.int32)
@@ -122,6 +130,8 @@ class BatchBuilder:
             chunk_tokens[ChunkRow.TOKEN_ID, offset:stop] = chunk.token_ids
             chunk_tokens[ChunkRow.POSITION, offset:stop] = np.arange(chunk.start, end)
             chunk_tokens[ChunkRow.SEQUENCE_ROW, offset:stop] = row
+            chunk_tokens[ChunkRow.NEXT_TOKEN_ID, offset : stop - 1] = chunk.token_ids[1:]
+            chunk_tokens[ChunkRow.NEXT_TOKEN_ID, stop - 1] = max(chunk.next_token_id, 0)
             slot_R[row] = chunk.slot
             kv_len_R[row] = end
             if chunk.is_last:
@@ -142,6 +152,7 @@ class BatchBuilder:
             "cu_chunk_lens": cu_chunk_lens,
             "num_decodes": np.int32(num_decodes),
             "has_logprobs": np.bool_(plan.has_logprobs),
+            "has_prompt_logprobs": np.bool_(plan.has_prompt_logprobs),
         }
         # Host arrays where the compiled program takes device arrays: it copies them itself.
         return StepInputs(**cast("dict[str, jax.Array]", arrays))
@@ -155,6 +166,7 @@ class BatchBuilder:
         ints[IntColumn.MIN_LEN] = _min_len(params)
         ints[IntColumn.HAS_PENALTIES] = params.has_penalties
         ints[IntColumn.HAS_LOGIT_BIAS] = len(params.logit_bias) > 0
+        ints[IntColumn.HAS_MASK] = False
         floats = self._slot_floats[params.slot]
         floats[FloatColumn.TEMPERATURE] = params.temperature
         floats[FloatColumn.TOP_P] = params.top_p

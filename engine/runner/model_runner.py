@@ -27,22 +27,27 @@ from engine.runner.fingerprint import model_fingerprint
 from engine.runner.kv_cache import MemoryUse, bytes_per_device, gang_capacity, num_pages
 from engine.runner.platform import compilation_cache_dir, configure_jax, keep_freed_memory
 from engine.runner.program_store import ProgramStore
-from engine.runner.sampler import Sampled
+from engine.runner.sampler import Logprobs
 from engine.runner.slot_state import (
     SlotState,
     admit,
     init_slot_state,
     make_admissions,
+    make_masks,
     needs_admission,
     padding_admission,
+    set_masks,
 )
 from engine.runner.step_profiler import StepProfiler
-from engine.runner.step_program import make_step
+from engine.runner.step_program import StepOutputs, make_step
 from engine.scheduling.buckets import bucket_table
 from engine.sharding import make_mesh
 from engine.step import (
+    NO_FLOATS,
+    NO_INTS,
     Bucket,
     EngineLimits,
+    MaskUpdate,
     ProgressCallback,
     StartProgress,
     StepPlan,
@@ -52,50 +57,55 @@ from engine.step import (
 logger = logging.getLogger(__name__)
 
 _ADMISSION = "admission"
-_NO_FLOATS = np.empty(0, np.float32)
-_NO_INTS = np.empty(0, np.int32)
+_MASKS = "masks"
 
 
 class PendingStep:
     """A step that the device may still be computing."""
 
     def __init__(
-        self, plan: StepPlan, sampled: Sampled, started_s: float, num_compiles: int
+        self, plan: StepPlan, outputs: StepOutputs, started_s: float, num_compiles: int
     ) -> None:
         self._num_compiles = num_compiles
         self._step = plan.step
         self._has_logprobs = plan.has_logprobs
-        self._sampled = sampled
+        self._has_prompt_logprobs = plan.has_prompt_logprobs
+        self._outputs = outputs
         self._started_s = started_s
         num_seqs = plan.bucket.num_seqs
         self._rows = np.concatenate(
             [np.arange(len(plan.decode_slots)), num_seqs + np.arange(len(plan.chunks))]
         )
-        sampled.token_ids.copy_to_host_async()
+        self._num_chunk_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        outputs.token_ids.copy_to_host_async()
 
     def wait(self) -> StepResult:
         """Block until the tokens are on the host."""
-        token_ids = self._read(self._sampled.token_ids)
+        token_ids = _read(self._outputs.token_ids, self._rows)
         device_ms = (time.monotonic() - self._started_s) * 1e3
-        if not self._has_logprobs:
-            logprobs, top_token_ids, top_logprobs = _NO_FLOATS, _NO_INTS, _NO_FLOATS
-        else:
-            logprobs = self._read(self._sampled.logprobs)
-            top_token_ids = self._read(self._sampled.top_token_ids)
-            top_logprobs = self._read(self._sampled.top_logprobs)
+        logprobs = top_logprobs = NO_FLOATS
+        prompt_logprobs = prompt_top_logprobs = NO_FLOATS
+        top_token_ids = prompt_top_token_ids = NO_INTS
+        if self._has_logprobs:
+            logprobs, top_token_ids, top_logprobs = _read_logprobs(
+                self._outputs.logprobs, self._rows
+            )
+        if self._has_prompt_logprobs:
+            prompt_logprobs, prompt_top_token_ids, prompt_top_logprobs = _read_logprobs(
+                self._outputs.prompt_logprobs, np.arange(self._num_chunk_tokens)
+            )
         return StepResult(
             step=self._step,
             token_ids=token_ids,
             logprobs=logprobs,
             top_token_ids=top_token_ids,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            prompt_top_token_ids=prompt_top_token_ids,
+            prompt_top_logprobs=prompt_top_logprobs,
             device_ms=device_ms,
             num_compiles=self._num_compiles,
         )
-
-    def _read(self, array: jax.Array) -> np.ndarray:
-        # Every device holds the whole array; another process's copy could not be read.
-        return np.asarray(array.addressable_data(0))[self._rows].reshape(-1)
 
 
 class ModelRunner:
@@ -224,11 +234,15 @@ class ModelRunner:
                 if needs_admission(params):
                     for admission in make_admissions(params, self._vocab_size):
                         self._state = self._programs[_ADMISSION](self._state, admission)
+            for masks in make_masks(
+                plan.masks, self._config.max_running_requests, self._vocab_size
+            ):
+                self._state = self._programs[_MASKS](self._state, masks)
             inputs = self._batch.build(plan)
-            sampled, self._cache, self._state = self._programs[plan.bucket](
+            outputs, self._cache, self._state = self._programs[plan.bucket](
                 self._params, self._cache, self._state, inputs
             )
-        return PendingStep(plan, sampled, started_s, self.num_compiles_since_ready)
+        return PendingStep(plan, outputs, started_s, self.num_compiles_since_ready)
 
     def profile(self, num_steps: int) -> None:
         """Write a trace of the next steps below `profile_dir`; 0 ends one that is under way."""
@@ -297,7 +311,7 @@ class ModelRunner:
             temporaries=0,
         )
         largest = max(buckets, key=lambda bucket: (bucket.num_chunk_tokens, bucket.num_seqs))
-        total = len(buckets) + 1
+        total = len(buckets) + 2
 
         def compile_some(names: list[Bucket | str], pages: int) -> None:
             cache = self._cache_shapes(model_config, dtype, pages)
@@ -328,15 +342,19 @@ class ModelRunner:
         if fitting < pages:
             self._programs.clear()
             others.append(largest)
-        compile_some([*others, _ADMISSION], fitting)
+        compile_some([*others, _ADMISSION, _MASKS], fitting)
         return fitting
 
     def _program(self, name: Bucket | str, cache: Cache, state: SlotState) -> Program:
         slots = self._config.max_running_requests
         if isinstance(name, str):
-            nothing = self._shapes(padding_admission(slots, self._vocab_size))
-            jitted = jax.jit(admit, donate_argnums=0, out_shardings=self._replicated)
-            return Program(name, jitted, (state, nothing))
+            if name == _ADMISSION:
+                function, nothing = admit, padding_admission(slots, self._vocab_size)
+            else:
+                function = set_masks
+                (nothing,) = make_masks([MaskUpdate(slots, NO_INTS)], slots, self._vocab_size)
+            jitted = jax.jit(function, donate_argnums=0, out_shardings=self._replicated)
+            return Program(name, jitted, (state, self._shapes(nothing)))
         inputs = self._shapes(
             padding_inputs(name, num_slots=slots, pages_per_seq=self._pages_per_seq)
         )
@@ -360,9 +378,11 @@ class ModelRunner:
             plan = StepPlan(
                 step=0,
                 bucket=bucket,
-                decode_slots=_NO_INTS,
-                decode_positions=_NO_INTS,
+                decode_slots=NO_INTS,
+                decode_positions=NO_INTS,
                 has_logprobs=True,
+                has_prompt_logprobs=True,
+                masks=(MaskUpdate(self._config.max_running_requests, NO_INTS),),
             )
             self.dispatch(plan).wait()
             on_progress(StartProgress(phase="warmup", done=done, total=len(smallest)))
@@ -395,6 +415,16 @@ class ModelRunner:
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated),
             arrays,
         )
+
+
+def _read(array: jax.Array, rows: np.ndarray) -> np.ndarray:
+    # Every device holds the whole array; another process's copy could not be read.
+    return np.asarray(array.addressable_data(0))[rows].reshape(-1)
+
+
+def _read_logprobs(logprobs: Logprobs, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    arrays = logprobs.logprobs, logprobs.top_token_ids, logprobs.top_logprobs
+    return tuple(_read(array, rows) for array in arrays)
 
 
 def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:

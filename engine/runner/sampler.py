@@ -1,9 +1,9 @@
 """Choosing the next tokens on the device: logits in, token ids and log probabilities out.
 
-The order is: logits, + logit_bias, end tokens banned below min_tokens, penalties, / temperature,
-then min_p, top_k and top_p, each on what the one before left. Equally likely tokens at a limit all
-stay, so that what stays does not depend on the order of ids. A row's result does not depend on the
-other rows, and what no row uses costs nothing.
+The order is: logits, + logit_bias, end tokens banned below min_tokens, penalties, masks,
+/ temperature, then min_p, top_k and top_p, each on what the one before left. Equally likely tokens
+at a limit all stay, so that what stays does not depend on the order of ids. A row's result does not
+depend on the other rows, and what no row uses costs nothing.
 
 Nothing sorts the vocabulary (190 ms for 8 rows of 152k tokens on a 2-core CPU): limits are found
 among the likeliest few hundred tokens, or else by bisection.
@@ -40,7 +40,7 @@ class SamplingInputs:
         top_k: int32, 0 = all.
         top_p, min_p: float32.
         presence_penalty, frequency_penalty, repetition_penalty: float32.
-        has_penalties, has_logit_bias, bans_end_tokens: bool.
+        has_penalties, has_logit_bias, bans_end_tokens, has_mask: bool.
         seed: uint32 [R, 2], high and low half.
         choice_index: int32.
         position: int32, position in its sequence of the token to sample.
@@ -58,6 +58,7 @@ class SamplingInputs:
     has_penalties: jax.Array
     has_logit_bias: jax.Array
     bans_end_tokens: jax.Array
+    has_mask: jax.Array
     seed: jax.Array
     choice_index: jax.Array
     position: jax.Array
@@ -66,32 +67,37 @@ class SamplingInputs:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """What a step sampled; the log probabilities are zeros unless asked for.
+class Logprobs:
+    """Log probabilities of some tokens, natural, of the model's own distribution.
 
     Attributes:
-        token_ids: int32 [R].
-        logprobs: float32 [R], natural, of the model's own distribution.
-        top_token_ids: int32 [R, MAX_LOGPROBS], likeliest first.
+        logprobs: float32 [R].
+        top_token_ids: int32 [R, MAX_LOGPROBS], the likeliest in each token's place, in order.
         top_logprobs: float32 [R, MAX_LOGPROBS].
     """
 
-    token_ids: jax.Array
     logprobs: jax.Array
     top_token_ids: jax.Array
     top_logprobs: jax.Array
 
 
-def sample(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> Sampled:
+def sample(
+    logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState
+) -> tuple[jax.Array, Logprobs]:
     """Choose one token per row.
 
     Args:
         logits_RV: float32, of the model.
         inputs: How to choose.
-        state: Counts, biases and end tokens by slot.
+        state: Counts, biases, end tokens and masks by slot.
+
+    Returns:
+        int32 [R]; and log probabilities, which are zeros unless asked for.
     """
     with jax.named_scope("sample"):
-        is_adjusted = jnp.any(inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens)
+        is_adjusted = jnp.any(
+            inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens | inputs.has_mask
+        )
 
         def adjust() -> jax.Array:
             return _adjust(logits_RV, inputs, state)
@@ -108,11 +114,12 @@ def sample(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> Sa
 
         token_R = jax.lax.cond(jnp.any(inputs.temperature > 0), draw, lambda: likeliest_R)
     with jax.named_scope("logprobs"):
-        return jax.lax.cond(
+        logprobs = jax.lax.cond(
             inputs.has_logprobs,
-            lambda: _with_logprobs(logits_RV, token_R),
-            lambda: _without_logprobs(token_R),
+            lambda: logprobs_of(logits_RV, token_R),
+            lambda: no_logprobs(len(token_R)),
         )
+    return token_R, logprobs
 
 
 def _adjust(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> jax.Array:
@@ -136,7 +143,14 @@ def _adjust(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> j
         penalized_RV -= inputs.presence_penalty[:, None] * was_output_RV
         return jnp.where(inputs.has_penalties[:, None], penalized_RV, changed_RV)
 
-    return jax.lax.cond(jnp.any(inputs.has_penalties), penalize, lambda: changed_RV)
+    penalized_RV = jax.lax.cond(jnp.any(inputs.has_penalties), penalize, lambda: changed_RV)
+
+    def mask() -> jax.Array:
+        bits = state.masks[inputs.slot][:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
+        is_allowed_RV = (bits & 1).reshape(len(bits), -1)[:, : logits_RV.shape[1]] > 0
+        return jnp.where(is_allowed_RV | ~inputs.has_mask[:, None], penalized_RV, NEVER)
+
+    return jax.lax.cond(jnp.any(inputs.has_mask), mask, lambda: penalized_RV)
 
 
 def _argmax(logits_RV: jax.Array) -> jax.Array:
@@ -299,25 +313,25 @@ def _first_above(
     return chosen_R, jnp.where(chosen_R > 0, before_R, 0.0)
 
 
-def _with_logprobs(logits_RV: jax.Array, token_R: jax.Array) -> Sampled:
+def logprobs_of(logits_RV: jax.Array, token_R: jax.Array) -> Logprobs:
+    """Log probabilities of one token per row and of the likeliest ones."""
     total_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
     num_top = min(MAX_LOGPROBS, logits_RV.shape[1])
     top_logit, top_id = top_scores(logits_RV, num_top)
     chosen_R1 = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)
     missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
-    return Sampled(
-        token_ids=token_R,
+    return Logprobs(
         logprobs=(chosen_R1 - total_R1)[:, 0],
         top_token_ids=jnp.pad(top_id, missing),
         top_logprobs=jnp.pad(top_logit - total_R1, missing, constant_values=NEVER),
     )
 
 
-def _without_logprobs(token_R: jax.Array) -> Sampled:
-    shape = (token_R.shape[0], MAX_LOGPROBS)
-    return Sampled(
-        token_ids=token_R,
-        logprobs=jnp.zeros(token_R.shape, jnp.float32),
+def no_logprobs(num_rows: int) -> Logprobs:
+    """Zeros in place of log probabilities."""
+    shape = (num_rows, MAX_LOGPROBS)
+    return Logprobs(
+        logprobs=jnp.zeros(num_rows, jnp.float32),
         top_token_ids=jnp.zeros(shape, jnp.int32),
         top_logprobs=jnp.zeros(shape, jnp.float32),
     )

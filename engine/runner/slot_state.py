@@ -5,7 +5,8 @@ Token counts and biases stay there because they are large. Everything else that 
 with each step.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
-from engine.step import SlotParams
+from engine.step import MaskUpdate, SlotParams
 
 MAX_END_TOKENS = MAX_STOP_TOKENS + 16
 """End tokens of a request and of its model together."""
@@ -26,6 +27,9 @@ IN_PROMPT = 1
 """Bit of a token's count that says it stands in the prompt; the output's count is above it."""
 
 ONE_OUTPUT = 2
+
+MASKS_AT_ONCE = 8
+"""Slots whose masks one call of the masks program sets."""
 
 _MOST_OUTPUTS = 0xFFFF - ADMISSION_TOKENS * ONE_OUTPUT
 """Counts stop growing here: one call of the admission program more still fits into 16 bits."""
@@ -42,6 +46,8 @@ class SlotState:
         bias_ids: int32 [num_slots + 1, MAX_LOGIT_BIAS], V where unused.
         bias_values: float32, the same shape.
         end_token_ids: int32 [num_slots + 1, MAX_END_TOKENS], V where unused.
+        masks: int32 [num_slots + 1, ceil(V / 32)], a bit for each token that may be sampled; read
+            only for rows whose requests have masks.
     """
 
     last_token: jax.Array
@@ -49,6 +55,16 @@ class SlotState:
     bias_ids: jax.Array
     bias_values: jax.Array
     end_token_ids: jax.Array
+    masks: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masks:
+    """One call of the masks program: int32 [MASKS_AT_ONCE] slots, and [MASKS_AT_ONCE, words]."""
+
+    slots: jax.Array
+    words: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +98,7 @@ def init_slot_state(num_slots: int, vocab_size: int) -> SlotState:
         bias_ids=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
         end_token_ids=jnp.full((rows, MAX_END_TOKENS), vocab_size, jnp.int32),
+        masks=jnp.zeros((rows, -(-vocab_size // 32)), jnp.int32),
     )
 
 
@@ -138,13 +155,31 @@ def admit(state: SlotState, admission: Admission) -> SlotState:
     in_prompt_V = jnp.zeros_like(counts_V).at[prompt_ids].set(IN_PROMPT, mode="drop")
     counts_V = jnp.minimum(counts_V, _MOST_OUTPUTS) | in_prompt_V
     counts_V = counts_V.at[output_ids].add(ONE_OUTPUT, mode="drop")
-    return SlotState(
-        last_token=state.last_token,
+    return replace(
+        state,
         token_counts=state.token_counts.at[slot].set(counts_V),
         bias_ids=state.bias_ids.at[slot].set(admission.bias_ids),
         bias_values=state.bias_values.at[slot].set(admission.bias_values),
         end_token_ids=state.end_token_ids.at[slot].set(admission.end_token_ids),
     )
+
+
+def make_masks(updates: Sequence[MaskUpdate], num_slots: int, vocab_size: int) -> Iterator[Masks]:
+    """Split a step's updates into calls of the masks program."""
+    for start in range(0, len(updates), MASKS_AT_ONCE):
+        slots = np.full(MASKS_AT_ONCE, num_slots, np.int32)
+        words = np.zeros((MASKS_AT_ONCE, -(-vocab_size // 32)), np.int32)
+        for place, update in enumerate(updates[start : start + MASKS_AT_ONCE]):
+            given = update.words[: words.shape[1]]
+            slots[place] = update.slot
+            words[place, : len(given)] = given
+        # Host arrays, as in `_admission`.
+        yield Masks(**cast("dict[str, jax.Array]", {"slots": slots, "words": words}))
+
+
+def set_masks(state: SlotState, masks: Masks) -> SlotState:
+    """Set what some slots may sample. Meant to be compiled, with `state` donated."""
+    return replace(state, masks=state.masks.at[masks.slots].set(masks.words))
 
 
 def record_tokens(
@@ -165,12 +200,10 @@ def record_tokens(
         after_R = jnp.where(before_R < _MOST_OUTPUTS, before_R + ONE_OUTPUT, before_R)
         return token_counts.at[row_R, token_R].set(after_R.astype(jnp.uint16), mode="drop")
 
-    return SlotState(
+    return replace(
+        state,
         last_token=state.last_token.at[slot_R].set(token_R),
         token_counts=count(state.token_counts),
-        bias_ids=state.bias_ids,
-        bias_values=state.bias_values,
-        end_token_ids=state.end_token_ids,
     )
 
 

@@ -4,6 +4,7 @@ Knows the device's side only; what a plan is, `batch` knows.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,10 +14,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 from engine.kernels.attention import AttentionMetadata, Cache
 from engine.models.registry import Model
 from engine.runner.batch import ChunkRow, FloatColumn, IntColumn, StepInputs
-from engine.runner.sampler import Sampled, SamplingInputs, sample
+from engine.runner.sampler import Logprobs, SamplingInputs, logprobs_of, no_logprobs, sample
 from engine.runner.slot_state import SlotState, record_tokens
 
-StepFunction = Callable[[Any, Cache, SlotState, StepInputs], tuple[Sampled, Cache, SlotState]]
+PROMPT_LOGPROBS_BLOCK = 64
+"""Chunk tokens whose logits exist at the same time."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutputs:
+    """What a step gives back; log probabilities are zeros unless asked for.
+
+    Attributes:
+        token_ids: int32 [R], sampled.
+        logprobs: Theirs.
+        prompt_logprobs: [num_chunk_tokens]: of the token that follows each.
+    """
+
+    token_ids: jax.Array
+    logprobs: Logprobs
+    prompt_logprobs: Logprobs
+
+
+StepFunction = Callable[[Any, Cache, SlotState, StepInputs], tuple[StepOutputs, Cache, SlotState]]
 
 
 def make_step(model: Model, *, page_size: int, replicated: NamedSharding) -> StepFunction:
@@ -28,9 +49,14 @@ def make_step(model: Model, *, page_size: int, replicated: NamedSharding) -> Ste
         replicated: Sharding of an array that every device holds whole.
     """
 
+    def logits(params: Any, hidden_RD: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(
+            model.logits(params, hidden_RD), NamedSharding(replicated.mesh, PartitionSpec())
+        )
+
     def step(
         params: Any, cache: Cache, state: SlotState, inputs: StepInputs
-    ) -> tuple[Sampled, Cache, SlotState]:
+    ) -> tuple[StepOutputs, Cache, SlotState]:
         metadata = _attention_metadata(inputs, page_size)
         num_decode_rows = metadata.num_decode_rows
         # A decode row's input is what its slot sampled last, which the host may not know yet.
@@ -43,16 +69,50 @@ def make_step(model: Model, *, page_size: int, replicated: NamedSharding) -> Ste
         sampled_token_R = jnp.concatenate(
             [jnp.arange(num_decode_rows), num_decode_rows + last_of_chunk]
         )
-        logits_RV = model.logits(params, hidden_TD[sampled_token_R])
-        logits_RV = jax.lax.with_sharding_constraint(
-            logits_RV, NamedSharding(replicated.mesh, PartitionSpec())
-        )
         sampling = _sampling_inputs(inputs)
-        sampled = sample(logits_RV, sampling, state)
-        state = record_tokens(state, sampling.slot, sampled.token_ids, sampling.has_penalties)
-        return sampled, cache, state
+        token_ids, logprobs = sample(logits(params, hidden_TD[sampled_token_R]), sampling, state)
+        state = record_tokens(state, sampling.slot, token_ids, sampling.has_penalties)
+        with jax.named_scope("prompt_logprobs"):
+            prompt_logprobs = _prompt_logprobs(
+                lambda some_TD: logits(params, some_TD), hidden_TD[num_decode_rows:], inputs
+            )
+        outputs = StepOutputs(
+            token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        )
+        return outputs, cache, state
 
     return step
+
+
+def _prompt_logprobs(
+    logits: Callable[[jax.Array], jax.Array], hidden_TD: jax.Array, inputs: StepInputs
+) -> Logprobs:
+    """Log probabilities of the tokens that follow the chunk tokens, a block of them at a time.
+
+    Where none are wanted, the loop has no turns.
+    """
+    num_tokens = len(hidden_TD)
+    block = min(PROMPT_LOGPROBS_BLOCK, num_tokens)
+    if num_tokens == 0:
+        return no_logprobs(0)
+    padding = -num_tokens % block
+    hidden_TD = jnp.pad(hidden_TD, ((0, padding), (0, 0)))
+    next_T = jnp.pad(inputs.chunk_tokens[ChunkRow.NEXT_TOKEN_ID], (0, padding))
+
+    def add_block(index: jax.Array, found: Logprobs) -> Logprobs:
+        start = index * block
+        some_TD = jax.lax.dynamic_slice_in_dim(hidden_TD, start, block)
+        of_block = logprobs_of(logits(some_TD), jax.lax.dynamic_slice_in_dim(next_T, start, block))
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
+            found,
+            of_block,
+        )
+
+    num_real = jnp.where(inputs.has_prompt_logprobs, inputs.cu_chunk_lens[-1], 0)
+    num_blocks = (num_real + block - 1) // block
+    found = jax.lax.fori_loop(0, num_blocks, add_block, no_logprobs(num_tokens + padding))
+    return jax.tree.map(lambda array: array[:num_tokens], found)
 
 
 def _attention_metadata(inputs: StepInputs, page_size: int) -> AttentionMetadata:
@@ -96,6 +156,7 @@ def _sampling_inputs(inputs: StepInputs) -> SamplingInputs:
         repetition_penalty=floats(FloatColumn.REPETITION_PENALTY),
         has_penalties=ints(IntColumn.HAS_PENALTIES) > 0,
         has_logit_bias=ints(IntColumn.HAS_LOGIT_BIAS) > 0,
+        has_mask=ints(IntColumn.HAS_MASK) > 0,
         bans_end_tokens=ints(IntColumn.KV_LEN) < ints(IntColumn.MIN_LEN),
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
         choice_index=ints(IntColumn.CHOICE_INDEX),

@@ -7,6 +7,8 @@ anew later. Knows no arrays and no processes; runs the same whether its plans ar
 
 from collections import deque
 
+import numpy as np
+
 from engine.errors import ContextLengthError
 from engine.request import FinishReason, Request, RequestOutput, RequestState, TokenLogprobs
 from engine.scheduling.page_pool import PagePool
@@ -87,6 +89,10 @@ class Scheduler:
 
     def plan(self) -> ScheduledStep | None:
         """Schedule the next step, or return None if nothing can run before a result is applied."""
+        if any(request.constraint and request.num_inflight_tokens for request in self.running):
+            # Its next token depends on the one under way. Left out of this step, it would run in
+            # every second one; that the host works while the device waits costs far less.
+            return None
         builder = StepBuilder()
         self._is_short = False
         self._plan_running(builder)
@@ -106,6 +112,8 @@ class Scheduler:
         """Take in a step's tokens: what each request got, and which have ended."""
         outputs = []
         token_ids = result.token_ids.tolist()
+        if len(result.prompt_logprobs):
+            self._take_prompt_logprobs(step, result)
         for index, row in enumerate(step.rows):
             request = row.request
             request.num_inflight_steps -= 1
@@ -115,6 +123,8 @@ class Scheduler:
                 continue
             if row.samples:
                 request.output_token_ids.append(token_ids[index])
+                if request.constraint is not None:
+                    request.constraint.accept(token_ids[index])
             if request.state is RequestState.RUNNING:
                 # Preempted and admitted anew meanwhile, it may hold less than this row wrote.
                 self._publish(request, min(row.end, request.num_computed_tokens))
@@ -209,7 +219,7 @@ class Scheduler:
     def _find_prefix(self, request: Request) -> list[int]:
         """Published pages of the request's tokens; at least one token is left to compute."""
         pages: list[int] = []
-        if not self._enable_prefix_caching:
+        if not self._enable_prefix_caching or request.wants_prompt_logprobs:
             return pages
         for index in range((request.num_tokens - 1) // self.page_size):
             page = self.pool.prefix_cache.find(self._page_key(request, index))
@@ -280,6 +290,27 @@ class Scheduler:
 
     # Results -----------------------------------------------------------------------------------
 
+    def _take_prompt_logprobs(self, step: ScheduledStep, result: StepResult) -> None:
+        offset = 0
+        num_decodes = len(step.plan.decode_slots)
+        for row, chunk in zip(step.rows[num_decodes:], step.plan.chunks, strict=True):
+            request = row.request
+            count = request.sampling.prompt_logprobs
+            for place in range(len(chunk.token_ids) if count is not None else 0):
+                # Of the token behind this place; a preempted request computes some twice.
+                is_next = chunk.start + place == len(request.prompt_logprobs)
+                if is_next and request.wants_prompt_logprobs:
+                    request.prompt_logprobs.append(
+                        _logprobs_at(
+                            offset + place,
+                            count or 0,
+                            result.prompt_logprobs,
+                            result.prompt_top_token_ids,
+                            result.prompt_top_logprobs,
+                        )
+                    )
+            offset += len(chunk.token_ids)
+
     def _output(
         self, request: Request, token_id: int, logprobs: tuple[TokenLogprobs, ...]
     ) -> RequestOutput:
@@ -299,6 +330,7 @@ class Scheduler:
             finish_reason=request.finish_reason,
             stop_token_id=token_id if request.finish_reason == "stop" else None,
             num_cached_tokens=request.num_cached_tokens,
+            prompt_logprobs=tuple(request.prompt_logprobs) if first_index == 0 else (),
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
@@ -322,11 +354,20 @@ def _logprobs(request: Request, result: StepResult, index: int) -> tuple[TokenLo
     count = request.sampling.logprobs
     if count is None:
         return ()
+    arrays = result.logprobs, result.top_token_ids, result.top_logprobs
+    return (_logprobs_at(index, count, *arrays),)
+
+
+def _logprobs_at(
+    index: int,
+    count: int,
+    logprobs: np.ndarray,
+    top_token_ids: np.ndarray,
+    top_logprobs: np.ndarray,
+) -> TokenLogprobs:
     first = index * MAX_TOP_LOGPROBS
-    return (
-        TokenLogprobs(
-            logprob=float(result.logprobs[index]),
-            top_token_ids=tuple(result.top_token_ids[first : first + count].tolist()),
-            top_logprobs=tuple(result.top_logprobs[first : first + count].tolist()),
-        ),
+    return TokenLogprobs(
+        logprob=float(logprobs[index]),
+        top_token_ids=tuple(top_token_ids[first : first + count].tolist()),
+        top_logprobs=tuple(top_logprobs[first : first + count].tolist()),
     )

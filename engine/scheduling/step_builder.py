@@ -8,9 +8,7 @@ import numpy as np
 
 from engine.request import Request
 from engine.scheduling.buckets import choose_bucket
-from engine.step import Bucket, Chunk, PageUpdate, SlotParams, StepPlan
-
-_NO_IDS = np.empty(0, np.int32)
+from engine.step import NO_INTS, Bucket, Chunk, MaskUpdate, PageUpdate, SlotParams, StepPlan
 
 
 class ScheduledRow(msgspec.Struct, frozen=True):
@@ -52,6 +50,8 @@ class StepBuilder:
         self.num_chunk_tokens = 0
         self.keys_computed: set[bytes] = set()
         self.has_logprobs = False
+        self.has_prompt_logprobs = False
+        self.masks: list[MaskUpdate] = []
 
     @property
     def is_empty(self) -> bool:
@@ -70,6 +70,8 @@ class StepBuilder:
             decode_positions=np.array(self.decode_positions, np.int32),
             chunks=tuple(self.chunks),
             has_logprobs=self.has_logprobs,
+            has_prompt_logprobs=self.has_prompt_logprobs,
+            masks=tuple(self.masks),
         )
         return ScheduledStep(plan, self.decode_rows + self.chunk_rows)
 
@@ -85,15 +87,28 @@ class StepBuilder:
         self.decode_slots.append(request.slot)
         self.decode_positions.append(position)
         self.decode_rows.append(ScheduledRow(request, position + 1, True))
-        self.has_logprobs |= request.sampling.logprobs is not None
+        self._add_sampling(request)
 
     def add_chunk(
         self, request: Request, start: int, token_ids: list[int], end: int, is_last: bool
     ) -> None:
-        self.chunks.append(Chunk(request.slot, start, np.array(token_ids, np.int32), is_last))
+        next_token_id = -1
+        if request.wants_prompt_logprobs:
+            self.has_prompt_logprobs = True
+            next_token_id = next(iter(request.token_ids_from(end, end + 1)), -1)
+        self.chunks.append(
+            Chunk(request.slot, start, np.array(token_ids, np.int32), is_last, next_token_id)
+        )
         self.num_chunk_tokens += len(token_ids)
         self.chunk_rows.append(ScheduledRow(request, end, is_last))
-        self.has_logprobs |= is_last and request.sampling.logprobs is not None
+        if is_last:
+            self._add_sampling(request)
+
+    def _add_sampling(self, request: Request) -> None:
+        self.has_logprobs |= request.sampling.logprobs is not None
+        if request.constraint is not None:
+            words = request.constraint.allowed_tokens().view(np.int32)
+            self.masks.append(MaskUpdate(request.slot, words))
 
 
 def _slot_params(request: Request) -> SlotParams:
@@ -117,6 +132,6 @@ def _slot_params(request: Request) -> SlotParams:
         logit_bias=tuple(sampling.logit_bias.values()),
         token_ids=np.array(request.token_ids_from(0, request.num_tokens), np.int32)
         if sampling.has_penalties
-        else _NO_IDS,
+        else NO_INTS,
         rope_alpha=request.rope_alpha,
     )

@@ -16,10 +16,10 @@ from engine.step import EngineLimits, ProgressCallback, StepPlan, StepResult
 VOCAB_SIZE = 50
 
 
-def next_token(token_ids: Sequence[int]) -> int:
-    """The token that the simulated model generates after these."""
+def next_token(token_ids: Sequence[int], allowed: Sequence[int] = range(VOCAB_SIZE)) -> int:
+    """The token that the simulated model generates after these, one of those that are allowed."""
     digest = hashlib.blake2b(np.array(token_ids, np.int32).tobytes(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % VOCAB_SIZE
+    return allowed[int.from_bytes(digest, "little") % len(allowed)]
 
 
 def expected_output(prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -40,6 +40,7 @@ class SimulatedDevice:
         self._pages = np.full((limits.num_pages, limits.page_size), -7, np.int32)
         self._tables: dict[int, list[int]] = {}
         self._last_tokens: dict[int, int] = {}
+        self._allowed: dict[int, list[int]] = {}
 
     async def start(self, on_progress: ProgressCallback) -> EngineLimits:
         del on_progress
@@ -62,6 +63,10 @@ class SimulatedDevice:
         for params in plan.admissions:
             self._tables[params.slot] = []
             self._last_tokens[params.slot] = -1
+            self._allowed.pop(params.slot, None)
+        for mask in plan.masks:
+            bits = np.unpackbits(mask.words.view(np.uint8), bitorder="little")
+            self._allowed[mask.slot] = np.flatnonzero(bits).tolist()
         for update in plan.page_updates:
             table = self._tables[update.slot]
             assert len(table) == update.first, "a page table has a hole"
@@ -83,8 +88,8 @@ class SimulatedDevice:
                 assert page != 0, "a real token was written to the padding page"
                 self._pages[page, position % self.limits.page_size] = token_id
         sampled = [
-            next_token(prefix + token_ids)
-            for prefix, (_, _, token_ids) in zip(prefixes, rows, strict=True)
+            next_token(prefix + token_ids, self._allowed.get(slot, range(VOCAB_SIZE)))
+            for prefix, (slot, _, token_ids) in zip(prefixes, rows, strict=True)
         ]
         is_last = [True] * len(plan.decode_slots) + [chunk.is_last for chunk in plan.chunks]
         for (slot, _, _), token_id, last in zip(rows, sampled, is_last, strict=True):

@@ -3,10 +3,11 @@
 import asyncio
 from collections import defaultdict
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_device import VOCAB_SIZE, SimulatedDevice, expected_output
+from simulated_device import VOCAB_SIZE, SimulatedDevice, expected_output, next_token
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -16,6 +17,8 @@ from engine.scheduling import scheduler
 from engine.scheduling.buckets import bucket_table
 from engine.scheduling.prefix_cache import page_key
 from engine.step import EngineLimits
+
+ALL_TOKENS = range(VOCAB_SIZE)
 
 
 class Engine:
@@ -117,6 +120,47 @@ def test_every_request_gets_its_own_tokens_whatever_runs_beside_it(
             assert engine.finished[name].finish_reason == ("stop" if ends else "length")
 
     asyncio.run(scenario())
+
+
+class Countdown:
+    """Allows the ids that leave the same remainder as the number of tokens so far, by `modulus`."""
+
+    def __init__(self, modulus: int) -> None:
+        self.modulus = modulus
+        self.num_tokens = 0
+
+    def allowed(self) -> list[int]:
+        return [i for i in range(VOCAB_SIZE) if i % self.modulus == self.num_tokens % self.modulus]
+
+    def allowed_tokens(self) -> np.ndarray:
+        bits = np.zeros(-(-VOCAB_SIZE // 32) * 32, np.uint8)
+        bits[self.allowed()] = 1
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in self.allowed()
+        self.num_tokens += 1
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_constrained_requests_get_what_their_masks_allow_and_others_all(overlap: bool):
+    # Too few pages for all: some are preempted, and go on with their constraints where they were.
+    engine = Engine(num_pages=12, context_length=32, disable_overlap_schedule=not overlap)
+    moduli = [None, 3, 7, None, 2]
+    for index, modulus in enumerate(moduli):
+        request = make_request(str(index), [index, 5, 6, 7], max_tokens=14)
+        request.constraint = modulus and Countdown(modulus)
+        engine.core.add(request)
+    await engine.run_until_done()
+    assert engine.core.stats.preemptions_total > 0
+    for index, modulus in enumerate(moduli):
+        expected = [index, 5, 6, 7]
+        oracle = modulus and Countdown(modulus)
+        for _ in range(14):
+            expected.append(next_token(expected, oracle.allowed() if oracle else ALL_TOKENS))
+            if oracle:
+                oracle.accept(expected[-1])
+        assert engine.tokens[str(index)] == expected[4:]
 
 
 async def test_preempted_requests_keep_their_tokens():

@@ -5,12 +5,14 @@ nothing chunked, one step at a time.
 """
 
 import gc
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from engine.config import EngineConfig
@@ -202,6 +204,48 @@ def test_generation_fills_the_context_and_no_more():
             llm.generate([[1] * 64])
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"chunked_prefill_size": 32},
+        {"tp_size": 3},
+        {"max_total_tokens": 14 * 16, "chunked_prefill_size": 32},
+    ],
+    ids=["whole", "in chunks", "on three devices", "preempted"],
+)
+def test_prompt_logprobs_are_those_that_the_tokens_had_when_they_were_generated(overrides):
+    with engine(**overrides) as llm:
+        generated = llm.generate(PROMPTS, GREEDY)
+        whole = [prompt + one.token_ids for prompt, one in zip(PROMPTS, generated, strict=True)]
+        params = SamplingParams(temperature=0.0, max_tokens=9, prompt_logprobs=3, ignore_eos=True)
+        again = llm.generate(whole, params)
+        assert llm.core.stats.preemptions_total > 0 or "max_total_tokens" not in overrides
+    for before, after, prompt in zip(generated, again, whole, strict=True):
+        assert len(after.prompt_logprobs) == len(prompt) - 1
+        # What lay in cached pages would have no logits.
+        assert after.num_cached_tokens == 0
+        latest = after.prompt_logprobs[-len(before.logprobs) :]
+        for left, right in zip(before.logprobs, latest, strict=True):
+            assert left.top_token_ids == right.top_token_ids
+            assert left.logprob == pytest.approx(right.logprob, abs=LOGPROB_TOLERANCE)
+            assert left.top_logprobs == pytest.approx(right.top_logprobs, abs=LOGPROB_TOLERANCE)
+
+
+def test_prompt_logprobs_of_the_reference_implementation():
+    golden = json.loads((DATA / "tiny-qwen2" / "golden.json").read_text())
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, logprobs=20)
+    with engine() as llm:
+        (got,) = llm.generate([golden["ids"]], params)
+    likeliest = [one.top_token_ids[0] for one in got.prompt_logprobs]
+    assert likeliest == golden["argmax"][:-1]
+    logits_V = np.array(golden["logits_last"], np.float64)
+    expected_V = logits_V - np.log(np.exp(logits_V).sum())
+    (last,) = got.logprobs
+    assert last.logprob == pytest.approx(expected_V.max(), abs=1e-4)
+    assert last.top_logprobs == pytest.approx(np.sort(expected_V)[:-21:-1], abs=1e-4)
+
+
 def test_a_bad_prompt_disturbs_nobody(alone, sampling):
     with engine() as llm:
         with pytest.raises(RequestError, match="vocabulary"):
@@ -211,7 +255,8 @@ def test_a_bad_prompt_disturbs_nobody(alone, sampling):
 
 def test_requests_of_all_kinds_compile_nothing_after_the_start():
     with engine() as llm:
-        for params in (GREEDY, SAMPLED, SamplingParams(min_p=0.1, max_tokens=3)):
+        some = SamplingParams(min_p=0.1, max_tokens=3, prompt_logprobs=20)
+        for params in (GREEDY, SAMPLED, some):
             llm.generate(PROMPTS, params)
         assert llm.num_compiles_since_ready == 0
 

@@ -9,7 +9,15 @@ from engine.config import EngineConfig
 from engine.request import SamplingParams
 from engine.runner.model_runner import ModelRunner, PendingStep
 from engine.scheduling.buckets import choose_bucket
-from engine.step import Chunk, EngineLimits, PageUpdate, SlotParams, StepPlan, StepResult
+from engine.step import (
+    Chunk,
+    EngineLimits,
+    MaskUpdate,
+    PageUpdate,
+    SlotParams,
+    StepPlan,
+    StepResult,
+)
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -96,6 +104,7 @@ class PlanDriver:
         decodes: list[Sequence],
         chunks: list[tuple[Sequence, int]] = [],  # noqa: B006
         has_logprobs: bool = False,
+        masks: tuple[MaskUpdate, ...] = (),
     ) -> PendingStep:
         """Plan one step and start it."""
         updates = []
@@ -121,6 +130,7 @@ class PlanDriver:
             decode_positions=np.array(decode_positions, np.int32),
             chunks=tuple(made),
             has_logprobs=has_logprobs,
+            masks=masks,
         )
         self._admissions = []
         self._next_step += 1
@@ -131,9 +141,10 @@ class PlanDriver:
         decodes: list[Sequence],
         chunks: list[tuple[Sequence, int]] = [],  # noqa: B006
         has_logprobs: bool = False,
+        masks: tuple[MaskUpdate, ...] = (),
     ) -> StepResult:
         """Plan one step, run it to its end and append its tokens to their sequences."""
-        result = self.dispatch(decodes, chunks, has_logprobs).wait()
+        result = self.dispatch(decodes, chunks, has_logprobs, masks).wait()
         rows = decodes + [sequence for sequence, _ in chunks]
         assert len(result.token_ids) == len(rows)
         for row, sequence in enumerate(rows):

@@ -8,7 +8,7 @@ from plan_driver import PlanDriver, start_runner
 
 from engine.errors import CapacityError, ConfigError
 from engine.request import SamplingParams
-from engine.step import decode_plan, decode_result, encode
+from engine.step import MaskUpdate, decode_plan, decode_result, encode
 
 DATA = Path(__file__).parents[2] / "data"
 GOLDEN = json.loads((DATA / "tiny-qwen2" / "golden.json").read_text())
@@ -108,6 +108,27 @@ def test_no_feature_compiles_a_program_after_the_start(started):
     driver.step(sequences[:1])
     assert runner.num_compiles_since_ready == 0
     assert limits.buckets
+
+
+def test_a_mask_holds_until_the_next_one_and_for_its_slot_only(started):
+    runner, limits = started
+    driver = PlanDriver(runner, limits)
+    only_7 = np.array([1 << 7], np.int32)
+    masked, free = driver.admit(0, PROMPT), driver.admit(1, PROMPT)
+    both = [(masked, len(PROMPT)), (free, len(PROMPT))]
+    driver.step([], both[:1], masks=(MaskUpdate(0, only_7),))
+    driver.step([masked], both[1:])
+    assert masked.output == [7, 7]
+    driver.step([masked, free], masks=(MaskUpdate(0, np.array([1 << 9], np.int32)),))
+    assert masked.output[-1] == 9
+    driver.step([masked, free], masks=(MaskUpdate(0, np.empty(0, np.int32)),))
+    assert masked.output[-1] not in (7, 9)
+    assert free.output == EXPECTED[:3]
+    # Who comes next to the slot finds no mask.
+    driver.step([masked, free], masks=(MaskUpdate(0, only_7),))
+    assert masked.output[-1] == 7
+    assert driver.generate(driver.admit(0, PROMPT), 3) == EXPECTED[:3]
+    assert runner.num_compiles_since_ready == 0
 
 
 def test_banned_end_tokens_do_not_come_before_min_tokens(driver):

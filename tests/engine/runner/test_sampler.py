@@ -9,11 +9,12 @@ import sampler_oracle as oracle
 from engine.request import MAX_LOGPROBS, SamplingParams
 from engine.runner import sampler, slot_state
 from engine.runner.sampler import SamplingInputs
-from engine.step import SlotParams
+from engine.step import MaskUpdate, SlotParams
 
 NUM_SLOTS = 8
 sample = jax.jit(sampler.sample)
 admit = jax.jit(slot_state.admit)
+set_masks = jax.jit(slot_state.set_masks)
 record = jax.jit(slot_state.record_tokens)
 
 
@@ -38,6 +39,7 @@ def make_inputs(rows: list[SamplingParams], **changes: Any) -> SamplingInputs:
         "choice_index": np.zeros(count, np.int32),
         "position": np.full(count, 11, np.int32),
         "has_logprobs": np.bool_(False),
+        "has_mask": np.zeros(count, bool),
     }
     return SamplingInputs(**(arrays | changes))
 
@@ -104,7 +106,7 @@ def test_draws_are_those_of_the_sorted_distribution(vocab_size, limits):
         slot=np.zeros(num_draws, np.int32),
         position=np.arange(num_draws, dtype=np.int32),
     )
-    tokens = np.asarray(sample(many, inputs, state).token_ids)
+    tokens = np.asarray(sample(many, inputs, state)[0])
     uniforms = np.asarray(sampler._uniform(inputs), np.float64)
     assert (expected_V[tokens] > 0).all()
     if params.temperature > 0:
@@ -151,9 +153,9 @@ def test_a_seeded_row_draws_the_same_token_wherever_it_stands():
     others = [SamplingParams(seed=1), SamplingParams(top_p=0.999, temperature=2.0, seed=2)]
     mine = SamplingParams(temperature=1.3, top_p=0.9, seed=77)
     state = slot_state.init_slot_state(NUM_SLOTS, 5000)
-    alone = sample(logits_RV[:2], make_inputs([mine, SamplingParams(temperature=0)]), state)
-    batch = sample(logits_RV, make_inputs([*others, *others, mine, others[0]]), state)
-    assert int(alone.token_ids[0]) == int(batch.token_ids[4])
+    alone_R, _ = sample(logits_RV[:2], make_inputs([mine, SamplingParams(temperature=0)]), state)
+    batch_R, _ = sample(logits_RV, make_inputs([*others, *others, mine, others[0]]), state)
+    assert int(alone_R[0]) == int(batch_R[4])
 
 
 def test_seed_choice_and_position_each_change_the_draw():
@@ -214,7 +216,7 @@ def test_penalties_bias_and_banned_ends_equal_numpy_over_a_whole_generation():
             bans_end_tokens=np.array([False, len(output) < params.min_tokens]),
         )
         two_rows = jnp.broadcast_to(logits_RV, (2, vocab_size))
-        token_R = sample(two_rows, inputs, state).token_ids
+        token_R, _ = sample(two_rows, inputs, state)
         state = record(state, inputs.slot, token_R, inputs.has_penalties)
         assert int(token_R[0]) == int(np.argmax(logits_RV[0]))
         assert int(token_R[1]) == int(np.argmax(expected_V))
@@ -265,19 +267,57 @@ def test_logprobs_are_of_the_models_own_distribution(vocab_size):
     logits_RV = random_logits(3, vocab_size)
     rows = [SamplingParams(temperature=0.5, top_k=3)] * 3
     state = slot_state.init_slot_state(NUM_SLOTS, vocab_size)
-    sampled = sample(logits_RV, make_inputs(rows, has_logprobs=np.bool_(True)), state)
+    token_R, logprobs = sample(logits_RV, make_inputs(rows, has_logprobs=np.bool_(True)), state)
     x_RV = np.asarray(logits_RV, np.float64)
     expected_RV = x_RV - np.log(np.exp(x_RV).sum(-1, keepdims=True))
     num_top = min(MAX_LOGPROBS, vocab_size)
     for row in range(3):
         order = np.argsort(-expected_RV[row])[:num_top]
-        np.testing.assert_array_equal(sampled.top_token_ids[row, :num_top], order)
+        np.testing.assert_array_equal(logprobs.top_token_ids[row, :num_top], order)
         np.testing.assert_allclose(
-            sampled.top_logprobs[row, :num_top], expected_RV[row, order], atol=1e-5
+            logprobs.top_logprobs[row, :num_top], expected_RV[row, order], atol=1e-5
         )
         np.testing.assert_allclose(
-            sampled.logprobs[row], expected_RV[row, int(sampled.token_ids[row])], atol=1e-5
+            logprobs.logprobs[row], expected_RV[row, int(token_R[row])], atol=1e-5
         )
+
+
+@pytest.mark.parametrize("vocab_size", [40, 5003])
+def test_masked_rows_choose_as_if_other_tokens_did_not_exist(vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    rows = [
+        SamplingParams(temperature=0),
+        SamplingParams(seed=5, temperature=1.5),
+        SamplingParams(seed=6, top_k=4, presence_penalty=1.0),
+        SamplingParams(seed=7, top_p=0.5),
+    ]
+    logits_RV = random_logits(len(rows), vocab_size)
+    is_allowed_RV = rng.random((len(rows), vocab_size)) < 0.3
+    is_allowed_RV[:, 3] = True
+    padded = np.pad(is_allowed_RV, ((0, 0), (0, -vocab_size % 32)))
+    words = np.packbits(padded, axis=1, bitorder="little").view(np.int32)
+    # The last row has a mask on its slot that no longer holds.
+    has_mask_R = np.array([True, True, True, False])
+    updates = [MaskUpdate(row, words[row]) for row in range(len(rows))]
+    state = slot_state.init_slot_state(NUM_SLOTS, vocab_size)
+    for masks in slot_state.make_masks(updates, NUM_SLOTS, vocab_size):
+        state = set_masks(state, masks)
+    got_R, _ = sample(logits_RV, make_inputs(rows, has_mask=has_mask_R), state)
+    cut_RV = jnp.where(is_allowed_RV | ~has_mask_R[:, None], logits_RV, sampler.NEVER)
+    expected_R, _ = sample(cut_RV, make_inputs(rows), state)
+    np.testing.assert_array_equal(got_R, expected_R)
+    assert is_allowed_RV[np.arange(3), np.asarray(got_R)[:3]].all()
+
+
+def test_any_number_of_masks_is_set():
+    updates = [MaskUpdate(slot, np.array([slot], np.int32)) for slot in range(NUM_SLOTS)]
+    many = updates * 3
+    calls = list(slot_state.make_masks(many, NUM_SLOTS, 40))
+    assert len(calls) == 3
+    state = slot_state.init_slot_state(NUM_SLOTS, 40)
+    for masks in calls:
+        state = set_masks(state, masks)
+    np.testing.assert_array_equal(state.masks[:NUM_SLOTS, 0], np.arange(NUM_SLOTS))
 
 
 def test_rows_that_do_not_sample_change_no_slot():
