@@ -178,4 +178,5 @@ def _tokens(call: Call, choice: int, output: RequestOutput) -> ChoiceTokens:
         output.stop_token_id,
         output.num_cached_tokens,
         output.logprobs,
+        output.prompt_logprobs,
     )

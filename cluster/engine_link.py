@@ -219,6 +219,7 @@ def _delta(tokens: ChoiceTokens) -> TokenDelta:
     return TokenDelta(
         token_ids=tokens.token_ids,
         logprobs=tokens.logprobs,
+        prompt_logprobs=tokens.prompt_logprobs,
         finish_reason=tokens.finish_reason,
         stop_token_id=tokens.stop_token_id,
         num_cached_tokens=tokens.num_cached_tokens,

@@ -15,8 +15,8 @@ from cluster.metrics import RouterMetrics
 from cluster.openai.chat import collect_chat, render_messages, stream_chat
 from cluster.openai.completions import (
     collect_completion,
-    echoed_texts,
     encode_prompts,
+    make_echoes,
     stream_completion,
 )
 from cluster.openai.engine_client import ChoiceRequest, EngineClient, EngineInfo, GenerateRequest
@@ -124,13 +124,12 @@ class OpenAIService:
         with self._admit(body, num_prompts=len(body.prompt)) as ticket:
             arrival_s = time.monotonic()
             info = await self._ready_info()
-            echoes = await self._in_thread(partial(echoed_texts, body, self._tokenizer))
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )
             request = self._make_request(body, request_id, prompts, "prompt", info, ticket)
             heading = make_heading(request_id, body.model, info.fingerprint)
-            echoes = [echo for echo in echoes for _ in range(body.n)]
+            echoes = make_echoes(body, prompts, self._tokenizer)
             has_logprobs = body.logprobs is not None
             with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
                 generation = self._generation(body, request, watch)

@@ -85,6 +85,7 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class AbortChoice(msgspec.Struct, frozen=True, array_like=True):
@@ -176,6 +177,7 @@ def _join(parts: Sequence[ChoiceTokens]) -> ChoiceTokens:
         first_index=parts[0].first_index,
         token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
         logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+        prompt_logprobs=parts[0].prompt_logprobs,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from cluster.openai.generation import Generation, ShownToken, collect
 from cluster.openai.heading import Heading
@@ -14,6 +15,7 @@ from cluster.openai.schema import (
 )
 from cluster.openai.sse import TextEvent, encode_event
 from engine.errors import RequestError
+from engine.request import TokenLogprobs
 from engine.text.tokenizer import Tokenizer
 
 
@@ -44,33 +46,38 @@ def encode_prompts(
     return prompts
 
 
-def echoed_texts(request: CompletionRequest, tokenizer: Tokenizer) -> list[str]:
-    """Say what each prompt's choices begin with: the prompt's text with `echo`, else nothing.
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that stands at the beginning of its choices."""
 
-    Raises:
-        RequestError: `echo` with `logprobs`, which would need those of the prompt.
+    text: str
+    token_ids: Sequence[int]
+
+
+def make_echoes(
+    request: CompletionRequest, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> Sequence[Echo | None]:
+    """Say what each choice begins with: its prompt with `echo`, else nothing.
+
+    Args:
+        prompts: The request's, as token ids.
     """
     if not request.echo:
-        return [""] * len(request.prompt)
-    if request.logprobs is not None:
-        raise RequestError(
-            "echo together with logprobs is not supported by this server: log probabilities of "
-            "the prompt are not computed.",
-            param="echo",
-        )
-    return [
-        prompt
-        if isinstance(prompt, str)
-        else b"".join(map(tokenizer.token_bytes, prompt)).decode(errors="replace")
-        for prompt in request.prompt
-    ]
+        return [None] * (len(request.prompt) * request.n)
+    echoes: list[Echo | None] = []
+    for prompt, token_ids in zip(request.prompt, prompts, strict=True):
+        text = prompt
+        if not isinstance(text, str):
+            text = b"".join(map(tokenizer.token_bytes, token_ids)).decode(errors="replace")
+        echoes += [Echo(text, token_ids)] * request.n
+    return echoes
 
 
 async def stream_completion(
     generation: Generation,
     heading: Heading,
     *,
-    echoes: Sequence[str],
+    echoes: Sequence[Echo | None],
     tokenizer: Tokenizer,
     has_logprobs: bool,
     include_usage: bool,
@@ -93,13 +100,15 @@ async def stream_completion(
 
     async with aclosing(generation.updates()) as updates:
         async for update in updates:
-            text = unechoed.pop(update.index, "") + update.text
+            echo = unechoed.pop(update.index, None)
+            text = update.text if echo is None else echo.text + update.text
             if has_logprobs or update.finish_reason is not None:
                 if not text and not update.tokens and update.finish_reason is None:
                     continue
                 logprobs = None
                 if has_logprobs:
-                    logprobs = _logprobs(update.tokens, tokenizer, num_chars[update.index])
+                    scored = _scored(echo, update.prompt_logprobs, update.tokens)
+                    logprobs = _logprobs(scored, tokenizer, num_chars[update.index])
                     num_chars[update.index] += sum(map(len, logprobs.tokens))
                 choice = _choice(
                     update.index, text, logprobs, update.finish_reason, update.stop_reason
@@ -117,7 +126,7 @@ async def collect_completion(
     generation: Generation,
     heading: Heading,
     *,
-    echoes: Sequence[str],
+    echoes: Sequence[Echo | None],
     tokenizer: Tokenizer,
     has_logprobs: bool,
 ) -> Completion:
@@ -128,8 +137,10 @@ async def collect_completion(
         [
             _choice(
                 index,
-                echo + choice.text,
-                _logprobs(choice.tokens, tokenizer, 0) if has_logprobs else None,
+                choice.text if echo is None else echo.text + choice.text,
+                _logprobs(_scored(echo, choice.prompt_logprobs, choice.tokens), tokenizer, 0)
+                if has_logprobs
+                else None,
                 choice.finish_reason,
                 choice.stop_reason,
             )
@@ -169,8 +180,19 @@ def _choice(
     )
 
 
+def _scored(
+    echo: Echo | None,
+    prompt_logprobs: Sequence[TokenLogprobs],
+    tokens: Sequence[ShownToken],
+) -> list[tuple[int, TokenLogprobs | None]]:
+    """Token ids and their log probabilities, an echoed prompt's first; its first token has none."""
+    prompt = () if echo is None else echo.token_ids
+    scored = list(zip(prompt, [None, *prompt_logprobs], strict=False))
+    return [*scored, *((token.token_id, token.logprobs) for token in tokens)]
+
+
 def _logprobs(
-    tokens: Sequence[ShownToken], tokenizer: Tokenizer, text_offset: int
+    tokens: Sequence[tuple[int, TokenLogprobs | None]], tokenizer: Tokenizer, text_offset: int
 ) -> CompletionLogprobs:
     def spell(token_id: int) -> str:
         token = tokenizer.token_bytes(token_id)
@@ -180,20 +202,22 @@ def _logprobs(
             # Part of a character: OpenAI writes such a token so that it still is unambiguous.
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
-    logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-    for token in tokens:
-        spelled = spell(token.token_id)
-        top = {
-            spell(token_id): logprob
-            for token_id, logprob in zip(
-                token.logprobs.top_token_ids, token.logprobs.top_logprobs, strict=True
-            )
-        }
-        # As OpenAI does, the chosen token is among its alternatives even if it is less likely.
-        top.setdefault(spelled, token.logprobs.logprob)
-        logprobs.tokens.append(spelled)
-        logprobs.token_logprobs.append(token.logprobs.logprob)
-        logprobs.top_logprobs.append(top)
-        logprobs.text_offset.append(text_offset)
+    found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for token_id, logprobs in tokens:
+        spelled = spell(token_id)
+        top = None
+        if logprobs is not None:
+            top = {
+                spell(token_id): logprob
+                for token_id, logprob in zip(
+                    logprobs.top_token_ids, logprobs.top_logprobs, strict=True
+                )
+            }
+            # As OpenAI does, the chosen token is among its alternatives even if it is less likely.
+            top.setdefault(spelled, logprobs.logprob)
+        found.tokens.append(spelled)
+        found.token_logprobs.append(None if logprobs is None else logprobs.logprob)
+        found.top_logprobs.append(top)
+        found.text_offset.append(text_offset)
         text_offset += len(spelled)
-    return logprobs
+    return found

@@ -54,6 +54,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         finish_reason: Set on the choice's last delta, which may have no tokens.
         stop_token_id: The end token that stopped it, if one did.
         num_cached_tokens: Prompt tokens that the prefix cache held; the same in each delta.
+        prompt_logprobs: With the first token: one per prompt token but the first, if asked for.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -61,6 +62,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

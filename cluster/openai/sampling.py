@@ -65,6 +65,7 @@ def make_sampling_params(
         stop_token_ids=tuple(ends),
         ignore_eos=request.ignore_eos,
         logprobs=_num_logprobs(request),
+        prompt_logprobs=_num_prompt_logprobs(request),
     )
 
 
@@ -112,6 +113,12 @@ def _num_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | N
             param="top_logprobs",
         )
     return request.top_logprobs
+
+
+def _num_prompt_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:
+    # An echoed prompt is part of the answer, and so its tokens have log probabilities, too.
+    is_echoed = isinstance(request, CompletionRequest) and request.echo
+    return _num_logprobs(request) if is_echoed else None
 
 
 def _parse_logit_bias(bias: dict[str, float]) -> dict[int, float]:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -126,6 +127,14 @@ class FakeEngine:
             )
             for token_id in token_ids
         ]
+        if sampling.prompt_logprobs is not None:
+            prompt = (
+                self._logprobs(token_id, sampling.prompt_logprobs)
+                for token_id in choice.prompt_token_ids[1:]
+            )
+            deltas[0] = msgspec.structs.replace(
+                deltas[0], prompt_logprobs=tuple(chain.from_iterable(prompt))
+            )
         if token_ids[-1] == end:
             deltas[-1] = msgspec.structs.replace(
                 deltas[-1], finish_reason="stop", stop_token_id=end

@@ -253,6 +253,30 @@ async def test_list_prompts_come_back_in_order(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_an_echoed_prompt_has_logprobs_too(
+    client: Client, engine: FakeEngine, stream: bool
+) -> None:
+    answer = await client.completions.create(
+        model=MODEL, prompt="The quick", echo=True, logprobs=1, stream=stream
+    )
+    text, tokens, offsets, scores = "", [], [], []
+    chunks = [c async for c in answer] if isinstance(answer, openai.AsyncStream) else [answer]
+    for chunk in chunks:
+        choice = chunk.choices[0]
+        assert choice.logprobs is not None
+        text += choice.text
+        tokens += choice.logprobs.tokens or []
+        offsets += choice.logprobs.text_offset or []
+        scores += choice.logprobs.token_logprobs or []
+    assert text == "".join(tokens) == "The quickOnce upon a time"
+    assert offsets == [len("".join(tokens[:index])) for index in range(len(tokens))]
+    num_prompt_tokens = len(engine.requests[-1].choices[0].prompt_token_ids)
+    assert "".join(tokens[:num_prompt_tokens]) == "The quick"
+    # Nothing comes before the first token that it could be likely after.
+    assert scores == [None, *[-0.25] * (len(tokens) - 1)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_completion_logprobs_are_parallel_lists(client: Client, stream: bool) -> None:
     answer = await client.completions.create(model=MODEL, prompt="The", logprobs=2, stream=stream)
     tokens, offsets, tops = [], [], []

@@ -189,7 +189,6 @@ async def test_a_faulty_chat_request_names_the_field_at_fault(
         ({"prompt": [-1]}, "prompt", "ids run from 0 to"),
         ({"logprobs": 21}, "logprobs", "at most 20"),
         ({"logprobs": True}, "logprobs", "integer"),
-        ({"echo": True, "logprobs": 1}, "echo", "not supported"),
         ({"suffix": "end"}, "suffix", "not supported"),
         ({"best_of": 2}, "best_of", "not supported"),
         ({"messages": HELLO}, "messages", "Unrecognized"),

@@ -29,7 +29,7 @@ import serve_app
 from cluster.openai.engine_client import EngineInfo
 from cluster.ray_node import has_haproxy
 from engine.config import EngineConfig
-from engine.llm import LLM
+from engine.llm import LLM, Completion
 from engine.request import SamplingParams
 from engine.stats import EngineStats
 from engine.text.chat_template import load_chat_template
@@ -112,20 +112,38 @@ async def stream_text(client: openai.AsyncOpenAI, max_tokens: int = 40) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected_text(checkpoint: Path, args: dict[str, object]) -> str:
+def reference(checkpoint: Path, args: dict[str, object]) -> Completion:
+    """What one process answers to MESSAGES."""
     tokenizer = load_tokenizer(checkpoint)
     template = load_chat_template(checkpoint, tokenizer)
     assert template is not None
     config = EngineConfig.model_validate({**args, "nnodes": 1, "tp_size": 1})
     with LLM(config) as llm:
-        sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=40, ignore_eos=True, prompt_logprobs=2
+        )
         return llm.generate(
             [template.render(MESSAGES, add_generation_prompt=True, kwargs={})], sampling
-        )[0].text
+        )[0]
+
+
+@pytest.fixture
+def expected_text(reference: Completion) -> str:
+    return reference.text
 
 
 async def test_two_hosts_stream_the_text_of_one_process(base_url, client, expected_text):
     assert await stream_text(client) == expected_text
+
+
+async def test_an_echoed_prompt_has_the_logprobs_of_one_process(client, reference):
+    answer = await client.completions.create(
+        model="tiny", prompt=reference.prompt_token_ids, max_tokens=1, echo=True, logprobs=2
+    )
+    got = answer.choices[0].logprobs.token_logprobs
+    expected = [one.logprob for one in reference.prompt_logprobs]
+    assert got[0] is None
+    assert got[1:-1] == pytest.approx(expected, abs=1e-3)
 
 
 async def test_readiness_names_every_rank(base_url):
