@@ -58,6 +58,7 @@ SILENCE_TIMEOUT_S = 30.0
 IDLE_S = 3.0
 FULL_PAUSE_S = 0.001
 ROLES = ("router", "leader", "proxy")
+WARM_UP_STREAMS = 4
 TEXT = (
     "The sky looks blue because air scatters short waves of light more than long ones, and so blue "
     "reaches the eye from everywhere. Déjà vu, naïve café, 日本語, and some numbers: 1, 22, 333.\n"
@@ -223,12 +224,13 @@ def serve_until_stdin_ends(arguments: argparse.Namespace) -> None:
             http_options=HTTPOptions(host=HOST, port=port),
             logging_config=LoggingConfig(enable_access_log=False),
         )
+        most = max(WARM_UP_STREAMS, *arguments.streams)
         config = EngineConfig(
             model_path=str(directory),
             served_model_name=MODEL,
             context_length=CONTEXT_LENGTH,
-            max_running_requests=max(arguments.streams),
-            max_queued_requests=max(arguments.streams),
+            max_running_requests=most,
+            max_queued_requests=most,
         )
         engine = serve_app.engine_deployment(config, FakeEngine).bind(
             tokenizer.encode(TEXT), tokenizer.vocab_size, arguments.tick_ms / 1000
@@ -333,7 +335,7 @@ class Round:
 
 async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> None:
     """Run all rounds and print them."""
-    await run_round(port, 4, 20, arguments.endpoint, {})
+    await run_round(port, WARM_UP_STREAMS, 20, arguments.endpoint, {})
     # HAProxy is started anew when Serve tells it of the router, and once more of its fallback.
     await asyncio.sleep(IDLE_S)
     processes = find_processes(server_pid)
