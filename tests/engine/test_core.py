@@ -16,7 +16,7 @@ from engine.request import Request, RequestOutput, SamplingParams
 from engine.scheduling import scheduler
 from engine.scheduling.buckets import bucket_table
 from engine.scheduling.prefix_cache import page_key
-from engine.step import EngineLimits
+from engine.step import EngineLimits, encode
 
 ALL_TOKENS = range(VOCAB_SIZE)
 
@@ -161,6 +161,17 @@ async def test_constrained_requests_get_what_their_masks_allow_and_others_all(ov
             if oracle:
                 oracle.accept(expected[-1])
         assert engine.tokens[str(index)] == expected[4:]
+
+
+async def test_a_plan_does_not_grow_with_the_context():
+    engine = Engine(num_pages=700, context_length=600, page_size=1)
+    engine.core.add(make_request("long", [1, 2, 3], max_tokens=590))
+    await engine.run_until_done()
+    decodes = [plan for plan in engine.device.plans if len(plan.decode_slots)]
+    sizes = {len(encode(plan)) for plan in decodes}
+    # A position, a step and a page's number take one byte more when they pass 127.
+    assert len(decodes) == 589
+    assert max(sizes) - min(sizes) < 16
 
 
 async def test_preempted_requests_keep_their_tokens():
