@@ -36,8 +36,7 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str):
     arguments, rows = SHORT_FORMS[name]
     process = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / name, *arguments.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=240,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

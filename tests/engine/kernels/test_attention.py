@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_harness import Harness, make_mesh, random_schedule
 from instruction_sets import is_available
-from jax.sharding import AxisType, Mesh
 
 from engine.errors import ConfigError
 from engine.kernels import attention_xla, packed_pages
 from engine.kernels.attention import make_attention, zeroed_cache
-from engine.kernels.attention_fresh import Library, find_library
+from engine.kernels.attention_fresh import find_library
 from engine.kernels.attention_xla import flash_attention
 from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.native.arithmetic import AVX2, AVX512, AVX512_BFLOAT16
@@ -22,136 +22,6 @@ FLOAT32_TOLERANCE = 2e-5
 # XLA's float32 products on CPUs sum in an order that depends on the number of rows; its bfloat16
 # products do not.
 SHAPE_TOLERANCE = {"float32": 1e-6, "bfloat16": 0.0}
-
-
-def make_mesh(tp_size: int) -> Mesh:
-    return jax.make_mesh(
-        (tp_size,), ("tp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:tp_size]
-    )
-
-
-class Harness:
-    """A cache with garbage in it, shuffled pages, and steps run through one backend."""
-
-    def __init__(
-        self,
-        sequences: list[oracle.Sequence],
-        *,
-        platform: str = "cpu",
-        flag: str = "xla",
-        page_size: int = 4,
-        tp_size: int = 1,
-        dtype: str = "float32",
-        sliding_window: int | None = None,
-        seed: int = 0,
-        max_len: int | None = None,
-        garbage: float = np.nan,
-        fresh_library: Library | None = None,
-    ) -> None:
-        self.sequences = sequences
-        self.page_size = page_size
-        self.dtype = dtype
-        self.sliding_window = sliding_window
-        _, num_kv_heads, self.head_dim = sequences[0].k_TKH.shape
-        pages_per_seq = -(-(max_len or max(s.length for s in sequences)) // page_size)
-        num_pages = 1 + pages_per_seq * len(sequences)
-        rng = np.random.default_rng(seed)
-        self.page_tables = 1 + rng.permutation(num_pages - 1).reshape(len(sequences), -1).astype(
-            np.int32
-        )
-        self.backend = make_attention(
-            platform,
-            flag,
-            make_mesh(tp_size),
-            dtype=dtype,
-            head_dim=self.head_dim,
-            page_size=page_size,
-        )
-        if fresh_library:
-            self.backend = HeadPagesAttention(make_mesh(tp_size), flash_attention, fresh_library)
-        shapes = self.backend.cache_shapes(
-            num_layers=1,
-            num_kv_heads=num_kv_heads,
-            head_dim=self.head_dim,
-            num_pages=num_pages,
-            page_size=page_size,
-            dtype=dtype,
-        )
-        cache = zeroed_cache(shapes)
-        stored = np.full((), garbage, jnp.dtype(dtype)).view(jax.tree.leaves(cache)[0].dtype)
-        self.cache = jax.tree.map(lambda pages: jnp.full_like(pages, stored), cache)
-        self.attend = jax.jit(
-            lambda q, k, v, cache, metadata: self.backend.attend(
-                q,
-                k,
-                v,
-                cache,
-                0,
-                metadata,
-                sm_scale=self.head_dim**-0.5,
-                sliding_window=self.sliding_window,
-            )
-        )
-
-    def run(self, step: oracle.Step) -> dict[tuple[int, int], np.ndarray]:
-        """(sequence, position) → [N, H] of each token; checks that padding rows are zero."""
-        arrays = [
-            jnp.asarray(step.gather(self.sequences, name), self.dtype)
-            for name in ("q_TNH", "k_TKH", "v_TKH")
-        ]
-        metadata = step.metadata(self.page_tables, self.page_size)
-        out, self.cache = self.attend(*arrays, self.cache, metadata)
-        out_TNH = np.asarray(out.astype(jnp.float32))
-        tokens = step.tokens()
-        padding = np.ones(len(out_TNH), bool)
-        padding[[place for place, _, _ in tokens]] = False
-        assert not out_TNH[padding].any()
-        return {(seq, position): out_TNH[place] for place, seq, position in tokens}
-
-    def prefill(self, seq: int, start: int, length: int, bucket: int | None = None):
-        starts = [0] * len(self.sequences)
-        starts[seq] = start
-        return self.run(
-            oracle.Step(
-                decodes=[],
-                chunks=[(seq, length)],
-                starts=starts,
-                num_decode_rows=2,
-                num_chunk_tokens=bucket or length,
-                num_chunks=2,
-            )
-        )
-
-
-def random_schedule(rng: np.random.Generator, lengths: list[int]) -> list[oracle.Step]:
-    """Steps that compute all sequences: chunks of random sizes beside decodes of the others."""
-    starts = [0] * len(lengths)
-    prompts = [int(rng.integers(1, length + 1)) for length in lengths]
-    steps = []
-    while any(start < length for start, length in zip(starts, lengths, strict=True)):
-        decodes, chunks = [], []
-        for seq in rng.permutation(len(lengths)).tolist():
-            if starts[seq] >= lengths[seq] or rng.random() < 0.2:
-                continue
-            if starts[seq] >= prompts[seq]:
-                decodes.append(seq)
-            else:
-                chunks.append((seq, int(rng.integers(1, prompts[seq] - starts[seq] + 1))))
-        steps.append(
-            oracle.Step(
-                decodes=decodes,
-                chunks=chunks,
-                starts=list(starts),
-                num_decode_rows=4,
-                num_chunk_tokens=160,
-                num_chunks=4,
-            )
-        )
-        for seq in decodes:
-            starts[seq] += 1
-        for seq, length in chunks:
-            starts[seq] += length
-    return steps
 
 
 needs_packed = pytest.mark.skipif(
@@ -373,7 +243,8 @@ def test_prompts_attended_among_themselves_equal_numpy(num_heads, sliding_window
     lengths = [1, 7, 40, 31]
     sequences = [oracle.random_sequence(rng, n, num_heads, 2, 16) for n in lengths]
     expected = [oracle.attend(sequence, sliding_window) for sequence in sequences]
-    harness = Harness(sequences, sliding_window=sliding_window, fresh_library="xla")
+    backend = HeadPagesAttention(make_mesh(1), flash_attention, "xla")
+    harness = Harness(sequences, sliding_window=sliding_window, backend=backend)
     for chunks, decodes, starts in (
         # All begin; some begin beside a decode; one goes on, so that pages are read.
         ([(0, 1), (1, 6), (2, 30)], [], [0, 0, 0, 0]),
