@@ -9,12 +9,14 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from engine.errors import ConfigError
 from engine.kernels.attention_dense import dense_attention
 from engine.kernels.attention_fresh import find_library
+from engine.kernels.attention_pallas import PallasAttention, can_attend_by_pallas
 from engine.kernels.attention_xla import CPU_BLOCKS, DEVICE_BLOCKS, flash_attention
 from engine.kernels.head_pages import HeadPagesAttention
 from engine.kernels.metadata import AttentionMetadata, Cache
@@ -85,7 +87,14 @@ def zeroed_cache(shapes: Cache) -> Cache:
 
 
 def make_attention(
-    platform: str, flag: str, mesh: Mesh, *, dtype: DTypeLike, head_dim: int, page_size: int
+    platform: str,
+    flag: str,
+    mesh: Mesh,
+    *,
+    dtype: DTypeLike,
+    head_dim: int,
+    page_size: int,
+    chip: pltpu.TpuInfo | None = None,
 ) -> AttentionBackend:
     """Choose an implementation.
 
@@ -96,6 +105,7 @@ def make_attention(
         dtype: Of keys and values.
         head_dim: The model's.
         page_size: Tokens in a page.
+        chip: Which TPU, where the platform is one.
 
     Raises:
         ConfigError: No such implementation.
@@ -103,6 +113,9 @@ def make_attention(
     can_pack = platform == "cpu" and can_attend(dtype, head_dim=head_dim, page_size=page_size)
     if can_pack and flag in ("auto", "fa"):
         return PackedPagesAttention(mesh)
+    if platform == "tpu" and flag in ("auto", "fa") and can_attend_by_pallas(dtype, head_dim):
+        assert chip is not None, "a TPU's kernels are cut to its kind"
+        return PallasAttention(mesh, chip)
     if flag in ("auto", "fa", "xla"):
         blocks = CPU_BLOCKS if platform == "cpu" else DEVICE_BLOCKS
         has_library = platform == "gpu" and flag != "xla"

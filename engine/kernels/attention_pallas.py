@@ -24,7 +24,7 @@ _HEADS = P(None, "tp")
 _ROWS_OF_PAGES = P(None, None, "tp")
 
 
-def can_attend(dtype: DTypeLike, *, head_dim: int) -> bool:
+def can_attend_by_pallas(dtype: DTypeLike, head_dim: int) -> bool:
     """Whether the kernels take such keys and values."""
     return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32) and LANES % head_dim == 0
 
@@ -118,6 +118,7 @@ class _Shard:
             layout,
             page_size=metadata.page_size,
             max_len=metadata.page_indices.shape[1] * metadata.page_size,
+            num_chunk_tokens=metadata.num_chunk_tokens,
             chip=self.chip,
         )
         # Merging the leading axes moves nothing.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.config import EngineConfig
@@ -170,6 +171,7 @@ class ModelRunner:
             dtype=dtype,
             head_dim=model_config.head_dim,
             page_size=config.page_size,
+            chip=pltpu.get_tpu_info() if platform == "tpu" else None,
         )
         self._model = make_model(model_config, mesh, self._attention, dtype, config.quantization)
         self._vocab_size = model_config.vocab_size

@@ -11,6 +11,7 @@ from engine.kernels.tpu.kv_rows import LANES, RowLayout
 _WORD_BYTES = 4
 _FEWEST_KEYS = 128
 _MOST_KEYS = 2048
+_CHUNK_TOKENS = 128
 _VMEM_SHARE = 0.9
 """Of the chip's vector memory, what a kernel may take; the compiler keeps some for itself."""
 
@@ -25,7 +26,12 @@ class AttentionBlocks:
 
 
 def choose_blocks(
-    layout: RowLayout, *, page_size: int, max_len: int, chip: pltpu.TpuInfo
+    layout: RowLayout,
+    *,
+    page_size: int,
+    max_len: int,
+    num_chunk_tokens: int,
+    chip: pltpu.TpuInfo,
 ) -> AttentionBlocks:
     """Choose sizes that fit the chip.
 
@@ -33,6 +39,7 @@ def choose_blocks(
         layout: Of one shard.
         page_size: Tokens in a page.
         max_len: Of a sequence, in tokens: longer blocks would be empty at their ends.
+        num_chunk_tokens: Of a step, all chunks together.
         chip: As `pltpu.get_tpu_info_for_chip` gives it.
     """
     limit = int(chip.vmem_capacity_bytes * _VMEM_SHARE)
@@ -45,7 +52,9 @@ def choose_blocks(
     chunk_keys = max(page_size, min(512, num_keys))
     return AttentionBlocks(
         decode=DecodeBlocks(num_keys=num_keys, group=group, num_buffers=num_buffers),
-        chunk=ChunkBlocks(num_tokens=128, num_keys=chunk_keys),
+        chunk=ChunkBlocks(
+            num_tokens=max(1, min(_CHUNK_TOKENS, num_chunk_tokens)), num_keys=chunk_keys
+        ),
         vmem_limit_bytes=limit,
     )
 

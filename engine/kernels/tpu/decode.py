@@ -37,6 +37,9 @@ from engine.kernels.tpu.numbers import (
 )
 from engine.kernels.tpu.softmax import Sums, cached_sums, load_kv, sums_of_one
 
+MOST_TABLE_BYTES = 512 * 1024
+"""Of a page table in scalar memory, which has 1 MiB; larger ones stay in HBM."""
+
 CLEARED_KEYS = 64
 """Keys that one turn of the loop behind a sequence's end clears."""
 
@@ -76,6 +79,15 @@ class _Kernel:
     @property
     def pages_per_block(self) -> int:
         return self.blocks.num_keys // self.page_size
+
+    @property
+    def blocks_per_seq(self) -> int:
+        return -(-self.pages_per_seq // self.pages_per_block)
+
+    @property
+    def streams_table(self) -> bool:
+        """Whether the page table is too large for the scalar memory, and comes as it is needed."""
+        return self.num_seqs * self.pages_per_seq * 4 > MOST_TABLE_BYTES
 
 
 _Place = tuple[Number, Number]
@@ -140,7 +152,11 @@ def attend_decodes(
     first_blocks, num_blocks = _block_ranges(kernel, kv_lens, num_decodes)
     # In a round each buffer has its turn.
     num_rounds = -(-jnp.sum(num_blocks) // (blocks.num_buffers * blocks.group))
-    counts = jnp.stack([num_decodes, num_rounds, first_page]).astype(jnp.int32)
+    counts = jnp.stack([num_decodes, num_rounds]).astype(jnp.int32)
+    # Where each sequence's new token goes.
+    entry = jnp.maximum(kv_lens - 1, 0)[:, None] // page_size
+    write_pages = first_page + jnp.take_along_axis(page_indices, entry, axis=1)[:, 0]
+    table, table_scratch = _page_table(kernel, first_page + page_indices)
     buffer = (blocks.num_buffers, blocks.group, layout.num_stored_rows, blocks.num_keys, LANES)
     in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -153,22 +169,47 @@ def attend_decodes(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(),
-            in_specs=[in_vmem, in_vmem, anywhere],
+            in_specs=[
+                pl.BlockSpec(memory_space=pl.ANY if kernel.streams_table else pltpu.SMEM),
+                in_vmem,
+                in_vmem,
+                anywhere,
+            ],
             out_specs=(in_vmem, anywhere),
             scratch_shapes=[
                 pltpu.VMEM(buffer, pages.dtype),
                 pltpu.SemaphoreType.DMA((blocks.num_buffers,)),
                 pltpu.SemaphoreType.DMA,
+                *table_scratch,
             ],
         ),
-        input_output_aliases={6: 1},
+        input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=vmem_limit_bytes, disable_bounds_checks=True
         ),
         interpret=interpret,
         name="attend_decodes",
-    )(counts, kv_lens, first_blocks, page_indices.reshape(-1), q, new_kv[:, :, None], pages)
+    )(counts, kv_lens, first_blocks, write_pages, table, q, new_kv[:, :, None], pages)
     return out, pages
+
+
+def _page_table(kernel: _Kernel, page_indices: jax.Array) -> tuple[jax.Array, list]:
+    """The page table as the kernel reads it, and the scratch memory that it needs for that.
+
+    Streamed, it is a line of entries for each block.
+    """
+    if not kernel.streams_table:
+        return page_indices.reshape(-1), []
+    per_block = kernel.pages_per_block
+    blocks_per_seq = -(-kernel.pages_per_seq // per_block)
+    missing = blocks_per_seq * per_block - kernel.pages_per_seq
+    lines = jnp.pad(page_indices, ((0, 0), (0, missing))).reshape(-1, 1, per_block)
+    lines = jnp.pad(lines, ((0, 0), (0, 0), (0, -per_block % LANES)))
+    shape = (kernel.blocks.num_buffers, kernel.blocks.group, *lines.shape[1:])
+    return lines, [
+        pltpu.SMEM(shape, jnp.int32),
+        pltpu.SemaphoreType.DMA((kernel.blocks.num_buffers,)),
+    ]
 
 
 def _block_ranges(
@@ -189,7 +230,8 @@ def _attend_kernel(
     counts_ref,
     kv_lens_ref,
     first_blocks_ref,
-    page_indices_ref,
+    write_pages_ref,
+    table_ref,
     q_ref,
     new_kv_ref,
     _,
@@ -198,6 +240,8 @@ def _attend_kernel(
     buffer_ref,
     read_sems,
     write_sem,
+    lines_ref=None,
+    line_sems=None,
     *,
     kernel: _Kernel,
 ):
@@ -216,9 +260,33 @@ def _attend_kernel(
     def last_block(seq: Number) -> Number:
         return larger(ceil_div(num_cached(seq), num_keys) - 1, first_block(seq))
 
-    def page_at(seq: Number, entry: Number) -> Number:
-        place = seq * kernel.pages_per_seq + entry
-        return place if is_constant else counts_ref[2] + page_indices_ref[place]
+    def line_copies(buffer: int, places: list[_Place]) -> list:
+        """Copies of the page table's lines for a group of blocks, if it is streamed."""
+        if not kernel.streams_table:
+            return []
+        assert lines_ref is not None
+        assert line_sems is not None
+        found = []
+        for slot, (seq, block) in enumerate(places):
+            # Behind the last sequence's blocks come empty ones, which have no line.
+            line = seq * kernel.blocks_per_seq + smaller(block, kernel.blocks_per_seq - 1)
+            found.append(
+                pltpu.make_async_copy(
+                    table_ref.at[line], lines_ref.at[buffer, slot], line_sems.at[buffer]
+                )
+            )
+        return found
+
+    def page_at(buffer: int, slot: int, place: _Place, index: Number) -> Number:
+        """The page with that index in a block."""
+        seq, block = place
+        entry = seq * kernel.pages_per_seq + block * pages_per_block + index
+        if is_constant:
+            return entry
+        if kernel.streams_table:
+            assert lines_ref is not None
+            return lines_ref[buffer, slot, 0, index]
+        return table_ref[entry]
 
     def take(place: _Place) -> tuple[list[_Place], _Place]:
         """The blocks of a group from a place on, and the place behind them.
@@ -240,11 +308,12 @@ def _attend_kernel(
         return larger(smaller(num_cached(seq) - block * num_keys, num_keys), 0)
 
     def start_reading(buffer: int, places: list[_Place]) -> None:
+        for copy in line_copies(buffer, places):
+            copy.wait()
         for slot, place in enumerate(places):
-            seq, block = place
 
-            def start(index: Number, slot: int = slot, seq=seq, block=block) -> None:
-                page = page_at(seq, block * pages_per_block + index)
+            def start(index: Number, slot: int = slot, place: _Place = place) -> None:
+                page = page_at(buffer, slot, place, index)
                 rows = buffer_ref.at[buffer, slot, :, pl.ds(index * page_size, page_size)]
                 pltpu.make_async_copy(pages_ref.at[page], rows, read_sems.at[buffer]).start()
 
@@ -286,9 +355,8 @@ def _attend_kernel(
         seq, block = place
 
         def start(_: Number) -> None:
-            position = num_cached(seq)
-            page = page_at(seq, floor_div(position, page_size))
-            rows = pages_ref.at[page, :, pl.ds(remainder(position, page_size), 1)]
+            offset = remainder(num_cached(seq), page_size)
+            rows = pages_ref.at[write_pages_ref[seq], :, pl.ds(offset, 1)]
             pltpu.make_async_copy(new_kv_ref.at[seq], rows, write_sem).start()
 
         repeat(where(block == last_block(seq), 1, 0), start)
@@ -338,30 +406,44 @@ def _attend_kernel(
             start_writing(place)
         return sums
 
+    num_buffers = kernel.blocks.num_buffers
+
+    def read_next(buffer: int, places: list[_Place], place: _Place):
+        """Read a group of blocks, and have the page table's lines of the next one brought."""
+        start_reading(buffer, places)
+        following, place = take(place)
+        for copy in line_copies((buffer + 1) % num_buffers, following):
+            copy.start()
+        return following, place
+
     def attend_round(carry):
-        groups, place, sums = carry
+        groups, following, place, sums = carry
         groups = list(groups)
         for buffer, places in enumerate(groups):
             sums = attend_group(buffer, places, sums)
-            groups[buffer], place = take(place)
-            start_reading(buffer, groups[buffer])
-        return groups, place, sums
+            groups[buffer] = following
+            following, place = read_next(buffer, following, place)
+        return groups, following, place, sums
 
     groups = []
-    place: _Place = (0, 0) if is_constant else (jnp.int32(0), first_blocks_ref[0])
-    for buffer in range(kernel.blocks.num_buffers):
-        taken, place = take(place)
-        groups.append(taken)
-        start_reading(buffer, taken)
+    start: _Place = (0, 0) if is_constant else (jnp.int32(0), first_blocks_ref[0])
+    following, place = take(start)
+    for copy in line_copies(0, following):
+        copy.start()
+    for buffer in range(num_buffers):
+        groups.append(following)
+        following, place = read_next(buffer, following, place)
     nothing = jnp.zeros((layout.query_rows, LANES), jnp.float32)
-    carry = groups, place, [Sums(nothing, nothing, nothing)] * layout.num_rows
+    carry = groups, following, place, [Sums(nothing, nothing, nothing)] * layout.num_rows
     if is_constant:
         num_blocks = (last_block(0) + 1) * kernel.num_seqs
-        for _ in range(ceil_div(num_blocks, kernel.blocks.num_buffers * kernel.blocks.group)):
+        for _ in range(ceil_div(num_blocks, num_buffers * kernel.blocks.group)):
             carry = attend_round(carry)
     else:
-        lax.fori_loop(0, counts_ref[1], lambda _, carry: attend_round(carry), carry)
-    # What was started last are empty blocks: there is nothing left to wait for but the writes.
+        carry = lax.fori_loop(0, counts_ref[1], lambda _, carry: attend_round(carry), carry)
+    # The blocks that were read last are empty: nothing of them is left to wait for.
+    for copy in line_copies(0, carry[1]):
+        copy.wait()
 
     def wait_for_write(_: Number) -> None:
         pltpu.make_async_copy(new_kv_ref.at[0], new_kv_ref.at[0], write_sem).wait()

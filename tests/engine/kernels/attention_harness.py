@@ -107,7 +107,9 @@ class Harness:
         )
 
 
-def random_schedule(rng: np.random.Generator, lengths: list[int]) -> list[oracle.Step]:
+def random_schedule(
+    rng: np.random.Generator, lengths: list[int], *, num_chunk_tokens: int = 160
+) -> list[oracle.Step]:
     """Steps that compute all sequences: chunks of random sizes beside decodes of the others."""
     starts = [0] * len(lengths)
     prompts = [int(rng.integers(1, length + 1)) for length in lengths]
@@ -120,14 +122,17 @@ def random_schedule(rng: np.random.Generator, lengths: list[int]) -> list[oracle
             if starts[seq] >= prompts[seq]:
                 decodes.append(seq)
             else:
-                chunks.append((seq, int(rng.integers(1, prompts[seq] - starts[seq] + 1))))
+                room = num_chunk_tokens - sum(length for _, length in chunks)
+                longest = min(room, prompts[seq] - starts[seq])
+                if longest:
+                    chunks.append((seq, int(rng.integers(1, longest + 1))))
         steps.append(
             oracle.Step(
                 decodes=decodes,
                 chunks=chunks,
                 starts=list(starts),
                 num_decode_rows=4,
-                num_chunk_tokens=160,
+                num_chunk_tokens=num_chunk_tokens,
                 num_chunks=4,
             )
         )

@@ -316,10 +316,17 @@ def test_the_cache_is_updated_in_place(flag: str):
 # The second can be packed where there is a kernel for it.
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_the_cache_is_what_its_shapes_say(page_size: int):
-    kind = {"head_dim": 16, "page_size": page_size}
-    backend = make_attention("cpu", "auto", make_mesh(2), dtype="bfloat16", **kind)
-    numbers = {"num_layers": 3, "num_kv_heads": 4, "num_pages": 10} | kind
-    shapes = backend.cache_shapes(**numbers, dtype="bfloat16")
+    backend = make_attention(
+        "cpu", "auto", make_mesh(2), dtype="bfloat16", head_dim=16, page_size=page_size
+    )
+    shapes = backend.cache_shapes(
+        num_layers=3,
+        num_kv_heads=4,
+        head_dim=16,
+        num_pages=10,
+        page_size=page_size,
+        dtype="bfloat16",
+    )
     cache = zeroed_cache(shapes)
     for described, made in zip(jax.tree.leaves(shapes), jax.tree.leaves(cache), strict=True):
         assert (made.shape, made.dtype) == (described.shape, described.dtype)

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,14 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from engine.kernels.attention import AttentionMetadata, make_attention, zeroed_cache
+from engine.kernels.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    make_attention,
+    zeroed_cache,
+)
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.quantization import Quantization
@@ -42,18 +47,23 @@ class LoadedModel:
         backend: str = "dense",
         dummy_seed: int | None = None,
         quantization: Quantization = "none",
+        make_backend: Callable[[Mesh], AttentionBackend] | None = None,
     ) -> None:
         self.config = config or load_model_config(directory)
         self.dtype = dtype
         mesh = make_mesh(tp_size, jax.devices()[:tp_size])
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self.attention = make_attention(
-            platform,
-            backend,
-            mesh,
-            dtype=dtype,
-            head_dim=self.config.head_dim,
-            page_size=PAGE_SIZE,
+        self.attention: AttentionBackend = (
+            make_backend(mesh)
+            if make_backend
+            else make_attention(
+                platform,
+                backend,
+                mesh,
+                dtype=dtype,
+                head_dim=self.config.head_dim,
+                page_size=PAGE_SIZE,
+            )
         )
         self.model = make_model(self.config, mesh, self.attention, dtype, quantization)
         if dummy_seed is None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from model_harness import DATA, LoadedModel, max_difference, read_json, tiny_model
 
+from engine.kernels.attention_pallas import PallasAttention
 from engine.models.config import load_model_config
 
 LOGITS_TOLERANCE = 1e-4
@@ -27,13 +29,25 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
     assert model.greedy(golden["ids"], len(golden["greedy"])) == golden["greedy"]
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_what_other_platforms_run_equals_transformers(platform: str) -> None:
+@pytest.mark.parametrize(("platform", "backend"), [("gpu", "auto"), ("tpu", "xla")])
+def test_what_other_platforms_run_equals_transformers(platform: str, backend: str) -> None:
     golden = read_json(DATA / "tiny-qwen3" / "golden.json")
-    model = LoadedModel(DATA / "tiny-qwen3", platform=platform, backend="auto")
+    model = LoadedModel(DATA / "tiny-qwen3", platform=platform, backend=backend)
     logits = model.logits(golden["ids"])
     assert max_difference(logits[-1], golden["logits_last"]) < LOGITS_TOLERANCE
     assert model.greedy(golden["ids"], len(golden["greedy"])) == golden["greedy"]
+
+
+def test_the_kernels_of_tpus_interpreted_equal_transformers() -> None:
+    golden = read_json(DATA / "tiny-qwen3" / "golden.json")
+    chip = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V6E, 1)
+    model = LoadedModel(
+        DATA / "tiny-qwen3",
+        make_backend=lambda mesh: PallasAttention(mesh, chip, interpret=pltpu.InterpretParams()),
+    )
+    logits = model.logits(golden["ids"])
+    assert max_difference(logits[-1], golden["logits_last"]) < LOGITS_TOLERANCE
+    assert model.greedy(golden["ids"], 3) == golden["greedy"][:3]
 
 
 def test_a_gpus_step_is_lowered_without_one_and_calls_nothing_of_the_cpus() -> None:
