@@ -6,6 +6,8 @@ that programs for TPUs can be compiled where there are none.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +87,8 @@ class PallasAttention:
     ) -> tuple[jax.Array, jax.Array]:
         """See `AttentionBackend.attend`."""
         shard = _Shard(self._chip, sm_scale, sliding_window, self._soft_cap, self._interpret)
-        return jax.shard_map(
-            shard.attend,
-            mesh=self._mesh,
-            in_specs=(_HEADS, _HEADS, _HEADS, _ROWS_OF_PAGES, P(), P()),
-            out_specs=(_HEADS, _ROWS_OF_PAGES),
-            check_vma=False,
-        )(q_TNH, k_TKH, v_TKH, cache, jnp.asarray(layer, jnp.int32), metadata)
+        layer = jnp.asarray(layer, jnp.int32)
+        return _attend(shard, self._mesh, q_TNH, k_TKH, v_TKH, cache, layer, metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +134,7 @@ class _Shard:
         parts = []
         if rows:
             out, pages = attend_decodes(
-                layout.pack_queries(q_TNH[:rows]),
+                layout.tile_queries(q_TNH[:rows]),
                 new_kv[:rows],
                 pages,
                 metadata.kv_lens[:rows],
@@ -147,10 +144,10 @@ class _Shard:
                 blocks=blocks.decode,
                 **common,
             )
-            parts.append(layout.unpack_outputs(out))
+            parts.append(layout.untile_outputs(out))
         if metadata.num_chunk_tokens:
             out, pages = attend_chunks(
-                layout.pack_queries(q_TNH[rows:], is_padded=False),
+                layout.split_queries(q_TNH[rows:]),
                 new_kv[rows:],
                 pages,
                 metadata.kv_lens[rows:],
@@ -160,10 +157,22 @@ class _Shard:
                 blocks=blocks.chunk,
                 **common,
             )
-            parts.append(layout.unpack_outputs(out))
-        is_token_T = metadata.position_T >= 0
-        out_TNH = jnp.where(is_token_T[:, None, None], jnp.concatenate(parts), 0)
-        return out_TNH, pages.reshape(cache.shape)
+            is_token_T = metadata.position_T[rows:] >= 0
+            parts.append(jnp.where(is_token_T[:, None, None], layout.join_outputs(out), 0))
+        return jnp.concatenate(parts), pages.reshape(cache.shape)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _attend(shard: _Shard, mesh: Mesh, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    # Compiled as a part of the step; for itself, so that the kernels are traced for one layer and
+    # not for each.
+    return jax.shard_map(
+        shard.attend,
+        mesh=mesh,
+        in_specs=(_HEADS, _HEADS, _HEADS, _ROWS_OF_PAGES, P(), P()),
+        out_specs=(_HEADS, _ROWS_OF_PAGES),
+        check_vma=False,
+    )(*arrays)
 
 
 def _layout(num_heads: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> RowLayout:

@@ -142,6 +142,13 @@ def bytes_per_device(arrays: Any) -> int:
     )
 
 
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program takes on each device beside its arguments and results."""
+    used = program.memory_analysis()
+    assert used is not None, "CPUs, GPUs and TPUs all tell"
+    return used.temp_size_in_bytes + used.generated_code_size_in_bytes
+
+
 def host_memory_bytes() -> int:
     """Memory of this host, or of this container where it is limited."""
     total = psutil.virtual_memory().total

@@ -6,42 +6,45 @@ Knows neither requests nor queues.
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.hub import resolve_checkpoint
-from engine.kernels.attention import Cache, make_attention, zeroed_cache
+from engine.kernels.attention import Cache, zeroed_cache
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.layer_stack import lay_out_for_cpu
-from engine.models.registry import make_model
-from engine.runner.batch import BatchBuilder, padding_inputs
-from engine.runner.compilation import CompileCounter, Program, compile_all
+from engine.runner.batch import BatchBuilder
+from engine.runner.compilation import CompileCounter, compile_all
 from engine.runner.fingerprint import model_fingerprint
-from engine.runner.kv_cache import MemoryUse, bytes_per_device, gang_capacity, num_pages
+from engine.runner.kv_cache import (
+    MemoryUse,
+    bytes_per_device,
+    gang_capacity,
+    num_pages,
+    temporary_bytes,
+)
 from engine.runner.platform import compilation_cache_dir, configure_jax, keep_freed_memory
 from engine.runner.program_store import ProgramStore
-from engine.runner.sampler import Logprobs
-from engine.runner.slot_state import (
-    SlotState,
-    admit,
-    init_slot_state,
-    make_admissions,
-    make_masks,
-    needs_admission,
-    padding_admission,
-    set_masks,
+from engine.runner.programs import (
+    ADMISSION,
+    MASKS,
+    SLOT_PROGRAMS,
+    EnginePrograms,
+    describe_program,
 )
+from engine.runner.sampler import Logprobs
+from engine.runner.slot_state import SlotState, make_admissions, make_masks, needs_admission
 from engine.runner.step_profiler import StepProfiler
-from engine.runner.step_program import StepOutputs, make_step
-from engine.scheduling.buckets import bucket_table
+from engine.runner.step_program import StepOutputs
 from engine.sharding import make_mesh
 from engine.step import (
     NO_FLOATS,
@@ -56,9 +59,6 @@ from engine.step import (
 )
 
 logger = logging.getLogger(__name__)
-
-_ADMISSION = "admission"
-_MASKS = "masks"
 
 
 class PendingStep:
@@ -159,28 +159,20 @@ class ModelRunner:
             has_weights=config.load_format != "dummy",
         )
         model_config = load_model_config(directory)
-        context_length = _context_length(config, model_config)
         mesh = make_mesh(config.tp_size, self._devices)
         platform = _check_platform(config, mesh)
-        dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._attention = make_attention(
-            platform,
-            config.attention_backend,
+        programs = EnginePrograms(
+            config,
+            model_config,
             mesh,
-            dtype=dtype,
-            head_dim=model_config.head_dim,
-            page_size=config.page_size,
             chip=pltpu.get_tpu_info() if platform == "tpu" else None,
         )
-        self._model = make_model(model_config, mesh, self._attention, dtype, config.quantization)
+        dtype = programs.dtype
         self._vocab_size = model_config.vocab_size
-        self._pages_per_seq = -(-context_length // config.page_size)
         self._params = self._load_weights(directory, model_config, mesh, dtype, on_progress)
         if platform == "cpu":
             self._params = lay_out_for_cpu(model_config, self._params)
 
-        buckets = bucket_table(config, context_length=context_length)
         self._store = ProgramStore(
             compilation_cache_dir(config),
             mesh,
@@ -193,31 +185,31 @@ class ModelRunner:
                 config.page_size,
             ],
         )
-        pages = self._compile(buckets, model_config, dtype, platform, context_length, on_progress)
-        self._cache = zeroed_cache(self._cache_shapes(model_config, dtype, pages))
-        self._state = self._init_state()
+        pages = self._compile(programs, on_progress)
+        self._cache = zeroed_cache(programs.cache_shapes(pages))
+        self._state = jax.jit(programs.init_state, out_shardings=programs.replicated)()
         self._batch = BatchBuilder(
-            num_slots=config.max_running_requests, pages_per_seq=self._pages_per_seq
+            num_slots=config.max_running_requests, pages_per_seq=programs.pages_per_seq
         )
         if platform == "cpu":
             keep_freed_memory()
-        self._warm_up(buckets, on_progress)
+        self._warm_up(programs.buckets, on_progress)
         self._compiles = CompileCounter()
         logger.info(
             "ready: %d pages of %d tokens, %d programs, context %d, tp %d on %s",
             pages,
             config.page_size,
             len(self._programs),
-            context_length,
+            programs.context_length,
             config.tp_size,
             platform,
         )
         return EngineLimits(
             num_pages=pages,
             page_size=config.page_size,
-            context_length=context_length,
+            context_length=programs.context_length,
             max_running_requests=config.max_running_requests,
-            buckets=buckets,
+            buckets=programs.buckets,
             vocab_size=model_config.vocab_size,
             model_fingerprint=model_fingerprint(
                 directory,
@@ -235,11 +227,11 @@ class ModelRunner:
             for params in plan.admissions:
                 if needs_admission(params):
                     for admission in make_admissions(params, self._vocab_size):
-                        self._state = self._programs[_ADMISSION](self._state, admission)
+                        self._state = self._programs[ADMISSION](self._state, admission)
             for masks in make_masks(
                 plan.masks, self._config.max_running_requests, self._vocab_size
             ):
-                self._state = self._programs[_MASKS](self._state, masks)
+                self._state = self._programs[MASKS](self._state, masks)
             inputs = self._batch.build(plan)
             outputs, self._cache, self._state = self._programs[plan.bucket](
                 self._params, self._cache, self._state, inputs
@@ -289,88 +281,56 @@ class ModelRunner:
             on_progress=progress,
         )
 
-    def _compile(
-        self,
-        buckets: tuple[Bucket, ...],
-        model_config: ModelConfig,
-        dtype: str,
-        platform: str,
-        context_length: int,
-        on_progress: ProgressCallback,
-    ) -> int:
+    def _compile(self, programs: EnginePrograms, on_progress: ProgressCallback) -> int:
         """Compile all programs, and return the size of the pool that they were compiled for.
 
         The largest program comes first and tells what temporaries take. Only if the pool has to
         shrink for them is it compiled again.
         """
         config = self._config
-        state = self._state_shapes()
-        device = min(self._replicated.addressable_devices, key=lambda device: device.id)
+        devices = programs.replicated.addressable_devices
         memory = MemoryUse(
-            capacity=gang_capacity(device, self._config.devices_per_host),
-            weights=bytes_per_device(self._params) + bytes_per_device(state),
-            page=bytes_per_device(self._cache_shapes(model_config, dtype, 1)),
+            capacity=gang_capacity(
+                min(devices, key=lambda device: device.id), config.devices_per_host
+            ),
+            weights=bytes_per_device(self._params) + bytes_per_device(programs.state_shapes()),
+            page=bytes_per_device(programs.cache_shapes(1)),
             temporaries=0,
         )
-        largest = max(buckets, key=lambda bucket: (bucket.num_chunk_tokens, bucket.num_seqs))
-        total = len(buckets) + 2
+        largest = programs.largest_bucket
+        total = len(programs.buckets) + len(SLOT_PROGRAMS)
 
         def compile_some(names: list[Bucket | str], pages: int) -> None:
-            cache = self._cache_shapes(model_config, dtype, pages)
-            programs = {name: self._program(name, cache, state) for name in names}
+            wanted = {name: programs.program(name, self._params, pages) for name in names}
             done = len(self._programs)
 
             def on_compiled(name: Bucket | str) -> None:
                 nonlocal done
                 done += 1
-                on_progress(
-                    StartProgress(phase="compile", done=done, total=total, note=_name(name))
-                )
+                note = describe_program(name)
+                on_progress(StartProgress(phase="compile", done=done, total=total, note=note))
 
-            self._programs.update(compile_all(programs, self._store, on_compiled))
+            self._programs.update(compile_all(wanted, self._store, on_compiled))
 
-        on_progress(StartProgress(phase="compile", total=total, note=_name(largest)))
-        pages = num_pages(config, memory, context_length=context_length, platform=platform)
+        def fitting_pages() -> int:
+            return num_pages(
+                config,
+                memory,
+                context_length=programs.context_length,
+                platform=programs.platform,
+            )
+
+        on_progress(StartProgress(phase="compile", total=total, note=describe_program(largest)))
+        pages = fitting_pages()
         compile_some([largest], pages)
-        used = self._programs[largest].memory_analysis()
-        memory = MemoryUse(
-            capacity=memory.capacity,
-            weights=memory.weights,
-            page=memory.page,
-            temporaries=used.temp_size_in_bytes + used.generated_code_size_in_bytes,
-        )
-        fitting = num_pages(config, memory, context_length=context_length, platform=platform)
-        others: list[Bucket | str] = [name for name in buckets if name != largest]
+        memory = replace(memory, temporaries=temporary_bytes(self._programs[largest]))
+        fitting = fitting_pages()
+        others: list[Bucket | str] = [name for name in programs.buckets if name != largest]
         if fitting < pages:
             self._programs.clear()
             others.append(largest)
-        compile_some([*others, _ADMISSION, _MASKS], fitting)
+        compile_some([*others, *SLOT_PROGRAMS], fitting)
         return fitting
-
-    def _program(self, name: Bucket | str, cache: Cache, state: SlotState) -> Program:
-        slots = self._config.max_running_requests
-        if isinstance(name, str):
-            if name == _ADMISSION:
-                function, nothing = admit, padding_admission(slots, self._vocab_size)
-            else:
-                function = set_masks
-                (nothing,) = make_masks([MaskUpdate(slots, NO_INTS)], slots, self._vocab_size)
-            jitted = jax.jit(function, donate_argnums=0, out_shardings=self._replicated)
-            return Program(name, jitted, (state, self._shapes(nothing)))
-        inputs = self._shapes(
-            padding_inputs(name, num_slots=slots, pages_per_seq=self._pages_per_seq)
-        )
-        cache_shardings = jax.tree.map(lambda array: array.sharding, cache)
-        jitted = jax.jit(
-            make_step(self._model, page_size=self._config.page_size, replicated=self._replicated),
-            donate_argnums=(1, 2),
-            out_shardings=(self._replicated, cache_shardings, self._replicated),
-        )
-        params = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
-            self._params,
-        )
-        return Program(f"step of {_name(name)}", jitted, (params, cache, state, inputs))
 
     def _warm_up(self, buckets: tuple[Bucket, ...], on_progress: ProgressCallback) -> None:
         """Run the smallest programs once on padding: first calls allocate, and find faults."""
@@ -389,35 +349,6 @@ class ModelRunner:
             self.dispatch(plan).wait()
             on_progress(StartProgress(phase="warmup", done=done, total=len(smallest)))
 
-    def _cache_shapes(self, model_config: ModelConfig, dtype: str, pages: int) -> Cache:
-        return self._attention.cache_shapes(
-            num_layers=model_config.num_layers,
-            num_kv_heads=self._model.layout.num_kv_heads,
-            head_dim=model_config.head_dim,
-            num_pages=pages,
-            page_size=self._config.page_size,
-            dtype=dtype,
-        )
-
-    def _init_state(self) -> SlotState:
-        def init() -> SlotState:
-            return init_slot_state(self._config.max_running_requests, self._vocab_size)
-
-        return jax.jit(init, out_shardings=self._replicated)()
-
-    def _state_shapes(self) -> SlotState:
-        return self._shapes(
-            jax.eval_shape(
-                lambda: init_slot_state(self._config.max_running_requests, self._vocab_size)
-            )
-        )
-
-    def _shapes(self, arrays: Any) -> Any:
-        return jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._replicated),
-            arrays,
-        )
-
 
 def _read(array: jax.Array, rows: np.ndarray) -> np.ndarray:
     # Every device holds the whole array; another process's copy could not be read.
@@ -429,17 +360,6 @@ def _read_logprobs(logprobs: Logprobs, rows: np.ndarray) -> tuple[np.ndarray, ..
     return tuple(_read(array, rows) for array in arrays)
 
 
-def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
-    if config.context_length is None:
-        return model_config.context_length
-    if config.context_length > model_config.context_length:
-        raise ConfigError(
-            f"--context-length={config.context_length} is longer than the model's "
-            f"{model_config.context_length}. Give at most that, or leave it out."
-        )
-    return config.context_length
-
-
 def _check_platform(config: EngineConfig, mesh: Mesh) -> str:
     platform = mesh.devices.flat[0].platform
     if config.device not in ("auto", platform):
@@ -448,12 +368,6 @@ def _check_platform(config: EngineConfig, mesh: Mesh) -> str:
             f"{config.device} extra, or use --device={platform}."
         )
     return platform
-
-
-def _name(name: Bucket | str) -> str:
-    if isinstance(name, str):
-        return name
-    return f"{name.num_seqs} decodes + {name.num_chunk_tokens} prefill tokens"
 
 
 def _progress_of(on_progress: ProgressCallback, phase: str, note: str) -> Any:

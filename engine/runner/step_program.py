@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from engine.kernels.attention import AttentionMetadata, Cache
 from engine.models.registry import Model
@@ -40,19 +39,13 @@ class StepOutputs:
 StepFunction = Callable[[Any, Cache, SlotState, StepInputs], tuple[StepOutputs, Cache, SlotState]]
 
 
-def make_step(model: Model, *, page_size: int, replicated: NamedSharding) -> StepFunction:
+def make_step(model: Model, *, page_size: int) -> StepFunction:
     """Make the function that a bucket's program compiles; donate cache and state.
 
     Args:
         model: The architecture, without parameters.
         page_size: Tokens in a page.
-        replicated: Sharding of an array that every device holds whole.
     """
-
-    def logits(params: Any, hidden_RD: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(
-            model.logits(params, hidden_RD), NamedSharding(replicated.mesh, PartitionSpec())
-        )
 
     def step(
         params: Any, cache: Cache, state: SlotState, inputs: StepInputs
@@ -69,12 +62,14 @@ def make_step(model: Model, *, page_size: int, replicated: NamedSharding) -> Ste
         sampled_token_R = jnp.concatenate(
             [jnp.arange(num_decode_rows), num_decode_rows + last_of_chunk]
         )
+        # They stay sharded over the vocabulary: what is gathered is candidates, not logits.
+        logits_RV = model.logits(params, hidden_TD[sampled_token_R])
         sampling = _sampling_inputs(inputs)
-        token_ids, logprobs = sample(logits(params, hidden_TD[sampled_token_R]), sampling, state)
+        token_ids, logprobs = sample(logits_RV, sampling, state)
         state = record_tokens(state, sampling.slot, token_ids, sampling.has_penalties)
         with jax.named_scope("prompt_logprobs"):
             prompt_logprobs = _prompt_logprobs(
-                lambda some_TD: logits(params, some_TD), hidden_TD[num_decode_rows:], inputs
+                lambda some_TD: model.logits(params, some_TD), hidden_TD[num_decode_rows:], inputs
             )
         outputs = StepOutputs(
             token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs

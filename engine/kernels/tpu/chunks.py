@@ -74,8 +74,7 @@ def attend_chunks(
     """Write the chunks' keys and values to their pages, and attend their tokens, causally.
 
     Args:
-        q: [T, num_rows, queries, 128], of the chunk tokens: `RowLayout.pack_queries` without
-            padding.
+        q: [T, num_rows, queries, 128], of the chunk tokens, as `RowLayout.split_queries` has them.
         new_kv: [T, num_stored_rows, 128], keys and values of the same tokens.
         pages: [num_pages, num_stored_rows, page_size, 128]; donated in effect.
         kv_lens: int32 [C], cached tokens of the chunks' sequences, the chunks included.

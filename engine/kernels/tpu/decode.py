@@ -115,7 +115,7 @@ def attend_decodes(
     """Attend one token of each sequence, and write it to its page.
 
     Args:
-        q: [B, num_rows, query_rows, 128], as `RowLayout.pack_queries` lays them out.
+        q: [B, queries, 128], as `RowLayout.tile_queries` lays them out.
         new_kv: [B, num_stored_rows, 128], keys and values of the same tokens.
         pages: [num_pages, num_stored_rows, page_size, 128]; donated in effect.
         kv_lens: int32 [B], cached tokens, the new one included; at least 1 of real sequences.
@@ -132,7 +132,7 @@ def attend_decodes(
         interpret: Run on a CPU.
 
     Returns:
-        As `q`, in its dtype, anything for sequences that are not real; and the pages.
+        As `q`, in its dtype, zeros for sequences that are not real; and the pages.
     """
     B = q.shape[0]
     page_size = pages.shape[2]
@@ -189,7 +189,7 @@ def attend_decodes(
         ),
         interpret=interpret,
         name="attend_decodes",
-    )(counts, kv_lens, first_blocks, write_pages, table, q, new_kv[:, :, None], pages)
+    )(counts, kv_lens, first_blocks, write_pages, table, q, new_kv, pages)
     return out, pages
 
 
@@ -356,10 +356,28 @@ def _attend_kernel(
 
         def start(_: Number) -> None:
             offset = remainder(num_cached(seq), page_size)
-            rows = pages_ref.at[write_pages_ref[seq], :, pl.ds(offset, 1)]
+            rows = pages_ref.at[write_pages_ref[seq], :, offset]
             pltpu.make_async_copy(new_kv_ref.at[seq], rows, write_sem).start()
 
         repeat(where(block == last_block(seq), 1, 0), start)
+
+    def queries(seq: Number, row: int) -> jax.Array:
+        tile, _ = layout.query_tile(row)
+        return q_ref[seq, pl.ds(tile * layout.queries_in_tile, layout.queries_in_tile)]
+
+    def write_outputs(seq: Number, sums: list[Sums]) -> None:
+        """Of the sums of all rows, each tile's queries, each from its own row's."""
+        shape = (layout.queries_in_tile, LANES)
+        number = lax.broadcasted_iota(jnp.int32, shape, 0)
+        tiles: list[jax.Array | None] = [None] * layout.num_query_tiles
+        for row, found in enumerate(sums):
+            tile, first = layout.query_tile(row)
+            out, others = found.weighted / found.total, tiles[tile]
+            tiles[tile] = out if others is None else jnp.where(number >= first, out, others)
+        for tile, out in enumerate(tiles):
+            assert out is not None
+            place = pl.ds(tile * layout.queries_in_tile, layout.queries_in_tile)
+            out_ref[seq, place] = out.astype(out_ref.dtype)
 
     def attend_block(buffer: int, slot: int, place: _Place, row: int) -> Sums:
         """Attend to the cached keys of a block, by itself."""
@@ -368,7 +386,7 @@ def _attend_kernel(
         if kernel.sliding_window is not None:
             oldest = num_cached(seq) - kernel.sliding_window - block * num_keys
         return cached_sums(
-            q_ref[seq, row],
+            queries(seq, row),
             buffer_ref,
             (buffer, slot),
             row,
@@ -381,9 +399,9 @@ def _attend_kernel(
 
     def attend_new(seq: Number, row: int) -> Sums:
         """Attend to the sequence's new token: what its sums begin with."""
-        key, value = load_kv(new_kv_ref, (seq,), row, layout)
+        key, value = load_kv(new_kv_ref, (seq,), row, layout, is_single=True)
         return sums_of_one(
-            q_ref[seq, row], key, value, sm_scale=kernel.sm_scale, soft_cap=kernel.soft_cap
+            queries(seq, row), key, value, sm_scale=kernel.sm_scale, soft_cap=kernel.soft_cap
         )
 
     def attend_group(buffer: int, places: list[_Place], sums: list[Sums]) -> list[Sums]:
@@ -401,12 +419,17 @@ def _attend_kernel(
             for row in range(layout.num_rows):
                 before = attend_new(seq, row).where(is_first, sums[row])
                 sums[row] = before.merge(of_block[row])
-                # Written after each block, and right after the last one.
-                out_ref[seq, row] = (sums[row].weighted / sums[row].total).astype(out_ref.dtype)
+            # Written after each block, and right after the last one.
+            write_outputs(seq, sums)
             start_writing(place)
         return sums
 
     num_buffers = kernel.blocks.num_buffers
+
+    def clear_output(seq: Number) -> None:
+        out_ref[seq] = jnp.zeros(out_ref.shape[1:], out_ref.dtype)
+
+    repeat(kernel.num_seqs, clear_output, first=num_seqs)
 
     def read_next(buffer: int, places: list[_Place], place: _Place):
         """Read a group of blocks, and have the page table's lines of the next one brought."""
@@ -433,7 +456,7 @@ def _attend_kernel(
     for buffer in range(num_buffers):
         groups.append(following)
         following, place = read_next(buffer, following, place)
-    nothing = jnp.zeros((layout.query_rows, LANES), jnp.float32)
+    nothing = jnp.zeros((layout.queries_in_tile, LANES), jnp.float32)
     carry = groups, following, place, [Sums(nothing, nothing, nothing)] * layout.num_rows
     if is_constant:
         num_blocks = (last_block(0) + 1) * kernel.num_seqs

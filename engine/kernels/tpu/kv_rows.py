@@ -57,10 +57,28 @@ class RowLayout:
         return self.num_rows * (2 if self.is_float32 else 1)
 
     @property
-    def query_rows(self) -> int:
-        """Query vectors of one token that meet the same row, padded to whole registers."""
-        wanted = self.num_heads // self.num_kv_heads * self.heads_per_row
-        return -(-wanted // SUBLANES) * SUBLANES
+    def queries_per_row(self) -> int:
+        """Query vectors of one token that meet the same row."""
+        return self.num_heads // self.num_kv_heads * self.heads_per_row
+
+    @property
+    def queries_in_tile(self) -> int:
+        """Query vectors of a token that are multiplied together: whole registers.
+
+        Those of several rows, where a row's own fill no register: a product of one query vector
+        takes as long as one of eight.
+        """
+        own = self.queries_per_row
+        return SUBLANES if SUBLANES % own == 0 else -(-own // SUBLANES) * SUBLANES
+
+    @property
+    def num_query_tiles(self) -> int:
+        return -(-self.num_rows // self._rows_per_tile)
+
+    def query_tile(self, row: int) -> tuple[int, int]:
+        """Of a row: its tile, and where in it its own queries begin."""
+        tile, place = divmod(row, self._rows_per_tile)
+        return tile, place * self.queries_per_row
 
     @property
     def stored_dtype(self) -> DTypeLike:
@@ -77,31 +95,52 @@ class RowLayout:
         )
         return low | (high << 16)
 
-    def pack_queries(self, q_TNH: jax.Array, *, is_padded: bool = True) -> jax.Array:
-        """Lay queries out by the row that they meet: [T, num_rows, query_rows, 128].
-
-        Not padded, the third dimension is the number of heads that meet a row.
-        """
+    def split_queries(self, q_TNH: jax.Array) -> jax.Array:
+        """Queries by the row that they meet: [T, num_rows, queries_per_row, 128]."""
         T, N, H = q_TNH.shape
         K, P, R = self.num_kv_heads, self.heads_per_row, self.num_rows
+        if P == 1:
+            return q_TNH.reshape(T, R, N // K, H)
         q_TKGH = q_TNH.reshape(T, K, N // K, H)
         q_TKGH = jnp.pad(q_TKGH, ((0, 0), (0, R * P - K), (0, 0), (0, 0)))
         q = q_TKGH.reshape(T, R, P, N // K, H)
         own = jnp.eye(P, dtype=q.dtype)[None, None, :, None, :, None]
         # [T, R, P, G, P, H]: zero where the lanes are another head's.
-        wide = (q[:, :, :, :, None, :] * own).reshape(T, R, P * (N // K), LANES)
-        if not is_padded:
-            return wide
-        return jnp.pad(wide, ((0, 0), (0, 0), (0, self.query_rows - wide.shape[2]), (0, 0)))
+        return (q[:, :, :, :, None, :] * own).reshape(T, R, P * (N // K), LANES)
 
-    def unpack_outputs(self, out: jax.Array) -> jax.Array:
-        """[T, num_rows, query_rows, 128] back to [T, N, H]: of each query its own head's lanes."""
+    def join_outputs(self, out: jax.Array) -> jax.Array:
+        """[T, num_rows, queries_per_row, 128] back to [T, N, H]: of each query its head's lanes."""
         T, R = out.shape[:2]
         K, P, H = self.num_kv_heads, self.heads_per_row, self.head_dim
         G = self.num_heads // K
-        split = out[:, :, : P * G].reshape(T, R, P, G, P, H)
+        if P == 1:
+            return out.reshape(T, self.num_heads, H)
+        split = out.reshape(T, R, P, G, P, H)
         own = jnp.stack([split[:, :, head, :, head] for head in range(P)], axis=2)
         return own.reshape(T, R * P, G, H)[:, :K].reshape(T, self.num_heads, H)
+
+    def tile_queries(self, q_TNH: jax.Array) -> jax.Array:
+        """Queries by tile: [T, num_query_tiles * queries_in_tile, 128].
+
+        Where a row's queries fill a register, or eight heads do, these are the queries as they are.
+        """
+        split = self.split_queries(q_TNH)
+        T, R = split.shape[:2]
+        padded_rows = self.num_query_tiles * self._rows_per_tile
+        missing = self.queries_in_tile // self._rows_per_tile - self.queries_per_row
+        split = jnp.pad(split, ((0, 0), (0, padded_rows - R), (0, missing), (0, 0)))
+        return split.reshape(T, -1, LANES)
+
+    def untile_outputs(self, out: jax.Array) -> jax.Array:
+        """What comes out for `tile_queries`, as [T, N, H]."""
+        per_row = self.queries_in_tile // self._rows_per_tile
+        split = out.reshape(out.shape[0], -1, per_row, LANES)
+        return self.join_outputs(split[:, : self.num_rows, : self.queries_per_row])
+
+    @property
+    def _rows_per_tile(self) -> int:
+        own = self.queries_per_row
+        return SUBLANES // own if SUBLANES % own == 0 else 1
 
     def _in_rows(self, x_TKH: jax.Array) -> jax.Array:
         T, K, _ = x_TKH.shape

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from engine.kernels.tpu.kv_rows import RowLayout
@@ -48,16 +49,27 @@ class Sums(NamedTuple):
 
 
 def load_kv(
-    ref, index: tuple, row: int, layout: RowLayout, *, is_cached: jax.Array | None = None
+    ref,
+    index: tuple,
+    row: int,
+    layout: RowLayout,
+    *,
+    is_single: bool = False,
+    is_cached: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a row, [keys, 128] each, in the dtype that they are computed in.
 
+    Of a single token rows lie one after another without a dimension for keys: `is_single`.
     Values are zero where `is_cached` is not: what lies there may be anything, and zero times
     not-a-number is none.
     """
-    words = ref[(*index, row)]
+
+    def rows(first: int) -> jax.Array:
+        return ref[(*index, pl.ds(first, 1) if is_single else first)]
+
+    words = rows(row)
     if layout.is_float32:
-        key, value = words, ref[(*index, layout.num_rows + row)]
+        key, value = words, rows(layout.num_rows + row)
     else:
         key = pltpu.bitcast(words << 16, jnp.float32)
         value = pltpu.bitcast(words & jnp.uint32(_HIGH_HALF), jnp.float32)

@@ -1,0 +1,182 @@
+"""Every program of an engine, described by shapes: what is compiled at its start, or ahead of it.
+
+Holds no arrays and starts nothing, so that the same descriptions serve a runner on its devices and
+a planner on devices that are not there.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.kernels.attention import Cache, make_attention
+from engine.models.config import ModelConfig
+from engine.models.registry import ParameterSpec, make_model, parameter_specs
+from engine.runner.batch import padding_inputs
+from engine.runner.compilation import Program
+from engine.runner.slot_state import (
+    SlotState,
+    admit,
+    init_slot_state,
+    make_masks,
+    padding_admission,
+    set_masks,
+)
+from engine.runner.step_program import make_step
+from engine.scheduling.buckets import bucket_table
+from engine.sharding import named_sharding
+from engine.step import NO_INTS, Bucket, MaskUpdate
+
+ADMISSION = "admission"
+MASKS = "masks"
+SLOT_PROGRAMS = (ADMISSION, MASKS)
+"""Programs that set what the device holds of a slot."""
+
+
+class EnginePrograms:
+    """The programs of one engine on one mesh.
+
+    Args:
+        config: The engine's.
+        model_config: Of its checkpoint.
+        mesh: Over the devices that will run them, or over those of a topology.
+        chip: Which TPU, where the devices are of one.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        dtype: Of weights, activations and KV cache.
+        model: Put together for the mesh.
+        context_length: Longest prompt plus output.
+        buckets: Shapes of the steps, cheapest first.
+        replicated: Sharding of an array that every device holds whole.
+
+    Raises:
+        ConfigError: The context or the attention backend that is asked for is not to be had.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        *,
+        chip: pltpu.TpuInfo | None = None,
+    ) -> None:
+        self.platform: str = mesh.devices.flat[0].platform
+        self.dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+        self.context_length = _context_length(config, model_config)
+        self.buckets = bucket_table(config, context_length=self.context_length)
+        self.pages_per_seq = -(-self.context_length // config.page_size)
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._config = config
+        self._model_config = model_config
+        self._mesh = mesh
+        self._attention = make_attention(
+            self.platform,
+            config.attention_backend,
+            mesh,
+            dtype=self.dtype,
+            head_dim=model_config.head_dim,
+            page_size=config.page_size,
+            chip=chip,
+        )
+        self.model = make_model(
+            model_config, mesh, self._attention, self.dtype, config.quantization
+        )
+
+    @property
+    def largest_bucket(self) -> Bucket:
+        """The one whose program needs most memory."""
+        return max(self.buckets, key=lambda bucket: (bucket.num_chunk_tokens, bucket.num_seqs))
+
+    def param_shapes(self) -> Any:
+        """Parameters as a checkpoint's loader lays them out."""
+        specs = parameter_specs(self._model_config, self._mesh, self.dtype)
+        return jax.tree.map(
+            lambda spec: jax.ShapeDtypeStruct(
+                spec.shape, self.dtype, sharding=named_sharding(self._mesh, spec.axes)
+            ),
+            specs,
+            is_leaf=lambda leaf: isinstance(leaf, ParameterSpec),
+        )
+
+    def cache_shapes(self, num_pages: int) -> Cache:
+        """The KV cache with that many pages."""
+        return self._attention.cache_shapes(
+            num_layers=self._model_config.num_layers,
+            num_kv_heads=self.model.layout.num_kv_heads,
+            head_dim=self._model_config.head_dim,
+            num_pages=num_pages,
+            page_size=self._config.page_size,
+            dtype=self.dtype,
+        )
+
+    def state_shapes(self) -> SlotState:
+        """What the devices remember of slots."""
+        return self._whole(jax.eval_shape(self.init_state))
+
+    def init_state(self) -> SlotState:
+        """The state of an engine without requests."""
+        return init_slot_state(self._config.max_running_requests, self._model_config.vocab_size)
+
+    def program(self, name: Bucket | str, params: Any, num_pages: int) -> Program:
+        """Describe one program.
+
+        Args:
+            name: A bucket, or one of `SLOT_PROGRAMS`.
+            params: The parameters, or their shapes.
+            num_pages: Of the KV cache.
+        """
+        slots, vocab_size = self._config.max_running_requests, self._model_config.vocab_size
+        state = self.state_shapes()
+        if isinstance(name, str):
+            if name == ADMISSION:
+                function, nothing = admit, padding_admission(slots, vocab_size)
+            else:
+                function = set_masks
+                (nothing,) = make_masks([MaskUpdate(slots, NO_INTS)], slots, vocab_size)
+            jitted = jax.jit(function, donate_argnums=0, out_shardings=self.replicated)
+            return Program(name, jitted, (state, self._whole(nothing)))
+        cache = self.cache_shapes(num_pages)
+        inputs = self._whole(
+            padding_inputs(name, num_slots=slots, pages_per_seq=self.pages_per_seq)
+        )
+        cache_shardings = jax.tree.map(lambda array: array.sharding, cache)
+        step = make_step(self.model, page_size=self._config.page_size)
+        jitted = jax.jit(
+            step,
+            donate_argnums=(1, 2),
+            out_shardings=(self.replicated, cache_shardings, self.replicated),
+        )
+        shapes = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            params,
+        )
+        return Program(f"step of {describe_program(name)}", jitted, (shapes, cache, state, inputs))
+
+    def _whole(self, arrays: Any) -> Any:
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.replicated),
+            arrays,
+        )
+
+
+def describe_program(name: Bucket | str) -> str:
+    """A program's name for people."""
+    if isinstance(name, str):
+        return name
+    return f"{name.num_seqs} decodes + {name.num_chunk_tokens} prefill tokens"
+
+
+def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
+    if config.context_length is None:
+        return model_config.context_length
+    if config.context_length > model_config.context_length:
+        raise ConfigError(
+            f"--context-length={config.context_length} is longer than the model's "
+            f"{model_config.context_length}. Give at most that, or leave it out."
+        )
+    return config.context_length
