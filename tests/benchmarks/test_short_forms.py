@@ -27,6 +27,10 @@ SHORT_FORMS = {
         "--output-len 4",
         [r"\| 1 \| 18 \| [\d.]+ \|", r"\| 2 \| 18 \| [\d.]+ \|"],
     ),
+    "tpu_static.py": (
+        "--only 7",
+        [r"7 q / 1 kv heads, page 64: roofline ÷ static cycles +[\d.]+ %"],
+    ),
     # HAProxy's own ports are the same for all servers of a machine, and another test may run one.
     "bench_stream.py": ("--streams 2 --tokens 10 --proxy python", [r"\n +2\.0( +[\d.]+){9}"]),
 }

@@ -12,8 +12,9 @@ _WORD_BYTES = 4
 _FEWEST_KEYS = 128
 _MOST_KEYS = 2048
 _CHUNK_TOKENS = 128
-_VMEM_SHARE = 0.9
-"""Of the chip's vector memory, what a kernel may take; the compiler keeps some for itself."""
+_VMEM_SHARE = 0.5
+"""Of the chip's vector memory, what a kernel may take; into the rest the compiler brings the next
+products' weights while the kernel runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +45,9 @@ def choose_blocks(
     """
     limit = int(chip.vmem_capacity_bytes * _VMEM_SHARE)
     token_bytes = layout.num_stored_rows * LANES * _WORD_BYTES
-    # A third of the memory for the buffers.
+    # Half of that for the buffers.
     group, num_buffers = (2, 3) if layout.num_rows <= 2 else (1, 3)
-    most = limit // 3 // (num_buffers * group * token_bytes)
+    most = limit // 2 // (num_buffers * group * token_bytes)
     longest = min(_MOST_KEYS, 1 << (max_len - 1).bit_length())
     num_keys = max(page_size, _FEWEST_KEYS, min(longest, _power_of_two_below(most)))
     chunk_keys = max(page_size, min(512, num_keys))
