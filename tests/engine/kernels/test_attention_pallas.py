@@ -1,5 +1,8 @@
 """The TPU's kernels, interpreted on a CPU, against numpy; with the race detector on."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import attention_oracle as oracle
 import numpy as np
 import pytest
@@ -13,9 +16,9 @@ V6E = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V6E, 1)
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
-def backend(**options: object) -> PallasAttention:
-    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    return PallasAttention(make_mesh(1), V6E, interpret=interpret, **options)  # type: ignore[arg-type]
+def backend(**options: Any) -> PallasAttention:
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", **options)
+    return PallasAttention(make_mesh(1), V6E, interpret=interpret)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,29 @@ def test_any_mix_of_chunks_and_decodes_equals_numpy(
     for step in random_schedule(rng, lengths, num_chunk_tokens=96):
         for (seq, position), got in harness.run(step).items():
             np.testing.assert_allclose(got, expected[seq][position], atol=TOLERANCE[dtype])
+
+
+class WithoutWaiting:
+    """Pallas for TPUs, where copies are started and never waited for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pltpu, name)
+
+    def make_async_copy(self, *arguments: Any) -> Any:
+        copy = pltpu.make_async_copy(*arguments)
+        return SimpleNamespace(start=copy.start, wait=lambda: None)
+
+
+def test_the_race_detector_finds_a_copy_that_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(decode, "pltpu", WithoutWaiting())
+    rng = np.random.default_rng(3)
+    sequences = [oracle.random_sequence(rng, 20, 2, 2, 128)]
+    eager = backend(dma_execution_mode="eager")
+    harness = Harness(sequences, page_size=16, max_len=40, backend=eager)
+    harness.prefill(0, 0, 19)
+    step = oracle.Step(
+        decodes=[0], chunks=[], starts=[19], num_decode_rows=2, num_chunk_tokens=0, num_chunks=0
+    )
+    with pytest.raises(Exception, match="race"):
+        harness.run(step)
+    pltpu.reset_tpu_interpret_mode_state()
