@@ -1,5 +1,6 @@
 """The TPU's kernels, interpreted on a CPU, against numpy; with the race detector on."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,13 @@ from engine.kernels.tpu import decode
 
 V6E = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V6E, 1)
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def no_race(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """JAX 0.12 raises where it finds a race, 0.10 prints it."""
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def backend(**options: Any) -> PallasAttention:
@@ -82,7 +90,7 @@ class WithoutWaiting:
         return SimpleNamespace(start=copy.start, wait=lambda: None)
 
 
-def test_the_race_detector_finds_a_copy_that_is_not_waited_for(monkeypatch):
+def test_the_race_detector_finds_a_copy_that_is_not_waited_for(monkeypatch, capfd):
     monkeypatch.setattr(decode, "pltpu", WithoutWaiting())
     rng = np.random.default_rng(3)
     sequences = [oracle.random_sequence(rng, 20, 2, 2, 128)]
@@ -92,6 +100,10 @@ def test_the_race_detector_finds_a_copy_that_is_not_waited_for(monkeypatch):
     step = oracle.Step(
         decodes=[0], chunks=[], starts=[19], num_decode_rows=2, num_chunk_tokens=0, num_chunks=0
     )
-    with pytest.raises(Exception, match="race"):
+    try:
         harness.run(step)
-    pltpu.reset_tpu_interpret_mode_state()
+        found = capfd.readouterr().out
+    except Exception as error:
+        found = str(error)
+        pltpu.reset_tpu_interpret_mode_state()
+    assert "race" in found.lower()
