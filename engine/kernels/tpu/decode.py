@@ -201,8 +201,7 @@ def _page_table(kernel: _Kernel, page_indices: jax.Array) -> tuple[jax.Array, li
     if not kernel.streams_table:
         return page_indices.reshape(-1), []
     per_block = kernel.pages_per_block
-    blocks_per_seq = -(-kernel.pages_per_seq // per_block)
-    missing = blocks_per_seq * per_block - kernel.pages_per_seq
+    missing = kernel.blocks_per_seq * per_block - kernel.pages_per_seq
     lines = jnp.pad(page_indices, ((0, 0), (0, missing))).reshape(-1, 1, per_block)
     lines = jnp.pad(lines, ((0, 0), (0, 0), (0, -per_block % LANES)))
     shape = (kernel.blocks.num_buffers, kernel.blocks.group, *lines.shape[1:])
