@@ -92,6 +92,22 @@ class Harness:
         assert not out_TNH[padding].any()
         return {(seq, position): out_TNH[place] for place, seq, position in tokens}
 
+    def check_all(
+        self,
+        steps: list[oracle.Step],
+        expected: list[np.ndarray],
+        *,
+        atol: float,
+        rtol: float = 1e-7,
+    ) -> None:
+        """Run the steps and hold every token of every sequence to what is expected of it."""
+        num_tokens = 0
+        for step in steps:
+            for (seq, position), out_NH in self.run(step).items():
+                np.testing.assert_allclose(out_NH, expected[seq][position], rtol=rtol, atol=atol)
+                num_tokens += 1
+        assert num_tokens == sum(sequence.length for sequence in self.sequences)
+
     def prefill(self, seq: int, start: int, length: int, bucket: int | None = None):
         starts = [0] * len(self.sequences)
         starts[seq] = start

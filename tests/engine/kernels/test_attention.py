@@ -54,12 +54,7 @@ def test_any_mix_of_chunks_and_decodes_equals_numpy(
         sliding_window=sliding_window,
         max_len=max_len,
     )
-    seen = 0
-    for step in random_schedule(rng, lengths):
-        for (seq, position), out_NH in harness.run(step).items():
-            np.testing.assert_allclose(out_NH, expected[seq][position], atol=FLOAT32_TOLERANCE)
-            seen += 1
-    assert seen == sum(lengths)
+    harness.check_all(random_schedule(rng, lengths), expected, atol=FLOAT32_TOLERANCE)
 
 
 @needs_packed
@@ -113,13 +108,8 @@ def test_packed_pages_equal_numpy(
         max_len=max_len,
     )
     assert isinstance(harness.backend, PackedPagesAttention)
-    seen = 0
-    for step in random_schedule(rng, lengths):
-        for (seq, position), out_NH in harness.run(step).items():
-            # Weights and results are rounded to bfloat16, eight bits of them each.
-            np.testing.assert_allclose(out_NH, expected[seq][position], rtol=0.004, atol=0.004)
-            seen += 1
-    assert seen == sum(lengths)
+    # Weights and results are rounded to bfloat16, eight bits of them each.
+    harness.check_all(random_schedule(rng, lengths), expected, rtol=0.004, atol=0.004)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
