@@ -129,7 +129,7 @@ class OpenAIService:
             )
             request = self._make_request(body, request_id, prompts, "prompt", info, ticket)
             heading = make_heading(request_id, body.model, info.fingerprint)
-            echoes = make_echoes(body, prompts, self._tokenizer)
+            echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
             has_logprobs = body.logprobs is not None
             with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
                 generation = self._generation(body, request, watch)
