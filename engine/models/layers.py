@@ -20,8 +20,8 @@ from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
 from engine.kernels.packed_weight import PackedWeight, products
 from engine.models.config import ModelConfig
 from engine.models.quantization import Quantization, dequantize, quantize_activations
-from engine.models.rope import rotate
-from engine.sharding import ShardLayout, named_sharding
+from engine.models.rope import rotate, rotate_by_product
+from engine.sharding import ResidualStream, ShardLayout, named_sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +31,21 @@ class Build:
     Attributes:
         config: The model's.
         layout: Padded sizes.
-        mesh: Where activations are sharded to.
+        residual: How hidden states lie between the blocks, and on which mesh.
         dtype: Of parameters and activations.
         quantization: Of linear weights and the embedding table.
     """
 
     config: ModelConfig
     layout: ShardLayout
-    mesh: Mesh
+    residual: ResidualStream
     dtype: jnp.dtype
     quantization: Quantization = "none"
+
+    @property
+    def mesh(self) -> Mesh:
+        """Where activations are sharded to."""
+        return self.residual.mesh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ class Linear(nnx.Module):
         self.bias = parameter(build, out_axis) if has_bias else None
         self.mesh = build.mesh
         self._dtype = build.dtype
+        self._residual = build.residual if out_axis == "embed" else None
         self._sharding = named_sharding(build.mesh, (None, out_axis))
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
@@ -95,7 +101,10 @@ class Linear(nnx.Module):
         """Make the map's output of its product, and of the activations' scale if it has one."""
         # The constraint stands before scales and bias: with `in_axis` sharded it is where partial
         # sums of the devices are added up.
-        out_TF = jax.lax.with_sharding_constraint(product_TF, self._sharding)
+        sharding = self._sharding
+        if self._residual is not None:
+            sharding = self._residual.sharding(len(product_TF))
+        out_TF = jax.lax.with_sharding_constraint(product_TF, sharding)
         if self.scale is not None:
             assert scale_T1 is not None
             out_TF = dequantize(out_TF, scale_T1, self.scale[...], self._dtype)
@@ -128,16 +137,15 @@ class Embedding(nnx.Module):
         self.weight = parameter(build, "vocab", "embed")
         self.scale = weight_scale(build, "vocab")
         self._dtype = build.dtype
-        self._mesh = build.mesh
-        self._sharding = named_sharding(build.mesh, (None, "embed"))
+        self._residual = build.residual
 
     def __call__(self, token_ids_T: jax.Array) -> jax.Array:
         weight = self.weight.get_value()
         is_packed = isinstance(weight, PackedWeight)
-        x_TD = weight.rows(token_ids_T, self._mesh) if is_packed else weight[token_ids_T]
+        x_TD = weight.rows(token_ids_T, self._residual.mesh) if is_packed else weight[token_ids_T]
         if self.scale is not None:
             x_TD = (x_TD * self.scale[...][token_ids_T][:, None]).astype(self._dtype)
-        return jax.lax.with_sharding_constraint(x_TD, self._sharding)
+        return jax.lax.with_sharding_constraint(x_TD, self._residual.sharding(len(x_TD)))
 
 
 class RMSNorm(nnx.Module):
@@ -193,6 +201,7 @@ class DecoderLayer(nnx.Module):
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(build, "embed")
         self.mlp = GatedMLP(build)
+        self._residual = build.residual
 
     def __call__(
         self,
@@ -204,12 +213,15 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         with jax.named_scope("self_attn"):
             attended_TD, cache = self.self_attn(
-                self.input_layernorm(x_TD), cache, layer, step, sliding_window
+                self._whole(self.input_layernorm(x_TD)), cache, layer, step, sliding_window
             )
             x_TD = x_TD + attended_TD
         with jax.named_scope("mlp"):
-            x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+            x_TD = x_TD + self.mlp(self._whole(self.post_attention_layernorm(x_TD)))
         return x_TD, cache
+
+    def _whole(self, x_TD: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x_TD, self._residual.whole)
 
 
 class HeadAttention:
@@ -222,6 +234,8 @@ class HeadAttention:
         self._num_heads = build.layout.num_heads
         self._num_kv_heads = build.layout.num_kv_heads
         self._head_dim = build.config.head_dim
+        is_tpu = build.mesh.devices.flat[0].platform == "tpu"
+        self._rotate = rotate_by_product if is_tpu else rotate
 
     def split_query(self, q: jax.Array) -> jax.Array:
         """[T, N * H] → [T, N, H]."""
@@ -246,8 +260,8 @@ class HeadAttention:
         Returns:
             [T, N * H] in the dtype of `q_TNH`, and the cache.
         """
-        q_TNH = rotate(q_TNH, step.cosines, step.sines)
-        k_TKH = rotate(k_TKH, step.cosines, step.sines)
+        q_TNH = self._rotate(q_TNH, step.cosines, step.sines)
+        k_TKH = self._rotate(k_TKH, step.cosines, step.sines)
         if step.query_scale is not None:
             q_TNH = (q_TNH.astype(jnp.float32) * step.query_scale).astype(q_TNH.dtype)
         out_TNH, cache = step.attention.attend(

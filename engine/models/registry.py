@@ -30,7 +30,7 @@ from engine.models.layers import (
 from engine.models.names import CheckpointTensor
 from engine.models.quantization import Quantization, dequantize, quantized_product
 from engine.models.rope import log_n_scale, rope_tables
-from engine.sharding import ShardLayout, make_layout, named_sharding
+from engine.sharding import ResidualStream, ShardLayout, make_layout, named_sharding
 
 Params = dict[str, Any]
 """embed_tokens, layers, norm and, unless tied, lm_head.
@@ -173,7 +173,7 @@ class Model:
 
 def make_model(
     model_config: ModelConfig,
-    mesh: Mesh,
+    residual: ResidualStream,
     attention: AttentionBackend,
     dtype: DTypeLike | None = None,
     quantization: Quantization = "none",
@@ -182,19 +182,19 @@ def make_model(
 
     Args:
         model_config: Says which architecture, and its sizes.
-        mesh: From `engine.sharding.make_mesh`.
+        residual: On which mesh, of `engine.sharding.make_mesh`, and how hidden states lie there.
         attention: Stores keys and values, and attends.
         dtype: Of weights and activations; by default the checkpoint's.
         quantization: What `load_weights` was told.
     """
-    return Model(_make_build(model_config, mesh, dtype, quantization), attention)
+    return Model(_make_build(model_config, residual, dtype, quantization), attention)
 
 
 def parameter_specs(
     model_config: ModelConfig, mesh: Mesh, dtype: DTypeLike | None = None
 ) -> Params:
     """Return the parameters in the form of `Params`, with a `ParameterSpec` for each array."""
-    build = _make_build(model_config, mesh, dtype)
+    build = _make_build(model_config, ResidualStream(mesh=mesh), dtype)
     parts, layer = _make_modules(build)
     specs: Params = {name: _specs(module) for name, module in parts.items()}
     specs["layers"] = [_specs(layer)] * model_config.num_layers
@@ -203,14 +203,14 @@ def parameter_specs(
 
 def _make_build(
     model_config: ModelConfig,
-    mesh: Mesh,
+    residual: ResidualStream,
     dtype: DTypeLike | None,
     quantization: Quantization = "none",
 ) -> Build:
     return Build(
         config=model_config,
-        layout=model_layout(model_config, mesh.size),
-        mesh=mesh,
+        layout=model_layout(model_config, residual.mesh.size),
+        residual=residual,
         dtype=jnp.dtype(dtype or model_config.dtype),
         quantization=quantization,
     )

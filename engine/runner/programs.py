@@ -17,6 +17,7 @@ from engine.models.config import ModelConfig
 from engine.models.registry import ParameterSpec, make_model, parameter_specs
 from engine.runner.batch import padding_inputs
 from engine.runner.compilation import Program
+from engine.runner.likeliest import likeliest_on
 from engine.runner.slot_state import (
     SlotState,
     admit,
@@ -27,11 +28,14 @@ from engine.runner.slot_state import (
 )
 from engine.runner.step_program import make_step
 from engine.scheduling.buckets import bucket_table
-from engine.sharding import named_sharding
+from engine.sharding import ResidualStream, named_sharding
 from engine.step import NO_INTS, Bucket, MaskUpdate
 
 ADMISSION = "admission"
 MASKS = "masks"
+PARALLEL_FROM = 256
+"""Tokens of a step from which on TPUs share the residual stream out over tokens."""
+
 SLOT_PROGRAMS = (ADMISSION, MASKS)
 """Programs that set what the device holds of a slot."""
 
@@ -83,8 +87,11 @@ class EnginePrograms:
             page_size=config.page_size,
             chip=chip,
         )
+        residual = ResidualStream(
+            mesh=mesh, parallel_from=PARALLEL_FROM if self.platform == "tpu" else None
+        )
         self.model = make_model(
-            model_config, mesh, self._attention, self.dtype, config.quantization
+            model_config, residual, self._attention, self.dtype, config.quantization
         )
 
     @property
@@ -145,7 +152,11 @@ class EnginePrograms:
             padding_inputs(name, num_slots=slots, pages_per_seq=self.pages_per_seq)
         )
         cache_shardings = jax.tree.map(lambda array: array.sharding, cache)
-        step = make_step(self.model, page_size=self._config.page_size)
+        step = make_step(
+            self.model,
+            page_size=self._config.page_size,
+            likeliest=likeliest_on(self.platform),
+        )
         jitted = jax.jit(
             step,
             donate_argnums=(1, 2),

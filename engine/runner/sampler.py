@@ -5,8 +5,8 @@ The order is: logits, + logit_bias, end tokens banned below min_tokens, penaltie
 at a limit all stay, so that what stays does not depend on the order of ids. A row's result does not
 depend on the other rows, and what no row uses costs nothing.
 
-Nothing sorts the vocabulary (190 ms for 8 rows of 152k tokens on a 2-core CPU): limits are found
-among the likeliest few hundred tokens, or else by bisection.
+Nothing sorts the vocabulary (190 ms for 8 rows of 152k tokens on a 2-core CPU): how limits are
+found is `likeliest`'s part.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,10 @@ import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
 from engine.request import MAX_LOGPROBS
+from engine.runner.likeliest import NEVER, Likeliest, Limits
 from engine.runner.slot_state import IN_PROMPT, ONE_OUTPUT, SlotState
 
-NUM_CANDIDATES = 256
-"""Likeliest tokens that are sorted; limits beyond them are found by bisection."""
-
-CANDIDATE_BLOCK = 64
 CDF_BLOCK = 512
-
-NEVER = -1e30
-"""Logit of a banned token; finite, because infinities subtracted are not numbers."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +76,7 @@ class Logprobs:
 
 
 def sample(
-    logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState
+    logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState, likeliest: Likeliest
 ) -> tuple[jax.Array, Logprobs]:
     """Choose one token per row.
 
@@ -90,6 +84,7 @@ def sample(
         logits_RV: float32, of the model.
         inputs: How to choose.
         state: Counts, biases, end tokens and masks by slot.
+        likeliest: How the likeliest tokens are found.
 
     Returns:
         int32 [R]; and log probabilities, which are zeros unless asked for.
@@ -110,13 +105,15 @@ def sample(
 
         def draw() -> jax.Array:
             changed_RV = jax.lax.cond(is_adjusted, adjust, lambda: logits_RV)
-            return jnp.where(inputs.temperature > 0, _draw(changed_RV, inputs), likeliest_R)
+            return jnp.where(
+                inputs.temperature > 0, _draw(changed_RV, inputs, likeliest), likeliest_R
+            )
 
         token_R = jax.lax.cond(jnp.any(inputs.temperature > 0), draw, lambda: likeliest_R)
     with jax.named_scope("logprobs"):
         logprobs = jax.lax.cond(
             inputs.has_logprobs,
-            lambda: logprobs_of(logits_RV, token_R),
+            lambda: logprobs_of(logits_RV, token_R, likeliest),
             lambda: no_logprobs(len(token_R)),
         )
     return token_R, logprobs
@@ -163,16 +160,17 @@ def _argmax(logits_RV: jax.Array) -> jax.Array:
     return jnp.minimum(lowest_R, vocab_size - 1)
 
 
-def _draw(logits_RV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _draw(logits_RV: jax.Array, inputs: SamplingInputs, likeliest: Likeliest) -> jax.Array:
     """Draw from the limited distribution by one uniform number and the inverse of its CDF."""
     temperature_R1 = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
     # Scores are differences to the likeliest token: 0 for it, negative for all others.
     score_RV = (logits_RV - jnp.max(logits_RV, axis=-1, keepdims=True)) / temperature_R1
+    limits = Limits(top_k=inputs.top_k, top_p=inputs.top_p, min_p=inputs.min_p)
     is_limited_R = (inputs.min_p > 0) | (inputs.top_k > 0) | (inputs.top_p < 1)
     is_limited_R &= inputs.temperature > 0
     lowest_R = jax.lax.cond(
         jnp.any(is_limited_R),
-        lambda: jnp.where(is_limited_R, _lowest_score(score_RV, inputs), NEVER),
+        lambda: jnp.where(is_limited_R, likeliest.lowest_score(score_RV, limits), NEVER),
         lambda: jnp.full_like(inputs.top_p, NEVER),
     )
     weight_RV = jnp.where(score_RV >= lowest_R[:, None], jnp.exp(score_RV), 0.0)
@@ -188,94 +186,6 @@ def _uniform(inputs: SamplingInputs) -> jax.Array:
 
     bits_R = jax.vmap(draw_bits)(inputs.seed, inputs.choice_index, inputs.position)
     return ((bits_R >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
-
-
-def _lowest_score(score_RV: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """The lowest score that min_p, top_k and top_p let through, per row."""
-    vocab_size = score_RV.shape[-1]
-    num_candidates = min(NUM_CANDIDATES, vocab_size)
-    top_k_R = jnp.where(inputs.top_k > 0, jnp.minimum(inputs.top_k, vocab_size), vocab_size)
-    top_p_R = inputs.top_p
-    floor_R = jnp.where(inputs.min_p > 0, jnp.log(jnp.maximum(inputs.min_p, 1e-30)), NEVER)
-
-    candidate_RC, _ = top_scores(score_RV, num_candidates)
-    kth_R = jnp.take_along_axis(
-        candidate_RC, jnp.minimum(top_k_R, num_candidates)[:, None] - 1, axis=1
-    )[:, 0]
-    has_kth_R = top_k_R <= num_candidates
-    is_bisecting_k_R = ~has_kth_R & (top_k_R < vocab_size)
-    kth_R = jnp.where(has_kth_R, kth_R, NEVER)
-    kth_R = jax.lax.cond(
-        jnp.any(is_bisecting_k_R),
-        lambda: jnp.where(
-            is_bisecting_k_R,
-            _bisect(score_RV, jnp.ones_like(score_RV), top_k_R.astype(jnp.float32)),
-            kth_R,
-        ),
-        lambda: kth_R,
-    )
-    floor_R = jnp.maximum(floor_R, kth_R)
-
-    weight_RV = jnp.where(score_RV >= floor_R[:, None], jnp.exp(score_RV), 0.0)
-    wanted_R = top_p_R * jnp.sum(weight_RV, axis=-1)
-    candidate_weight_RC = jnp.where(candidate_RC >= floor_R[:, None], jnp.exp(candidate_RC), 0.0)
-    sum_RC = jnp.cumsum(candidate_weight_RC, axis=-1)
-    is_enough_RC = sum_RC >= wanted_R[:, None]
-    has_top_p_R = top_p_R < 1
-    is_within_R = is_enough_RC[:, -1] | (num_candidates == vocab_size)
-    # Rounding may keep the sum of all just below what is wanted.
-    last_R = jnp.minimum(jnp.sum(~is_enough_RC, axis=-1), num_candidates - 1)
-    nucleus_R = jnp.take_along_axis(candidate_RC, last_R[:, None], axis=1)[:, 0]
-    is_bisecting_p_R = has_top_p_R & ~is_within_R
-    nucleus_R = jax.lax.cond(
-        jnp.any(is_bisecting_p_R),
-        lambda: jnp.where(is_bisecting_p_R, _bisect(score_RV, weight_RV, wanted_R), nucleus_R),
-        lambda: nucleus_R,
-    )
-    return jnp.where(has_top_p_R, jnp.maximum(floor_R, nucleus_R), floor_R)
-
-
-def top_scores(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` highest scores of each row, highest first, and their ids.
-
-    The highest `count` numbers lie in the `count` blocks with the highest maxima: only those
-    blocks are sorted through.
-    """
-    R, V = score_RV.shape
-    num_blocks = -(-V // CANDIDATE_BLOCK)
-    if num_blocks <= count:
-        return jax.lax.top_k(score_RV, count)
-    padded_RV = jnp.pad(
-        score_RV, ((0, 0), (0, num_blocks * CANDIDATE_BLOCK - V)), constant_values=-jnp.inf
-    )
-    blocks = padded_RV.reshape(R, num_blocks, CANDIDATE_BLOCK)
-    _, block_ids = jax.lax.top_k(jnp.max(blocks, axis=-1), count)
-    # In the order of ids, so that equal scores come in that order too.
-    block_ids = jnp.sort(block_ids, axis=-1)
-    chosen = jnp.take_along_axis(blocks, block_ids[:, :, None], axis=1)
-    scores_RC, places = jax.lax.top_k(chosen.reshape(R, count * CANDIDATE_BLOCK), count)
-    chosen_block = jnp.take_along_axis(block_ids, places // CANDIDATE_BLOCK, axis=1)
-    return scores_RC, chosen_block * CANDIDATE_BLOCK + places % CANDIDATE_BLOCK
-
-
-def _bisect(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> jax.Array:
-    """The highest score at and above which the weights sum to `wanted_R`, per row.
-
-    Scores are not positive, and the bits of positive floats, read as integers, are in the order of
-    the floats: 31 halvings of that range find the score exactly.
-    """
-    depth_RV = jax.lax.bitcast_convert_type(jnp.abs(score_RV), jnp.int32)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_R, high_R = bounds
-        middle_R = low_R + (high_R - low_R) // 2
-        sum_R = jnp.sum(jnp.where(depth_RV <= middle_R[:, None], weight_RV, 0.0), axis=-1)
-        is_enough_R = sum_R >= wanted_R
-        return jnp.where(is_enough_R, low_R, middle_R + 1), jnp.where(is_enough_R, middle_R, high_R)
-
-    start = jnp.zeros(wanted_R.shape, jnp.int32), jnp.max(depth_RV, axis=-1)
-    _, depth_R = jax.lax.fori_loop(0, 31, halve, start)
-    return -jax.lax.bitcast_convert_type(depth_R, jnp.float32)
 
 
 def _invert_cdf(weight_RV: jax.Array, uniform_R: jax.Array) -> jax.Array:
@@ -313,11 +223,11 @@ def _first_above(
     return chosen_R, jnp.where(chosen_R > 0, before_R, 0.0)
 
 
-def logprobs_of(logits_RV: jax.Array, token_R: jax.Array) -> Logprobs:
+def logprobs_of(logits_RV: jax.Array, token_R: jax.Array, likeliest: Likeliest) -> Logprobs:
     """Log probabilities of one token per row and of the likeliest ones."""
     total_R1 = jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
     num_top = min(MAX_LOGPROBS, logits_RV.shape[1])
-    top_logit, top_id = top_scores(logits_RV, num_top)
+    top_logit, top_id = likeliest.top_scores(logits_RV, num_top)
     chosen_R1 = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)
     missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
     return Logprobs(

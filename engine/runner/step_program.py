@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from engine.kernels.attention import AttentionMetadata, Cache
 from engine.models.registry import Model
 from engine.runner.batch import ChunkRow, FloatColumn, IntColumn, StepInputs
+from engine.runner.likeliest import Likeliest
 from engine.runner.sampler import Logprobs, SamplingInputs, logprobs_of, no_logprobs, sample
 from engine.runner.slot_state import SlotState, record_tokens
 
@@ -39,12 +40,13 @@ class StepOutputs:
 StepFunction = Callable[[Any, Cache, SlotState, StepInputs], tuple[StepOutputs, Cache, SlotState]]
 
 
-def make_step(model: Model, *, page_size: int) -> StepFunction:
+def make_step(model: Model, *, page_size: int, likeliest: Likeliest) -> StepFunction:
     """Make the function that a bucket's program compiles; donate cache and state.
 
     Args:
         model: The architecture, without parameters.
         page_size: Tokens in a page.
+        likeliest: How sampling finds the likeliest tokens.
     """
 
     def step(
@@ -65,11 +67,15 @@ def make_step(model: Model, *, page_size: int) -> StepFunction:
         # They stay sharded over the vocabulary: what is gathered is candidates, not logits.
         logits_RV = model.logits(params, hidden_TD[sampled_token_R])
         sampling = _sampling_inputs(inputs)
-        token_ids, logprobs = sample(logits_RV, sampling, state)
+        token_ids, logprobs = sample(logits_RV, sampling, state, likeliest)
         state = record_tokens(state, sampling.slot, token_ids, sampling.has_penalties)
         with jax.named_scope("prompt_logprobs"):
             prompt_logprobs = _prompt_logprobs(
-                lambda some_TD: model.logits(params, some_TD), hidden_TD[num_decode_rows:], inputs
+                lambda some_TD, next_T: logprobs_of(
+                    model.logits(params, some_TD), next_T, likeliest
+                ),
+                hidden_TD,
+                inputs,
             )
         outputs = StepOutputs(
             token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs
@@ -80,24 +86,27 @@ def make_step(model: Model, *, page_size: int) -> StepFunction:
 
 
 def _prompt_logprobs(
-    logits: Callable[[jax.Array], jax.Array], hidden_TD: jax.Array, inputs: StepInputs
+    score: Callable[[jax.Array, jax.Array], Logprobs], hidden_TD: jax.Array, inputs: StepInputs
 ) -> Logprobs:
     """Log probabilities of the tokens that follow the chunk tokens, a block of them at a time.
 
     Where none are wanted, the loop has no turns.
     """
-    num_tokens = len(hidden_TD)
+    num_tokens = inputs.chunk_tokens.shape[1]
     block = min(PROMPT_LOGPROBS_BLOCK, num_tokens)
     if num_tokens == 0:
         return no_logprobs(0)
+    num_decode_rows = len(hidden_TD) - num_tokens
     padding = -num_tokens % block
-    hidden_TD = jnp.pad(hidden_TD, ((0, padding), (0, 0)))
     next_T = jnp.pad(inputs.chunk_tokens[ChunkRow.NEXT_TOKEN_ID], (0, padding))
 
     def add_block(index: jax.Array, found: Logprobs) -> Logprobs:
         start = index * block
-        some_TD = jax.lax.dynamic_slice_in_dim(hidden_TD, start, block)
-        of_block = logprobs_of(logits(some_TD), jax.lax.dynamic_slice_in_dim(next_T, start, block))
+        # Taken in the loop: hidden states that are shared out over devices come together only
+        # where somebody asks.
+        token = jnp.minimum(num_decode_rows + start + jnp.arange(block), len(hidden_TD) - 1)
+        some_TD = hidden_TD[token]
+        of_block = score(some_TD, jax.lax.dynamic_slice_in_dim(next_T, start, block))
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
             found,

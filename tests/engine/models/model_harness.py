@@ -23,7 +23,7 @@ from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.quantization import Quantization
 from engine.models.registry import make_model
-from engine.sharding import make_mesh
+from engine.sharding import ResidualStream, make_mesh
 
 DATA = Path(__file__).parents[2] / "data"
 PAGE_SIZE = 16
@@ -48,6 +48,7 @@ class LoadedModel:
         dummy_seed: int | None = None,
         quantization: Quantization = "none",
         make_backend: Callable[[Mesh], AttentionBackend] | None = None,
+        parallel_from: int | None = None,
     ) -> None:
         self.config = config or load_model_config(directory)
         self.dtype = dtype
@@ -65,7 +66,8 @@ class LoadedModel:
                 page_size=PAGE_SIZE,
             )
         )
-        self.model = make_model(self.config, mesh, self.attention, dtype, quantization)
+        residual = ResidualStream(mesh=mesh, parallel_from=parallel_from)
+        self.model = make_model(self.config, residual, self.attention, dtype, quantization)
         if dummy_seed is None:
             self.params = load_weights(
                 directory, self.config, mesh, dtype, quantization=quantization

@@ -112,6 +112,16 @@ def test_sharded_model_gives_the_tokens_of_one_device(name: str, tp_size: int) -
     assert sharded.greedy(ids, 12) == alone.greedy(ids, 12)
 
 
+def test_hidden_states_shared_out_over_tokens_give_the_tokens_of_one_device() -> None:
+    ids = read_json(DATA / "tiny-qwen3" / "golden.json")["ids"][:32]
+    alone = tiny_model("tiny-qwen3")
+    sharded = LoadedModel(DATA / "tiny-qwen3", tp_size=4, parallel_from=16)
+    assert max_difference(sharded.logits(ids), alone.logits(ids)) < SHARDED_TOLERANCE
+    # Decodes are below the limit, and 30 tokens do not divide.
+    assert sharded.greedy(ids, 4) == alone.greedy(ids, 4)
+    assert max_difference(sharded.logits(ids[:30]), alone.logits(ids[:30])) < SHARDED_TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "tp_size"),
     [(9, 3, 2), (9, 3, 3), (9, 3, 4), (14, 2, 8), (6, 1, 4), (28, 4, 8)],

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import sampler_oracle as oracle
 
 from engine.request import MAX_LOGPROBS, SamplingParams
 from engine.runner import sampler, slot_state
+from engine.runner.likeliest import BY_SEARCH, BY_SORT, NEVER, Likeliest
 from engine.runner.sampler import SamplingInputs
 from engine.step import MaskUpdate, SlotParams
 
 NUM_SLOTS = 8
-sample = jax.jit(sampler.sample)
+sample = jax.jit(partial(sampler.sample, likeliest=BY_SORT))
 admit = jax.jit(slot_state.admit)
 set_masks = jax.jit(slot_state.set_masks)
 record = jax.jit(slot_state.record_tokens)
@@ -114,38 +116,6 @@ def test_draws_are_those_of_the_sorted_distribution(vocab_size, limits):
         before = cdf_V[tokens] - expected_V[tokens]
         assert (uniforms >= before - 1e-5).all()
         assert (uniforms <= cdf_V[tokens] + 1e-5).all()
-
-
-@pytest.mark.parametrize("vocab_size", [300, 20_000])
-def test_limits_keep_exactly_the_oracles_tokens(vocab_size):
-    rows = [
-        SamplingParams(top_k=5),
-        SamplingParams(top_k=280, temperature=2.0),
-        SamplingParams(top_p=0.5),
-        SamplingParams(top_p=0.999, temperature=2.0),
-        SamplingParams(min_p=0.05, top_p=0.9),
-        SamplingParams(top_k=30, top_p=0.7, min_p=0.01),
-    ]
-    logits_RV = random_logits(len(rows), vocab_size)
-    inputs = make_inputs(rows)
-    score_RV = (logits_RV - logits_RV.max(-1, keepdims=True)) / inputs.temperature[:, None]
-    lowest_R = jax.jit(sampler._lowest_score)(score_RV, inputs)
-    for row, params in enumerate(rows):
-        expected_V = oracle.allowed_probabilities(
-            np.asarray(logits_RV[row]), params, prompt=[], output=[]
-        )
-        kept_V = np.asarray(score_RV[row] >= lowest_R[row])
-        # A float32 sum may end one token earlier or later than a float64 one.
-        assert abs(int(kept_V.sum()) - int((expected_V > 0).sum())) <= (params.top_p > 0.99)
-        if params.top_p <= 0.99:
-            np.testing.assert_array_equal(kept_V, expected_V > 0)
-
-
-def test_equal_logits_at_the_limit_all_stay():
-    logits_RV = jnp.zeros((1, 600)).at[0, 3].set(1.0)
-    inputs = make_inputs([SamplingParams(top_k=2)])
-    lowest_R = sampler._lowest_score(logits_RV - 1.0, inputs)
-    assert float(lowest_R[0]) == -1.0
 
 
 def test_a_seeded_row_draws_the_same_token_wherever_it_stands():
@@ -262,12 +232,16 @@ def test_a_token_that_was_generated_often_is_not_forgotten_at_the_next_admission
     assert counts[6] <= counts[7] <= len(tokens)
 
 
+@pytest.mark.parametrize("likeliest", [BY_SORT, BY_SEARCH], ids=["sort", "search"])
 @pytest.mark.parametrize("vocab_size", [12, 5000])
-def test_logprobs_are_of_the_models_own_distribution(vocab_size):
+def test_logprobs_are_of_the_models_own_distribution(vocab_size: int, likeliest: Likeliest):
     logits_RV = random_logits(3, vocab_size)
     rows = [SamplingParams(temperature=0.5, top_k=3)] * 3
     state = slot_state.init_slot_state(NUM_SLOTS, vocab_size)
-    token_R, logprobs = sample(logits_RV, make_inputs(rows, has_logprobs=np.bool_(True)), state)
+    inputs = make_inputs(rows, has_logprobs=np.bool_(True))
+    token_R, logprobs = jax.jit(partial(sampler.sample, likeliest=likeliest))(
+        logits_RV, inputs, state
+    )
     x_RV = np.asarray(logits_RV, np.float64)
     expected_RV = x_RV - np.log(np.exp(x_RV).sum(-1, keepdims=True))
     num_top = min(MAX_LOGPROBS, vocab_size)
@@ -303,7 +277,7 @@ def test_masked_rows_choose_as_if_other_tokens_did_not_exist(vocab_size):
     for masks in slot_state.make_masks(updates, NUM_SLOTS, vocab_size):
         state = set_masks(state, masks)
     got_R, _ = sample(logits_RV, make_inputs(rows, has_mask=has_mask_R), state)
-    cut_RV = jnp.where(is_allowed_RV | ~has_mask_R[:, None], logits_RV, sampler.NEVER)
+    cut_RV = jnp.where(is_allowed_RV | ~has_mask_R[:, None], logits_RV, NEVER)
     expected_R, _ = sample(cut_RV, make_inputs(rows), state)
     np.testing.assert_array_equal(got_R, expected_R)
     assert is_allowed_RV[np.arange(3), np.asarray(got_R)[:3]].all()

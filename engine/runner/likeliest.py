@@ -1,0 +1,207 @@
+"""The likeliest tokens of each row, and the score below which none may be drawn: two ways to them.
+
+On CPUs and GPUs a few hundred candidates are sorted. On TPUs nothing is: the compiler takes longer
+over a sort than over all of a model's layers, whereas a pass over logits in its vector memory takes
+microseconds. There the likeliest are found one by one, and limits by a search among the bits of
+scores. Both give the same results, up to the rounding of sums.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+NUM_CANDIDATES = 256
+"""Likeliest tokens that are sorted; limits beyond them are found by searching."""
+
+CANDIDATE_BLOCK = 64
+
+SEARCH_WAYS = 8
+"""Parts into which one pass of a search divides what is left."""
+
+NEVER = -1e30
+"""Logit of a banned token; finite, because infinities subtracted are not numbers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds the tokens that a row may draw, arrays [R].
+
+    Attributes:
+        top_k: int32, 0 = all.
+        top_p: float32, 1 = all.
+        min_p: float32, 0 = all.
+    """
+
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Likeliest:
+    """One way to the likeliest tokens.
+
+    Attributes:
+        top_scores: (score_RV, count) → the `count` highest scores of each row, highest first, and
+            their ids, lowest first where scores are equal.
+        lowest_score: (score_RV, limits) → the lowest score that min_p, top_k and top_p let
+            through, per row; scores are differences to the likeliest token's, so never positive.
+    """
+
+    top_scores: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+    lowest_score: Callable[[jax.Array, Limits], jax.Array]
+
+
+def likeliest_on(platform: str) -> Likeliest:
+    """The way that suits a platform, "cpu", "gpu" or "tpu"."""
+    return BY_SEARCH if platform == "tpu" else BY_SORT
+
+
+def _top_by_sort(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    # The highest `count` numbers lie in the `count` blocks with the highest maxima: only those
+    # blocks are sorted through.
+    R, V = score_RV.shape
+    num_blocks = -(-V // CANDIDATE_BLOCK)
+    if num_blocks <= count:
+        return jax.lax.top_k(score_RV, count)
+    padded_RV = jnp.pad(
+        score_RV, ((0, 0), (0, num_blocks * CANDIDATE_BLOCK - V)), constant_values=-jnp.inf
+    )
+    blocks = padded_RV.reshape(R, num_blocks, CANDIDATE_BLOCK)
+    _, block_ids = jax.lax.top_k(jnp.max(blocks, axis=-1), count)
+    # In the order of ids, so that equal scores come in that order too.
+    block_ids = jnp.sort(block_ids, axis=-1)
+    chosen = jnp.take_along_axis(blocks, block_ids[:, :, None], axis=1)
+    scores_RC, places = jax.lax.top_k(chosen.reshape(R, count * CANDIDATE_BLOCK), count)
+    chosen_block = jnp.take_along_axis(block_ids, places // CANDIDATE_BLOCK, axis=1)
+    return scores_RC, chosen_block * CANDIDATE_BLOCK + places % CANDIDATE_BLOCK
+
+
+def _top_one_by_one(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    R, V = score_RV.shape
+    id_RV = jax.lax.broadcasted_iota(jnp.int32, score_RV.shape, 1)
+
+    def find(place: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        last_R1, last_id_R1, found_RC, ids_RC = carry
+        is_left_RV = score_RV < last_R1
+        is_left_RV |= (score_RV == last_R1) & (id_RV > last_id_R1)
+        best_R1 = jnp.max(jnp.where(is_left_RV, score_RV, -jnp.inf), axis=1, keepdims=True)
+        is_best_RV = is_left_RV & (score_RV == best_R1)
+        id_R1 = jnp.min(jnp.where(is_best_RV, id_RV, V), axis=1, keepdims=True)
+        # Scores that are not numbers are never found; a valid id keeps them from spoiling others.
+        id_R1 = jnp.minimum(id_R1, V - 1)
+        found_RC = jax.lax.dynamic_update_slice_in_dim(found_RC, best_R1, place, axis=1)
+        ids_RC = jax.lax.dynamic_update_slice_in_dim(ids_RC, id_R1, place, axis=1)
+        return best_R1, id_R1, found_RC, ids_RC
+
+    nothing = (
+        jnp.full((R, 1), jnp.inf, score_RV.dtype),
+        jnp.full((R, 1), -1, jnp.int32),
+        jnp.zeros((R, count), score_RV.dtype),
+        jnp.zeros((R, count), jnp.int32),
+    )
+    _, _, found_RC, ids_RC = jax.lax.fori_loop(0, count, find, nothing)
+    return found_RC, ids_RC
+
+
+def _lowest_by_sort(score_RV: jax.Array, limits: Limits) -> jax.Array:
+    vocab_size = score_RV.shape[-1]
+    num_candidates = min(NUM_CANDIDATES, vocab_size)
+    top_k_R, floor_R = _bounds(limits, vocab_size)
+
+    candidate_RC, _ = _top_by_sort(score_RV, num_candidates)
+    kth_R = jnp.take_along_axis(
+        candidate_RC, jnp.minimum(top_k_R, num_candidates)[:, None] - 1, axis=1
+    )[:, 0]
+    has_kth_R = top_k_R <= num_candidates
+    is_searching_k_R = ~has_kth_R & (top_k_R < vocab_size)
+    kth_R = jnp.where(has_kth_R, kth_R, NEVER)
+    kth_R = _search_where(
+        is_searching_k_R, kth_R, score_RV, jnp.ones_like(score_RV), top_k_R.astype(jnp.float32)
+    )
+    floor_R = jnp.maximum(floor_R, kth_R)
+
+    weight_RV = jnp.where(score_RV >= floor_R[:, None], jnp.exp(score_RV), 0.0)
+    wanted_R = limits.top_p * jnp.sum(weight_RV, axis=-1)
+    candidate_weight_RC = jnp.where(candidate_RC >= floor_R[:, None], jnp.exp(candidate_RC), 0.0)
+    sum_RC = jnp.cumsum(candidate_weight_RC, axis=-1)
+    is_enough_RC = sum_RC >= wanted_R[:, None]
+    has_top_p_R = limits.top_p < 1
+    is_within_R = is_enough_RC[:, -1] | (num_candidates == vocab_size)
+    # Rounding may keep the sum of all just below what is wanted.
+    last_R = jnp.minimum(jnp.sum(~is_enough_RC, axis=-1), num_candidates - 1)
+    nucleus_R = jnp.take_along_axis(candidate_RC, last_R[:, None], axis=1)[:, 0]
+    is_searching_p_R = has_top_p_R & ~is_within_R
+    nucleus_R = _search_where(is_searching_p_R, nucleus_R, score_RV, weight_RV, wanted_R)
+    return jnp.where(has_top_p_R, jnp.maximum(floor_R, nucleus_R), floor_R)
+
+
+def _lowest_by_search(score_RV: jax.Array, limits: Limits) -> jax.Array:
+    vocab_size = score_RV.shape[-1]
+    top_k_R, floor_R = _bounds(limits, vocab_size)
+    kth_R = _search_where(
+        top_k_R < vocab_size,
+        floor_R,
+        score_RV,
+        jnp.ones_like(score_RV),
+        top_k_R.astype(jnp.float32),
+    )
+    floor_R = jnp.maximum(floor_R, kth_R)
+    weight_RV = jnp.where(score_RV >= floor_R[:, None], jnp.exp(score_RV), 0.0)
+    wanted_R = limits.top_p * jnp.sum(weight_RV, axis=-1)
+    nucleus_R = _search_where(limits.top_p < 1, floor_R, score_RV, weight_RV, wanted_R)
+    return jnp.maximum(floor_R, nucleus_R)
+
+
+def _bounds(limits: Limits, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """How many tokens top_k leaves, and the lowest score that min_p does."""
+    top_k_R = jnp.where(limits.top_k > 0, jnp.minimum(limits.top_k, vocab_size), vocab_size)
+    floor_R = jnp.where(limits.min_p > 0, jnp.log(jnp.maximum(limits.min_p, 1e-30)), NEVER)
+    return top_k_R, floor_R
+
+
+def _search_where(
+    is_wanted_R: jax.Array,
+    other_R: jax.Array,
+    score_RV: jax.Array,
+    weight_RV: jax.Array,
+    wanted_R: jax.Array,
+) -> jax.Array:
+    """`_search` where it is wanted, else others; no row wants it, no row pays for it."""
+    return jax.lax.cond(
+        jnp.any(is_wanted_R),
+        lambda: jnp.where(is_wanted_R, _search(score_RV, weight_RV, wanted_R), other_R),
+        lambda: other_R,
+    )
+
+
+def _search(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> jax.Array:
+    """The highest score at and above which the weights sum to `wanted_R`, per row.
+
+    Scores are not positive, and the bits of positive floats, read as integers, are in the order of
+    the floats: eleven divisions of that range by eight find the score exactly.
+    """
+    depth_RV = jax.lax.bitcast_convert_type(jnp.abs(score_RV), jnp.int32)
+
+    def divide(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_R, high_R = bounds
+        size_R = (high_R - low_R) // SEARCH_WAYS + 1
+        num_short_R = jnp.zeros_like(low_R)
+        for part in range(1, SEARCH_WAYS):
+            last_R = low_R + part * size_R - 1
+            sum_R = jnp.sum(jnp.where(depth_RV <= last_R[:, None], weight_RV, 0.0), axis=-1)
+            num_short_R += sum_R < wanted_R
+        low_R = low_R + num_short_R * size_R
+        return low_R, jnp.minimum(high_R, low_R + size_R - 1)
+
+    num_passes = -(-31 // (SEARCH_WAYS.bit_length() - 1))
+    start = jnp.zeros(wanted_R.shape, jnp.int32), jnp.max(depth_RV, axis=-1)
+    depth_R, _ = jax.lax.fori_loop(0, num_passes, divide, start)
+    return -jax.lax.bitcast_convert_type(depth_R, jnp.float32)
+
+
+BY_SORT = Likeliest(top_scores=_top_by_sort, lowest_score=_lowest_by_sort)
+BY_SEARCH = Likeliest(top_scores=_top_one_by_one, lowest_score=_lowest_by_search)
