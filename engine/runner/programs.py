@@ -72,7 +72,9 @@ class EnginePrograms:
         self.platform: str = mesh.devices.flat[0].platform
         self.dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         self.context_length = _context_length(config, model_config)
-        self.buckets = bucket_table(config, context_length=self.context_length)
+        self.buckets = bucket_table(
+            config, context_length=self.context_length, platform=self.platform
+        )
         self.pages_per_seq = -(-self.context_length // config.page_size)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self._config = config

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
@@ -9,32 +10,54 @@ from engine.step import Bucket
 
 logger = logging.getLogger(__name__)
 
-MIN_CHUNK_TOKENS = 32
-"""Smaller prefills are padded to this: a program more would cost more than the padding."""
-
 CHUNK_TOKENS_PER_CHUNK = 16
 """A bucket has a chunk row for each so many chunk tokens, up to `max_running_requests`."""
 
-FEW_SEQS = 8
-"""Decode rows of the smaller mixed shapes: they cost little beside `MIN_CHUNK_TOKENS`."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """How far apart the shapes of a platform lie.
+
+    Attributes:
+        min_seqs: Decode rows of the smallest shape.
+        seqs_factor: From one number of decode rows to the next.
+        few_seqs: Decode rows of the smaller mixed shapes, beside those that carry all; None =
+            all mixed shapes carry all.
+        min_chunk_tokens: Smaller prefills are padded to this.
+    """
+
+    min_seqs: int
+    seqs_factor: int
+    few_seqs: int | None
+    min_chunk_tokens: int
 
 
-def bucket_table(config: EngineConfig, *, context_length: int) -> tuple[Bucket, ...]:
+HOST_STEPS = Steps(min_seqs=2, seqs_factor=2, few_seqs=8, min_chunk_tokens=32)
+"""A row more takes its share of time; but a product of one row is far slower than one of two."""
+
+TPU_STEPS = Steps(min_seqs=8, seqs_factor=4, few_seqs=None, min_chunk_tokens=128)
+"""Reading the weights takes as long as computing 560 rows (v6e): 64 decodes cost what 8 do, and 128
+tokens of a prompt a third more. Each program costs 10 to 30 s of compiling and its code's memory.
+"""
+
+
+def bucket_table(config: EngineConfig, *, context_length: int, platform: str) -> tuple[Bucket, ...]:
     """List every program shape that an engine compiles, cheapest first.
 
-    Decode-only shapes have 2, 4, 8 .. rows (a single row is padded to two, because a matrix product
-    of one row is far slower on CPUs than one of two). Mixed shapes carry all decode rows; where
-    these are many, also a few, so that a prefill with few decodes beside it does not pay for all.
+    Decode-only shapes, and mixed ones, which carry all decode rows; where these are many and cost
+    time, also a few, so that a prefill with few decodes beside it does not pay for all.
 
     Args:
         config: Gives `max_running_requests`, the chunk size and the extra paddings.
         context_length: No chunk is longer than this, so no bucket need be, for few slots.
+        platform: "cpu", "gpu" or "tpu".
     """
-    max_seqs = round_up_to_power_of_two(max(2, config.max_running_requests))
-    decode_sizes = _powers_of_two(2, max_seqs)
+    steps = TPU_STEPS if platform == "tpu" else HOST_STEPS
+    max_seqs = round_up_to_power_of_two(max(steps.min_seqs, config.max_running_requests))
+    decode_sizes = sorted({max_seqs, *_sizes(steps.min_seqs, max_seqs, steps.seqs_factor)})
     most_tokens = min(config.prefill_chunk_tokens, context_length * config.max_running_requests)
     # A prefill step takes as long as its shape: a prompt of 256 tokens in one of 512 waits double.
-    token_sizes = {most_tokens, *_powers_of_two(MIN_CHUNK_TOKENS, most_tokens)}
+    token_sizes = {most_tokens, *_sizes(steps.min_chunk_tokens, most_tokens, 2)}
     for padding in config.jax_precompile_prefill_token_paddings:
         if padding <= most_tokens:
             token_sizes.add(padding)
@@ -48,7 +71,7 @@ def bucket_table(config: EngineConfig, *, context_length: int) -> tuple[Bucket, 
     buckets = [Bucket(size) for size in decode_sizes]
     for tokens in sorted(token_sizes):
         chunks = _num_chunks(tokens, config.max_running_requests)
-        for num_seqs in sorted({min(max_seqs, FEW_SEQS), max_seqs}):
+        for num_seqs in sorted({min(max_seqs, steps.few_seqs or max_seqs), max_seqs}):
             buckets.append(Bucket(num_seqs, tokens, chunks))
     return tuple(buckets)
 
@@ -95,9 +118,9 @@ def _num_chunks(tokens: int, max_running_requests: int) -> int:
     return max(1, min(chunks, max_running_requests, tokens))
 
 
-def _powers_of_two(low: int, high: int) -> list[int]:
+def _sizes(low: int, high: int, factor: int) -> list[int]:
     sizes = []
     while low <= high:
         sizes.append(low)
-        low *= 2
+        low *= factor
     return sizes

@@ -32,7 +32,7 @@ class Engine:
             page_size=self.config.page_size,
             context_length=context_length,
             max_running_requests=self.config.max_running_requests,
-            buckets=bucket_table(self.config, context_length=context_length),
+            buckets=bucket_table(self.config, context_length=context_length, platform="cpu"),
             vocab_size=VOCAB_SIZE,
         )
         self.device = SimulatedDevice(self.limits)

@@ -219,19 +219,6 @@ def test_counts_of_a_long_prompt_are_admitted_in_several_calls():
     assert not state.token_counts[1].any()
 
 
-def test_a_token_that_was_generated_often_is_not_forgotten_at_the_next_admission():
-    # Eight full calls of the admission program: one count more than 16 bits hold.
-    tokens = np.full(8 * slot_state.ADMISSION_TOKENS, 5, np.int32)
-    params = slot_params(2, SamplingParams(frequency_penalty=1), output_start=0, token_ids=tokens)
-    state = slot_state.init_slot_state(NUM_SLOTS, 30)
-    counts = []
-    for admission in slot_state.make_admissions(params, 30):
-        state = admit(state, admission)
-        counts.append(int(state.token_counts[2, 5]) // slot_state.ONE_OUTPUT)
-    assert counts[:7] == [slot_state.ADMISSION_TOKENS * call for call in range(1, 8)]
-    assert counts[6] <= counts[7] <= len(tokens)
-
-
 @pytest.mark.parametrize("likeliest", [BY_SORT, BY_SEARCH], ids=["sort", "search"])
 @pytest.mark.parametrize("vocab_size", [12, 5000])
 def test_logprobs_are_of_the_models_own_distribution(vocab_size: int, likeliest: Likeliest):
