@@ -41,7 +41,7 @@ from engine.program_cost import CLOCK_HZ, program_cost
 from engine.runner.kv_cache import bytes_per_device
 from engine.runner.programs import EnginePrograms
 from engine.sharding import make_mesh
-from engine.topology import chip_of, compile_environment, topology_devices
+from engine.topology import Slice, chip_of, compile_environment, topology_devices
 
 GENERATION = "v6e"
 TIMEOUT_S = 900
@@ -241,7 +241,7 @@ def measure_decode_kernel(
     batch = rounds * turn * blocks.decode.num_keys // context
     pages_per_seq = context // page_size + 1
     sharding = NamedSharding(
-        Mesh(np.array(topology_devices(GENERATION, "1x1")), ("tp",)), PartitionSpec()
+        Mesh(np.array(topology_devices(Slice(GENERATION, "1x1"))), ("tp",)), PartitionSpec()
     )
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -294,7 +294,7 @@ def measure_step(*, num_seqs: int, num_chunk_tokens: int) -> dict[str, Any]:
             context_length=8192,
         )
         model_config = load_model_config(Path(folder))
-    devices = topology_devices(GENERATION, "2x2")
+    devices = topology_devices(Slice(GENERATION, "2x2"))
     mesh = make_mesh(len(devices), devices)
     programs = EnginePrograms(config, model_config, mesh, chip=chip_of(GENERATION))
     (bucket,) = (

@@ -1,4 +1,4 @@
-"""The command line: flags out of `EngineConfig`'s fields, and `qwen-on-ray serve`.
+"""The command line: flags out of `EngineConfig`'s fields, and the `qwen-on-ray` script.
 
 A flag is a field's name with dashes; type, default, bounds and help are the field's own. Knows
 nothing of what a flag does. Ray is imported only to serve, so that `--help` is quick.
@@ -25,7 +25,11 @@ from engine.errors import ConfigError
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 
-COMMANDS = {"serve": "Serve a model behind an OpenAI-compatible API."}
+COMMANDS = {
+    "serve": "Serve a model behind an OpenAI-compatible API.",
+    "plan": "Say what serving a model on a TPU slice would take and give; needs no TPU.",
+    "compile": "Compile a model's programs ahead of time; needs no TPU.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if command in ("plan", "compile"):
+        # They bring JAX, and a compiler.
+        module = importlib.import_module("cluster.plan_command")
+        return {"plan": module.plan_main, "compile": module.compile_main}[command](words[1:])
     if "-h" in words or "--help" in words:
         make_parser(f"qwen-on-ray {command}").print_help()
         return 0
@@ -78,7 +86,7 @@ def parse_command_line(argv: Sequence[str], *, prog: str = "python -m serve_app"
     parser = make_parser(prog)
     values, unknown = parser.parse_known_args(list(argv))
     for word in unknown:
-        parser.error(_explain_unknown(word))
+        parser.error(explain_unknown(word))
     given = vars(values)
     host, port = given.pop("host", DEFAULT_HOST), given.pop("port", DEFAULT_PORT)
     if not isinstance(port, int) or not 0 < port < 65536:
@@ -157,8 +165,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
-    for name, field in EngineConfig.model_fields.items():
-        parser.add_argument(flag_name(name), help=help_line(field), **_argument(field))
+    add_engine_flags(parser)
     parser.add_argument(
         "--host",
         help="Address that HTTP listens on; 0.0.0.0 lets other machines in. "
@@ -177,6 +184,14 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="Key that clients must send. Hashed into a private file, as --api-key-file wants it.",
     )
     return parser
+
+
+def add_engine_flags(parser: argparse._ActionsContainer) -> None:
+    """Add a flag for every field of `EngineConfig`; what is not given is left out of the result."""
+    for name, field in EngineConfig.model_fields.items():
+        parser.add_argument(
+            flag_name(name), help=help_line(field), default=argparse.SUPPRESS, **_argument(field)
+        )
 
 
 def flag_name(field_name: str) -> str:
@@ -232,7 +247,8 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def _explain_unknown(word: str) -> str:
+def explain_unknown(word: str) -> str:
+    """What to say of a word that is no flag."""
     if not word.startswith("-"):
         return f"unexpected {word!r}: every argument needs its flag, as in --model-path {word}"
     flag = word.partition("=")[0]

@@ -156,6 +156,11 @@ class EngineConfig(BaseModel):
         description="Where compiled programs are kept. Default: JAX_COMPILATION_CACHE_DIR, else "
         "the user's cache folder.",
     )
+    compiled_programs: str | None = Field(
+        default=None,
+        description="Folder or address (gs://, s3://, ...) that `qwen-on-ray compile --output` "
+        "wrote, where each host fetches compiled programs at start. Default: none.",
+    )
 
     chat_template: str | None = Field(
         default=None,

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,16 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from engine.errors import CapacityError
 from engine.runner.program_store import ProgramStore
 
 logger = logging.getLogger(__name__)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+
+_OUT_OF_MEMORY = re.compile(r"(?i)ran out of memory\b[^\n]*")
+_SIZES = re.compile(r"(\d[\d.]*[KMG])\b")
 
 Key = TypeVar("Key")
 
@@ -58,6 +63,19 @@ class Program:
     jitted: Any
     arguments: tuple[Any, ...]
 
+    def compile(self) -> jax.stages.Compiled:
+        """Trace and compile, now.
+
+        Raises:
+            CapacityError: It needs more memory than the device has.
+        """
+        try:
+            return self.jitted.lower(*self.arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if (found := _OUT_OF_MEMORY.search(str(error))) is None:
+                raise
+            raise CapacityError(_explain_memory(self.name, found[0], str(error))) from error
+
 
 def compile_all(
     programs: Mapping[Key, Program], store: ProgramStore, on_compiled: Callable[[Key], None]
@@ -79,7 +97,7 @@ def compile_all(
         if stored is not None:
             return stored, True
         with _jax_cache_hits() as hits:
-            compiled = program.jitted.lower(*program.arguments).compile()
+            compiled = program.compile()
         if not hits:
             store.save(key, compiled)
         logger.debug("compiled %s in %.1f s", program.name, time.monotonic() - started)
@@ -109,6 +127,22 @@ def compile_all(
         time.monotonic() - started,
     )
     return ready
+
+
+def _explain_memory(name: str, line: str, message: str) -> str:
+    """Say in a sentence what does not fit, of the compiler's own line, and which flags mend it."""
+    sizes = _SIZES.findall(line) or _SIZES.findall(message)
+    amount = f" (the compiler counts {sizes[0]} of {sizes[1]})" if len(sizes) > 1 else ""
+    if "vmem" in line.lower():
+        return (
+            f"The {name} does not fit into the chip's vector memory{amount}. Lower --page-size or "
+            "--max-running-requests, or use --attention-backend=xla."
+        )
+    return (
+        f"The {name} does not fit into a device's memory{amount}. Lower --chunked-prefill-size, "
+        "--max-running-requests or --mem-fraction-static, or shard over more devices with "
+        "--tp-size."
+    )
 
 
 @contextlib.contextmanager

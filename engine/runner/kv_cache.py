@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
+from engine.topology import known_capacity
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class MemoryUse:
         capacity: What the device has, whoever uses it.
         weights: Parameters and the slots' state.
         page: One page, all layers.
-        temporaries: The largest program's scratch memory and code.
+        temporaries: The largest program's scratch memory, and the code of all programs.
     """
 
     capacity: int
@@ -126,6 +127,18 @@ def device_capacity(device: Any, *, devices_per_host: int, ranks_on_host: int) -
     if device.platform == "cpu":
         return host_memory_bytes() // ranks_on_host // devices_per_host
     stats = device.memory_stats() or {}
+    if device.platform == "tpu" and (known := known_capacity(device.device_kind)) is not None:
+        # What plans are made with, so that they find the same programs.
+        given = int(stats.get("bytes_limit", known))
+        if given < known:
+            logger.warning(
+                "%s has %s, less than the %s that its kind has: programs that were compiled ahead "
+                "for it are not found.",
+                device.device_kind,
+                _gib(given),
+                _gib(known),
+            )
+        return min(given, known)
     if "bytes_limit" not in stats:
         raise CapacityError(
             f"{device.device_kind} does not say how much memory it has, so that the KV cache "
@@ -142,11 +155,16 @@ def bytes_per_device(arrays: Any) -> int:
     )
 
 
-def temporary_bytes(program: jax.stages.Compiled) -> int:
-    """Bytes that a compiled program takes on each device beside its arguments and results."""
-    used = program.memory_analysis()
+def temporary_bytes(largest: jax.stages.Compiled, num_programs: int) -> int:
+    """Bytes that programs take on each device beside their arguments and results.
+
+    Args:
+        largest: Of which one at a time has its scratch memory.
+        num_programs: Whose code lies on the device all the while, none larger than that one's.
+    """
+    used = largest.memory_analysis()
     assert used is not None, "CPUs, GPUs and TPUs all tell"
-    return used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    return used.temp_size_in_bytes + num_programs * used.generated_code_size_in_bytes
 
 
 def host_memory_bytes() -> int:

@@ -6,7 +6,6 @@ Knows neither requests nor queues.
 
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,13 @@ from engine.runner.batch import BatchBuilder
 from engine.runner.compilation import CompileCounter, compile_all
 from engine.runner.fingerprint import model_fingerprint
 from engine.runner.kv_cache import (
-    MemoryUse,
-    bytes_per_device,
     gang_capacity,
-    num_pages,
-    temporary_bytes,
 )
 from engine.runner.platform import compilation_cache_dir, configure_jax, keep_freed_memory
 from engine.runner.program_store import ProgramStore
 from engine.runner.programs import (
     ADMISSION,
     MASKS,
-    SLOT_PROGRAMS,
     EnginePrograms,
     describe_program,
 )
@@ -134,6 +128,13 @@ class ModelRunner:
         self._cache: Cache = None
         self._state: SlotState | None = None
         self._compiles: CompileCounter | None = None
+        self._store: ProgramStore | None = None
+
+    @property
+    def store(self) -> ProgramStore:
+        """Where this runner's programs are kept; there is one once it has started."""
+        assert self._store is not None
+        return self._store
 
     @property
     def num_compiles_since_ready(self) -> int:
@@ -173,18 +174,7 @@ class ModelRunner:
         if platform == "cpu":
             self._params = lay_out_for_cpu(model_config, self._params)
 
-        self._store = ProgramStore(
-            compilation_cache_dir(config),
-            mesh,
-            [
-                model_config,
-                platform,
-                dtype,
-                config.quantization,
-                config.attention_backend,
-                config.page_size,
-            ],
-        )
+        self._store = programs.open_store(compilation_cache_dir(config), config.compiled_programs)
         pages = self._compile(programs, on_progress)
         self._cache = zeroed_cache(programs.cache_shapes(pages))
         self._state = jax.jit(programs.init_state, out_shardings=programs.replicated)()
@@ -287,18 +277,12 @@ class ModelRunner:
         The largest program comes first and tells what temporaries take. Only if the pool has to
         shrink for them is it compiled again.
         """
-        config = self._config
         devices = programs.replicated.addressable_devices
-        memory = MemoryUse(
-            capacity=gang_capacity(
-                min(devices, key=lambda device: device.id), config.devices_per_host
-            ),
-            weights=bytes_per_device(self._params) + bytes_per_device(programs.state_shapes()),
-            page=bytes_per_device(programs.cache_shapes(1)),
-            temporaries=0,
+        capacity = gang_capacity(
+            min(devices, key=lambda device: device.id), self._config.devices_per_host
         )
-        largest = programs.largest_bucket
-        total = len(programs.buckets) + len(SLOT_PROGRAMS)
+        largest, *others = programs.names
+        total = len(programs.names)
 
         def compile_some(names: list[Bucket | str], pages: int) -> None:
             wanted = {name: programs.program(name, self._params, pages) for name in names}
@@ -310,26 +294,17 @@ class ModelRunner:
                 note = describe_program(name)
                 on_progress(StartProgress(phase="compile", done=done, total=total, note=note))
 
-            self._programs.update(compile_all(wanted, self._store, on_compiled))
-
-        def fitting_pages() -> int:
-            return num_pages(
-                config,
-                memory,
-                context_length=programs.context_length,
-                platform=programs.platform,
-            )
+            self._programs.update(compile_all(wanted, self.store, on_compiled))
 
         on_progress(StartProgress(phase="compile", total=total, note=describe_program(largest)))
-        pages = fitting_pages()
+        pages = programs.num_pages(programs.memory(self._params, capacity))
         compile_some([largest], pages)
-        memory = replace(memory, temporaries=temporary_bytes(self._programs[largest]))
-        fitting = fitting_pages()
-        others: list[Bucket | str] = [name for name in programs.buckets if name != largest]
+        memory = programs.memory(self._params, capacity, self._programs[largest])
+        fitting = programs.num_pages(memory)
         if fitting < pages:
             self._programs.clear()
             others.append(largest)
-        compile_some([*others, *SLOT_PROGRAMS], fitting)
+        compile_some(others, fitting)
         return fitting
 
     def _warm_up(self, buckets: tuple[Bucket, ...], on_progress: ProgressCallback) -> None:

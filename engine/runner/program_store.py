@@ -11,6 +11,7 @@ true of JAX's cache.
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import pickle
@@ -19,30 +20,43 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from engine.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 _FOLDER = "executables"
 _MAX_UNUSED_S = 30 * 24 * 3600.0
+_DESCRIPTION = "programs.json"
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")
 # Settings of JAX that say where and how much, and change no program.
 _IRRELEVANT_SETTINGS = ("cache", "log", "dump", "coordinat", "debug", "traceback", "compiler_")
+# Of those, what a program for a TPU does not depend on, so that a machine without one makes it.
+_HOSTS_SETTINGS = ("platform", "cpu", "cuda", "gpu", "mock", "pjrt")
 _RELEVANT_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 class ProgramStore:
-    """Programs of one mesh in one folder, written and read by any number of processes."""
+    """Programs of one mesh in one folder, written and read by any number of processes.
 
-    def __init__(self, folder: Path, mesh: Mesh, closed_over: Iterable[object]) -> None:
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        parts: What all keys are made of, by name, beside a program's own name and arguments.
+    """
+
+    def __init__(
+        self, folder: Path, mesh: Mesh, closed_over: Iterable[object], source: str | None = None
+    ) -> None:
         """Open the store, and drop what nobody has used for a month.
 
         Args:
@@ -50,14 +64,21 @@ class ProgramStore:
             mesh: The devices that the programs run on.
             closed_over: What the programs depend on besides their arguments and this project's
                 code, in objects whose `repr` says it all.
+            source: Folder or address (as fsspec reads them: gs://, s3://, ...) with another
+                store's files, where programs are fetched from that this one lacks.
         """
         self._folder = folder / _FOLDER
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._devices = list(mesh.devices.flat)
-        self._base = hashlib.sha256()
-        for part in (_environment(), _describe_devices(mesh), *map(repr, closed_over)):
-            self._base.update(part.encode() + b"\0")
         self.platform: str = self._devices[0].platform
+        self.parts = _environment(self.platform) | {
+            "devices": _describe_devices(mesh),
+            "model": repr([repr(part) for part in closed_over]),
+        }
+        self._base = hashlib.sha256()
+        for name, part in self.parts.items():
+            self._base.update(f"{name}={part}\0".encode())
+        self._source = None if source is None else _Source(source, self.parts)
         self._drop_unused()
 
     def key(self, name: str, arguments: Any) -> str:
@@ -76,6 +97,8 @@ class ProgramStore:
     def load(self, key: str) -> jax.stages.Compiled | None:
         """The program that was saved under this key, ready to run; None if there is none."""
         path = self._path(key)
+        if self._source is not None and not path.exists():
+            self._source.fetch(f"{_FOLDER}/{path.name}", path)
         try:
             payload = path.read_bytes()
             os.utime(path)
@@ -115,15 +138,72 @@ class ProgramStore:
                     path.unlink()
 
 
-def _environment() -> str:
+def describe_store(folder: Path, parts: Mapping[str, str]) -> None:
+    """Write beside a store's programs what all their keys are made of, for who fetches them."""
+    text = json.dumps({"parts": dict(parts)}, indent=1)
+    (folder / _DESCRIPTION).write_text(text, encoding="utf-8")
+
+
+class _Source:
+    """Another store's files, which may lie on another machine."""
+
+    def __init__(self, address: str, parts: Mapping[str, str]) -> None:
+        self._address = address.rstrip("/")
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self._address)
+            theirs = json.loads(self._files.cat_file(f"{self._root}/{_DESCRIPTION}"))["parts"]
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ConfigError(
+                f"--compiled-programs={address} cannot be read: {error}. Give a folder or an "
+                "address that `qwen-on-ray compile --output` wrote."
+            ) from error
+        if different := [name for name, part in parts.items() if theirs.get(name) != part]:
+            logger.warning(
+                "The programs of --compiled-programs=%s were compiled for something else, and are "
+                "of no use here: %s. This start compiles its own.",
+                address,
+                "; ".join(
+                    _difference(name, theirs.get(name, ""), parts[name]) for name in different
+                ),
+            )
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file, if there is such a one."""
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            fetched = Path(folder) / path.name
+            try:
+                self._files.get_file(f"{self._root}/{name}", str(fetched))
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                logger.warning("%s/%s cannot be fetched: %s", self._address, name, error)
+                return
+            fetched.replace(path)
+
+
+def _difference(name: str, theirs: str, ours: str) -> str:
+    if len(theirs) + len(ours) > 400:
+        return f"{name} differ"
+    return f"{name} {theirs} there, {ours} here"
+
+
+def _environment(platform: str) -> dict[str, str]:
     """All of code, libraries, settings and machine that a compiled program may depend on."""
+    irrelevant = _IRRELEVANT_SETTINGS + (_HOSTS_SETTINGS if platform == "tpu" else ())
     settings = {
         name: value
         for name, value in sorted(jax.config.values.items())
-        if not any(word in name for word in _IRRELEVANT_SETTINGS)
+        if not any(word in name for word in irrelevant)
     }
-    variables = {name: os.environ.get(name) for name in _RELEVANT_VARIABLES}
-    return repr((_code_digest(), _versions(), sys.version, settings, variables, _processor()))
+    parts = {
+        "code": _code_digest(),
+        "packages": ", ".join(_versions()),
+        "settings": repr(settings),
+        "variables": repr({name: os.environ.get(name) or "" for name in _RELEVANT_VARIABLES}),
+    }
+    if platform != "tpu":
+        parts |= {"python": sys.version, "processor": _processor()}
+    return parts
 
 
 @cache
@@ -160,6 +240,13 @@ def _processor() -> str:
 
 
 def _describe_devices(mesh: Mesh) -> str:
+    if mesh.devices.flat[0].platform == "tpu":
+        # Alike on all hosts of a slice, and on a machine that only compiles for it.
+        placed = [
+            (device.device_kind, tuple(device.coords), device.core_on_chip)
+            for device in mesh.devices.flat
+        ]
+        return repr((mesh.axis_names, placed))
     client = mesh.devices.flat[0].client
     devices = [
         (device.id, device.process_index, device.device_kind) for device in mesh.devices.flat

@@ -4,6 +4,7 @@ Holds no arrays and starts nothing, so that the same descriptions serve a runner
 a planner on devices that are not there.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ from engine.models.config import ModelConfig
 from engine.models.registry import ParameterSpec, make_model, parameter_specs
 from engine.runner.batch import padding_inputs
 from engine.runner.compilation import Program
+from engine.runner.kv_cache import MemoryUse, bytes_per_device, num_pages, temporary_bytes
 from engine.runner.likeliest import likeliest_on
+from engine.runner.program_store import ProgramStore
 from engine.runner.slot_state import (
     SlotState,
     admit,
@@ -96,10 +99,61 @@ class EnginePrograms:
             model_config, residual, self._attention, self.dtype, config.quantization
         )
 
+    def open_store(self, folder: Path, source: str | None = None) -> ProgramStore:
+        """Open the store of these programs below a folder; see `ProgramStore`.
+
+        Raises:
+            ConfigError: The source cannot be read.
+        """
+        config = self._config
+        closed_over = [
+            self._model_config,
+            self.platform,
+            self.dtype,
+            config.quantization,
+            config.attention_backend,
+            config.page_size,
+        ]
+        return ProgramStore(folder, self._mesh, closed_over, source)
+
     @property
     def largest_bucket(self) -> Bucket:
         """The one whose program needs most memory."""
         return max(self.buckets, key=lambda bucket: (bucket.num_chunk_tokens, bucket.num_seqs))
+
+    @property
+    def names(self) -> tuple[Bucket | str, ...]:
+        """All programs, the largest first: it says how much memory is left for pages."""
+        largest = self.largest_bucket
+        others = tuple(bucket for bucket in self.buckets if bucket != largest)
+        return (largest, *others, *SLOT_PROGRAMS)
+
+    def memory(
+        self, params: Any, capacity: int, largest: jax.stages.Compiled | None = None
+    ) -> MemoryUse:
+        """What one device holds, as far as it is known.
+
+        Args:
+            params: The parameters, or their shapes.
+            capacity: Bytes that the device has.
+            largest: The program of `largest_bucket`, once it is compiled.
+        """
+        return MemoryUse(
+            capacity=capacity,
+            weights=bytes_per_device(params) + bytes_per_device(self.state_shapes()),
+            page=bytes_per_device(self.cache_shapes(1)),
+            temporaries=0 if largest is None else temporary_bytes(largest, len(self.names)),
+        )
+
+    def num_pages(self, memory: MemoryUse) -> int:
+        """Pages that fit beside the rest.
+
+        Raises:
+            CapacityError: Too few.
+        """
+        return num_pages(
+            self._config, memory, context_length=self.context_length, platform=self.platform
+        )
 
     def param_shapes(self) -> Any:
         """Parameters as a checkpoint's loader lays them out."""
