@@ -114,14 +114,14 @@ def plot_plans(plans: Sequence[ServingPlan], path: Path) -> None:
     memory.set_ylim(0, max(capacity) * 1.15)
     memory.legend(loc="upper center", ncols=2, fontsize=8)
     for plan in plans:
-        mixed = sorted((int(step.name.split(" + ")[1].split()[0]), step) for step in plan.steps)
-        tokens = [count for count, _ in mixed]
-        best = [step.time_s.best * 1e3 for _, step in mixed]
-        worst = [step.time_s.worst * 1e3 for _, step in mixed]
+        steps = sorted(plan.steps, key=lambda step: step.num_chunk_tokens)
+        tokens = [step.num_chunk_tokens for step in steps]
+        best = [step.time_s.best * 1e3 for step in steps]
+        worst = [step.time_s.worst * 1e3 for step in steps]
         drawn = times.fill_between(tokens, best, worst, alpha=0.3, label=plan.tpu)
         times.plot(
             tokens,
-            [step.floor_s * 1e3 for _, step in mixed],
+            [step.floor_s * 1e3 for step in steps],
             "--",
             color=drawn.get_facecolor()[0][:3],
             label=f"{plan.tpu}, hardware's floor",

@@ -146,9 +146,10 @@ def compile_here(config: EngineConfig, store: Path, on_progress: Progress) -> in
             f"Programs for --device={config.device} are compiled by the hosts that run them, and "
             f"differ from one to the next: --nnodes={config.nnodes} cannot be compiled ahead."
         )
+    cache = tempfile.TemporaryDirectory()
     # Weights are arguments of the programs; any will do.
     own = config.model_copy(
-        update={"load_format": "dummy", "jax_compilation_cache_dir": str(store)}
+        update={"load_format": "dummy", "jax_compilation_cache_dir": cache.name}
     )
     num_programs = 0
 
@@ -161,9 +162,11 @@ def compile_here(config: EngineConfig, store: Path, on_progress: Progress) -> in
     runner = ModelRunner(own)
     try:
         runner.start(report)
-        describe_store(store, runner.store.parts)
+        # What JAX keeps beside them, of weights that nobody wants, stays behind.
+        runner.store.copy_to(store)
     finally:
         runner.close()
+        cache.cleanup()
     return num_programs
 
 

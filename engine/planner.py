@@ -63,6 +63,7 @@ class StepPlan:
 
     Attributes:
         name: For people.
+        num_chunk_tokens: Prompt tokens of it.
         time_s: Of a step whose sequences have the workload's mean length.
         floor_s: What the hardware would take: reading the weights and keys, or the products.
         bound: "memory" or "products", whichever the floor is.
@@ -70,6 +71,7 @@ class StepPlan:
     """
 
     name: str
+    num_chunk_tokens: int
     time_s: Bounds
     floor_s: float
     bound: str
@@ -223,6 +225,7 @@ class _Clock:
         )
         return StepPlan(
             name=facts.name,
+            num_chunk_tokens=num_chunk_tokens,
             time_s=time_s,
             floor_s=floor_s,
             bound="memory" if read_s >= product_s else "products",

@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ import fsspec
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from engine.errors import ConfigError
 
@@ -90,7 +91,10 @@ class ProgramStore:
         """
         digest = self._base.copy()
         leaves, tree = jax.tree.flatten(arguments)
-        described = [f"{leaf.shape} {leaf.dtype} {leaf.sharding}" for leaf in leaves]
+        described = [
+            f"{leaf.shape} {leaf.dtype} {_describe_sharding(leaf.sharding, len(leaf.shape))}"
+            for leaf in leaves
+        ]
         digest.update("\0".join([name, str(tree), *described]).encode())
         return digest.hexdigest()[:32]
 
@@ -125,6 +129,11 @@ class ProgramStore:
         # A full disk or a program that cannot be written costs the next start, not this one.
         except (OSError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             logger.warning("A compiled program could not be kept for the next start: %r", error)
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy all programs, and what describes them, into a folder that others fetch from."""
+        shutil.copytree(self._folder, folder / _FOLDER, dirs_exist_ok=True)
+        describe_store(folder, self.parts)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.executable"
@@ -237,6 +246,17 @@ def _processor() -> str:
         wanted = ("flags", "Features", "model name", "CPU part")
         described += sorted({line for line in lines if line.startswith(wanted)})
     return "\n".join(described)
+
+
+def _describe_sharding(sharding: Any, num_dimensions: int) -> str:
+    """The same for what lies alike: an axis over one device shards nothing."""
+    if not isinstance(sharding, NamedSharding):
+        return str(sharding)
+    sizes = sharding.mesh.shape
+    named = [each if isinstance(each, tuple) else (each,) for each in sharding.spec]
+    named += [()] * (num_dimensions - len(named))
+    spec = [tuple(axis for axis in axes if axis and sizes[axis] > 1) for axes in named]
+    return f"{dict(sizes)} {spec} {sharding.memory_kind}"
 
 
 def _describe_devices(mesh: Mesh) -> str:

@@ -235,7 +235,8 @@ def describe_program(name: Bucket | str) -> str:
     """A program's name for people."""
     if isinstance(name, str):
         return name
-    return f"{name.num_seqs} decodes + {name.num_chunk_tokens} prefill tokens"
+    chunks = f" + {name.num_chunk_tokens} prefill tokens" if name.num_chunk_tokens else ""
+    return f"{name.num_seqs} decodes{chunks}"
 
 
 def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:

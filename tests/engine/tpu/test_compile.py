@@ -96,7 +96,7 @@ def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_steps_compile_with_our_kernels_and_update_the_cache_in_place(
     tmp_path: Path, tpu: str, architecture: str, flags: dict[str, Any]
 ) -> None:
-    names = "16 decodes + 0 prefill tokens", "16 decodes + 128 prefill tokens"
+    names = "16 decodes", "16 decodes + 128 prefill tokens"
     engine, (decode, mixed) = compile_for(tpu, tmp_path, architecture, *names, **flags)
     cache_bytes = engine["num_pages"] * engine["page_bytes"]
     assert decode["num_kernels"] == 2  # one a layer

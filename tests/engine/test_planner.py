@@ -1,0 +1,108 @@
+"""Plans out of figures that are made up, so that each can be worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from engine.compile_ahead import CompiledEngine
+from engine.compile_worker import EngineFacts, ProgramFacts
+from engine.config import EngineConfig
+from engine.planner import ServingPlan, Workload, make_plan
+from engine.topology import Slice
+
+GIB = 2**30
+PAGE_SIZE = 16
+STEPS = {(8, 0): 2_000_000, (64, 0): 2_100_000, (64, 128): 3_000_000, (64, 512): 8_000_000}
+
+
+def program(num_seqs: int, num_chunk_tokens: int, cycles: int) -> ProgramFacts:
+    return ProgramFacts(
+        name=f"{num_seqs} decodes, {num_chunk_tokens} prefill tokens",
+        key="",
+        seconds=10,
+        cycles=cycles,
+        collectives={"all-reduce": 65},
+        collective_bytes=65 * (num_seqs + num_chunk_tokens) * 4096 * 2,
+        num_kernels=32,
+        alias_bytes=0,
+        temporary_bytes=(num_seqs + num_chunk_tokens) * 2**18,
+        code_bytes=2**26,
+        fitting_pages=1001,
+    )
+
+
+def plan_for(num_pages: int = 1001, **workload: int) -> ServingPlan:
+    programs = tuple(program(*shape, cycles) for shape, cycles in STEPS.items())
+    engine = EngineFacts(
+        programs=[each.name for each in programs],
+        num_seqs=[num_seqs for num_seqs, _ in STEPS],
+        num_chunk_tokens=[num_tokens for _, num_tokens in STEPS],
+        num_pages=num_pages,
+        page_bytes=2**21,
+        weight_bytes=4 * GIB,
+        streamed_bytes=int(3.5e9),
+        capacity_bytes=30 * GIB,
+        context_length=8192,
+        num_layers=32,
+        num_heads=8,
+        head_dim=128,
+        parts={},
+    )
+    config = EngineConfig(model_path="m", device="tpu", tp_size=4, page_size=PAGE_SIZE)
+    compiled = CompiledEngine(
+        tpu=Slice.parse("v6e:2x2"), engine=engine, num_pages=num_pages, programs=programs
+    )
+    fields = {"input_len": 512, "output_len": 128, "concurrency": 8} | workload
+    return make_plan(config, compiled, Workload(**fields))
+
+
+def test_memory_is_what_the_compiler_counts() -> None:
+    plan = plan_for()
+    assert plan.num_pages == 1000  # page 0 is nobody's
+    assert plan.num_tokens == 16_000
+    assert plan.kv_bytes == 1001 * 2**21
+    assert plan.code_bytes == 4 * 2**26
+    assert plan.temporary_bytes == 576 * 2**18
+    assert plan.longest_context == 8192
+    assert plan.most_sequences == 1000 // (640 // PAGE_SIZE)
+    assert plan_for(num_pages=101).longest_context == 100 * PAGE_SIZE
+
+
+def test_no_estimate_is_below_what_the_hardware_takes() -> None:
+    plan = plan_for()
+    for step in plan.steps:
+        assert step.floor_s <= step.time_s.best <= step.time_s.worst
+    # 8 sequences of 576 tokens on average, beside the weights, at 1.64 TB/s.
+    (smallest,) = (step for step in plan.steps if step.name.startswith("8 decodes"))
+    assert smallest.bound == "memory"
+    read_bytes = 3.5e9 + 8 * 576 * 2**21 / PAGE_SIZE
+    assert smallest.floor_s == pytest.approx(read_bytes / 1.64e12)
+
+
+def test_times_of_requests_are_those_of_their_steps() -> None:
+    alone = plan_for(concurrency=1)
+    times = {step.name: step.time_s for step in alone.steps}
+    assert alone.tpot_s == times["8 decodes, 0 prefill tokens"]
+    assert alone.ttft_s.best == times["64 decodes, 512 prefill tokens"].best
+    total_s = alone.ttft_s.best + 127 * alone.tpot_s.best
+    assert alone.output_tokens_per_s.best == pytest.approx(128 / total_s)
+    # A prompt of two chunks.
+    longer = plan_for(concurrency=1, input_len=600)
+    names = "64 decodes, 512 prefill tokens", "64 decodes, 128 prefill tokens"
+    steps = {step.name: step.time_s.best for step in longer.steps}
+    assert longer.ttft_s.best == pytest.approx(sum(steps[name] for name in names))
+
+
+def test_more_at_a_time_gives_more_tokens_and_makes_each_slower() -> None:
+    few, many = plan_for(concurrency=4), plan_for(concurrency=24)
+    assert many.output_tokens_per_s.best > few.output_tokens_per_s.best
+    assert many.tpot_s.best > few.tpot_s.best
+    # Those that do not fit wait; they make nobody faster.
+    assert plan_for(concurrency=500).output_tokens_per_s.worst <= 25 * 128 / many.tpot_s.best
+
+
+def test_a_plan_is_plain_json() -> None:
+    found: dict[str, Any] = plan_for().as_json()
+    assert found["tpu"] == "v6e:2x2"
+    assert found["tpot_s"]["best"] < found["tpot_s"]["worst"]
+    assert found["steps"][0]["facts"]["collectives"] == {"all-reduce": 65}
