@@ -19,6 +19,7 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+_COPY = re.compile(r" (?:copy|slice)-(start|done)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _FIRST_BRANCH = re.compile(r" conditional\(.*branch_computations=\{%?([\w.\-]+)")
 _BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
@@ -34,12 +35,15 @@ class ProgramCost:
         cycles: Sum of the operations' estimates.
         collectives: How many of each kind.
         collective_bytes: Results of those that the computation waits for.
+        idle_bytes: Of these, of those beside which no copy is in flight: while it waits for the
+            others the memory works, on the next products' weights.
         num_kernels: Calls of kernels, whose cycles are not among `cycles`.
     """
 
     cycles: int = 0
     collectives: Counter[str] = field(default_factory=Counter)
     collective_bytes: int = 0
+    idle_bytes: int = 0
     num_kernels: int = 0
 
     def add(self, other: "ProgramCost", times: int = 1) -> None:
@@ -48,6 +52,7 @@ class ProgramCost:
         for kind, count in other.collectives.items():
             self.collectives[kind] += times * count
         self.collective_bytes += times * other.collective_bytes
+        self.idle_bytes += times * other.idle_bytes
         self.num_kernels += times * other.num_kernels
 
 
@@ -70,6 +75,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 def _cost_of(name: str, computations: dict[str, list[str]]) -> ProgramCost:
     cost = ProgramCost()
+    num_in_flight = 0
     for line in computations.get(name, []):
         if (found := _CYCLES.search(line)) and int(found[1]) < _NO_ESTIMATE:
             cost.cycles += int(found[1])
@@ -79,6 +85,9 @@ def _cost_of(name: str, computations: dict[str, list[str]]) -> ProgramCost:
             cost.collectives[found[2]] += 1
             if not found[3]:
                 cost.collective_bytes += _num_bytes(found[1])
+                cost.idle_bytes += 0 if num_in_flight else _num_bytes(found[1])
+        elif found := _COPY.search(line):
+            num_in_flight += 1 if found[1] == "start" else -1
         if found := _FIRST_BRANCH.search(line):
             cost.add(_cost_of(found[1], computations))
         if (found := _BODY.search(line)) and (turns := _TURNS.search(line)):
