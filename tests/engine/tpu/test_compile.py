@@ -94,6 +94,35 @@ def test_steps_compile_with_our_kernels_and_update_the_cache_in_place(
         assert program["temporary_bytes"] < program["cache_bytes"] / 2
 
 
+def compile_attention(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*(sys.executable, HERE / "compile_attention.py"), *map(str, arguments)],
+        env=compile_environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_a_page_table_larger_than_scalar_memory_is_streamed() -> None:
+    num_kv_heads, num_seqs, max_len, page_size = 8, 64, 8192, 1
+    process = compile_attention("v6e", num_kv_heads, num_seqs, max_len, page_size)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert int(process.stdout) >= 2**18 * num_kv_heads * 128 * 4
+
+
+def test_pages_too_large_for_the_chip_are_refused_in_our_words() -> None:
+    process = compile_attention("v6e", 32, 64, 8192, 4096)
+    assert process.returncode
+    assert "CapacityError: Attention needs 192 MiB" in process.stderr, process.stderr[-3000:]
+    assert (
+        "for pages of 4096 tokens and 32 kv heads a chip, of which it may take 64 MiB. Lower "
+        in (process.stderr)
+    )
+    assert "RESOURCE_EXHAUSTED" not in process.stderr
+
+
 def test_what_is_no_slice_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="v9"):
         chip_of("v9")
