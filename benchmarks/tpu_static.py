@@ -6,9 +6,12 @@
 Each figure is compiled in a process of its own, for v6e. Cycles count at 1.75 GHz.
 
 Kernels: cycles of the compiler's static profile, an execution of the program's own instructions
-with a model of its copies. Two batch sizes are profiled with every length a constant, and scaled to
-the batch that is named. The model of copies is generous where several are in flight, because they
-do not share the memory's rate; so a figure above 100 % says that the memory is the limit, no more.
+with a model of its copies, with every length a constant. Of decodes two batch sizes are profiled
+and scaled to the batch that is named. The model of copies is generous where several are in flight,
+because they do not share the memory's rate; so a figure above 100 % says that the memory is the
+limit, no more. Of a chunk, blocks of keys that are attended alike are a loop, all else is unrolled;
+the product unit is 256 deep, so that heads of 128 can fill half of it in one of their two products:
+the ceiling is 67 %.
 
 Steps: the sum of the compiler's estimates of all operations that run when no feature is asked for,
 kernels and collectives apart.
@@ -16,54 +19,29 @@ kernels and collectives apart.
 
 import argparse
 import json
-import re
-import subprocess
+import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from engine.config import EngineConfig
-from engine.kernels.tpu.block_sizes import choose_blocks
-from engine.kernels.tpu.decode import attend_decodes
+from engine.compile_ahead import compile_ahead, compile_some
+from engine.compile_worker import EngineFacts, ProgramFacts
+from engine.config import EngineConfig, parse_config
 from engine.kernels.tpu.kv_rows import LANES, RowLayout
-from engine.models.config import load_model_config
-from engine.program_cost import CLOCK_HZ, program_cost
-from engine.runner.kv_cache import bytes_per_device
-from engine.runner.programs import EnginePrograms
-from engine.sharding import make_mesh
-from engine.topology import Slice, chip_of, compile_environment, topology_devices
+from engine.kernels.tpu.static_profile import ChunkProfile, DecodeProfile, profile
+from engine.step import Bucket
+from engine.topology import Slice, chip_kind, chip_of
 
 GENERATION = "v6e"
-TIMEOUT_S = 900
-NUM_PAGES = 2048
-QWEN_7B: dict[str, Any] = {
-    "architectures": ["QWenLMHeadModel"],
-    "model_type": "qwen",
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "kv_channels": 128,
-    "vocab_size": 151936,
-    "seq_length": 8192,
-    "max_position_embeddings": 32768,
-    "rotary_emb_base": 10000,
-    "layer_norm_epsilon": 1e-6,
-    "use_dynamic_ntk": True,
-    "use_logn_attn": True,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+CLOCK_HZ = chip_kind(GENERATION).clock_hz
+NUM_TOKENS = 32768
+SHAPES = Path(__file__).parents[1] / "tests" / "data" / "model_configs"
+NUM_LAYERS, HIDDEN_SIZE = 32, 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +69,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose case contains it")
     parser.add_argument("--json", action="store_true", help="a list of objects, not a table")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        call = json.loads(arguments.measure)
-        json.dump(MEASURES[call["measure"]](**call["arguments"]), sys.stdout)
-        return 0
     cases = {name: case for name, case in CASES.items() if arguments.only in name}
     figures: list[Figure] = []
     for name, case in (bar := tqdm(cases.items(), disable=not sys.stderr.isatty())):
@@ -115,85 +88,163 @@ def print_table(figures: list[Figure]) -> None:
         print(f"{figure.name:<72} {figure.value:>10.4g} {figure.unit:<8} {figure.goal:<8} {met}")
 
 
-# In this process ----------------------------------------------------------------------------------
-
-
-def measure(kind: str, *, libtpu_flags: str = "", **arguments: Any) -> dict[str, Any]:
-    """Measure in a process of its own."""
-    process = subprocess.run(
-        [
-            *(sys.executable, __file__, "--measure"),
-            json.dumps({"measure": kind, "arguments": arguments}),
-        ],
-        env=compile_environment(libtpu_flags),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if process.returncode:
-        raise RuntimeError(f"{kind} {arguments}: {process.stderr[-3000:]}")
-    return json.loads(process.stdout)
-
-
 def decode_kernel(
-    *, num_heads: int, num_kv_heads: int, page_size: int, goal: float | None
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    goal: float | None = None,
+    context: int = 2048,
 ) -> Callable[[str], list[Figure]]:
-    batch, context = 64, 2048
+    """Of a batch of 64, by the difference of two smaller ones."""
+    layout = kernel_layout(num_heads, num_kv_heads)
+    batch = 64
 
     def case(name: str) -> list[Figure]:
-        cycles = {}
-        for rounds in (2, 4):
-            with tempfile.TemporaryDirectory() as folder:
-                found = measure(
-                    "decode_kernel",
-                    libtpu_flags=f"--xla_jf_dump_static_llo_profile_to={folder}",
-                    num_heads=num_heads,
-                    num_kv_heads=num_kv_heads,
+        few, many = (
+            profile(
+                DecodeProfile(
+                    generation=GENERATION,
+                    layout=layout,
                     page_size=page_size,
                     context=context,
                     rounds=rounds,
                 )
-            cycles[found["batch"]] = found["cycles"]
-        (few, first), (many, second) = sorted(cycles.items())
-        total = first + (second - first) / (many - few) * (batch - few)
+            )
+            for rounds in (2, 4)
+        )
+        per_seq = (many.cycles - few.cycles) / (many.batch - few.batch)
+        total = few.cycles + per_seq * (batch - few.batch)
         num_bytes = batch * context * num_kv_heads * 2 * LANES * 2
         roofline = num_bytes / chip_of(GENERATION).mem_bw_bytes_per_second * CLOCK_HZ
-        value = 100 * roofline / total
-        row = f"{name}: roofline ÷ static cycles"
-        if goal is None:
-            return [Figure(name=row, value=value, unit="%")]
-        return [at_least(row, value, "%", goal)]
+        return [share(f"{name}: roofline ÷ static cycles", roofline / total, goal)]
 
     return case
 
 
+def mixed_kernel(
+    *, num_heads: int, num_kv_heads: int, page_size: int, goal: float | None = None
+) -> Callable[[str], list[Figure]]:
+    """Of one chunk, profiled as a whole: products that the mask lets through ÷ all cycles."""
+    layout = kernel_layout(num_heads, num_kv_heads)
+    start, length = 6144, 2048
+
+    def case(name: str) -> list[Figure]:
+        found = profile(
+            ChunkProfile(
+                generation=GENERATION,
+                layout=layout,
+                page_size=page_size,
+                start=start,
+                length=length,
+            )
+        )
+        pairs = start * length + length * (length + 1) // 2
+        flops = 4 * LANES * num_heads * pairs
+        roofline = flops / chip_of(GENERATION).bf16_ops_per_second * CLOCK_HZ
+        return [share(f"{name}: roofline ÷ static cycles", roofline / found.cycles, goal)]
+
+    return case
+
+
+def kernel_layout(num_heads: int, num_kv_heads: int) -> RowLayout:
+    return RowLayout(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=LANES, is_float32=False
+    )
+
+
+def share(name: str, ratio: float, goal: float | None) -> Figure:
+    if goal is None:
+        return Figure(name=name, value=100 * ratio, unit="%")
+    return at_least(name, 100 * ratio, "%", goal)
+
+
+def step(num_seqs: int, num_chunk_tokens: int = 0) -> tuple[EngineFacts, ProgramFacts]:
+    """One of Qwen-7B's steps, compiled for v6e-4."""
+    config = EngineConfig(
+        model_path=str(SHAPES / "qwen-7b-chat"),
+        device="tpu",
+        tp_size=4,
+        chunked_prefill_size=max(num_chunk_tokens, 128),
+        context_length=8192,
+        max_total_tokens=NUM_TOKENS,
+    )
+    engine, (found,) = compile_some(
+        config, Slice(GENERATION, "2x2"), [Bucket(num_seqs, num_chunk_tokens)]
+    )
+    return engine, found
+
+
 def decode_step(*, num_seqs: int) -> Callable[[str], list[Figure]]:
     def case(name: str) -> list[Figure]:
-        found = measure("step", num_seqs=num_seqs, num_chunk_tokens=0)
-        roofline_s = found["read_bytes"] / chip_of(GENERATION).mem_bw_bytes_per_second
-        two_all_reduces = 32 * 2 * num_seqs * QWEN_7B["hidden_size"] * 2
+        engine, found = step(num_seqs)
+        roofline_s = engine.streamed_bytes / chip_of(GENERATION).mem_bw_bytes_per_second
+        two_all_reduces = NUM_LAYERS * 2 * num_seqs * HIDDEN_SIZE * 2
+        cache_bytes = engine.num_pages * engine.page_bytes
         return [
             at_least(
                 f"{name}: weights' roofline ÷ cycles",
-                100 * roofline_s * CLOCK_HZ / found["cycles"],
+                100 * roofline_s * CLOCK_HZ / found.cycles,
                 "%",
                 92,
             ),
-            at_most(f"{name}: temporaries", found["temporary_bytes"] / 1e9, "GB", 0.1),
+            at_most(f"{name}: temporaries", found.temporary_bytes / 1e9, "GB", 0.1),
             at_least(
-                f"{name}: updated in place ÷ cache",
-                100 * found["alias_bytes"] / found["cache_bytes"],
-                "%",
-                100,
+                f"{name}: updated in place ÷ cache", 100 * found.alias_bytes / cache_bytes, "%", 100
             ),
             at_most(
-                f"{name}: exposed collectives ÷ two bfloat16 all-reduces a layer",
-                found["collective_bytes"] / two_all_reduces,
+                f"{name}: collectives with no copy of weights beside ÷ two all-reduces a layer",
+                found.idle_bytes / two_all_reduces,
                 "",
                 1,
             ),
-            Figure(name=f"{name}: tracing and compiling", value=found["seconds"], unit="s"),
+            Figure(
+                name=f"{name}: all collectives ÷ two bfloat16 all-reduces a layer",
+                value=found.collective_bytes / two_all_reduces,
+                unit="",
+            ),
+            Figure(name=f"{name}: tracing and compiling", value=found.seconds, unit="s"),
+        ]
+
+    return case
+
+
+def prefill_step(*, num_tokens: int) -> Callable[[str], list[Figure]]:
+    """Attention: its kernels, and what lays queries, keys and outputs out for them."""
+
+    def case(name: str) -> list[Figure]:
+        _, found = step(64, num_tokens)
+        without = (found.cycles - found.attention_cycles) / NUM_LAYERS / 1e6
+        return [
+            at_most(f"{name}: cycles a layer without attention", without, "million", 3.6),
+            Figure(
+                name=f"{name}: cycles a layer with attention's, but its kernels'",
+                value=found.cycles / NUM_LAYERS / 1e6,
+                unit="million",
+            ),
+            Figure(name=f"{name}: tracing and compiling", value=found.seconds, unit="s"),
+        ]
+
+    return case
+
+
+def all_programs(model: str, slice_name: str, **flags: Any) -> Callable[[str], list[Figure]]:
+    """Every program of an engine, as a start or `qwen-on-ray compile` makes them."""
+
+    def case(name: str) -> list[Figure]:
+        tpu = Slice.parse(slice_name)
+        fields = {"model_path": str(SHAPES / model), "device": "tpu", **flags}
+        config = parse_config({**fields, "tp_size": tpu.num_devices, "nnodes": tpu.num_hosts})
+        started_s = time.monotonic()
+        compiled = compile_ahead(config, tpu)
+        seconds = time.monotonic() - started_s
+        row = f"{name}: {len(compiled.programs)} programs on {os.cpu_count()} processors"
+        tokens = (compiled.num_pages - 1) * config.page_size
+        return [
+            at_most(row, seconds, "s", 120)
+            if "qwen7b" in name
+            else Figure(name=row, value=seconds, unit="s"),
+            Figure(name=f"{name}: tokens in the cache", value=tokens, unit=""),
         ]
 
     return case
@@ -213,120 +264,47 @@ CASES: dict[str, Callable[[str], list[Figure]]] = {
         num_heads=8, num_kv_heads=2, page_size=64, goal=80
     ),
     "decode kernel, 8 q / 8 kv heads, page 1": decode_kernel(
-        num_heads=8, num_kv_heads=8, page_size=1, goal=None
+        num_heads=8, num_kv_heads=8, page_size=1
+    ),
+    "decode kernel, 512 cached tokens, 8 q / 8 kv heads, page 16": decode_kernel(
+        num_heads=8, num_kv_heads=8, page_size=16, context=512
+    ),
+    "mixed kernel, 2048 tokens on 6144, 8 q / 8 kv heads, page 16": mixed_kernel(
+        num_heads=8, num_kv_heads=8, page_size=16, goal=60
+    ),
+    "mixed kernel, 2048 tokens on 6144, 8 q / 2 kv heads, page 64": mixed_kernel(
+        num_heads=8, num_kv_heads=2, page_size=64
     ),
     "Qwen-7B, v6e-4, decode of 8": decode_step(num_seqs=8),
     "Qwen-7B, v6e-4, decode of 64": decode_step(num_seqs=64),
-}
-
-
-# In a process that compiles -----------------------------------------------------------------------
-
-
-def measure_decode_kernel(
-    *, num_heads: int, num_kv_heads: int, page_size: int, context: int, rounds: int
-) -> dict[str, int]:
-    """Cycles of the static profile for a batch that takes so many rounds of the buffers."""
-    layout = RowLayout(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=LANES, is_float32=False
-    )
-    blocks = choose_blocks(
-        layout,
-        page_size=page_size,
-        max_len=2 * context,
-        num_chunk_tokens=0,
-        chip=chip_of(GENERATION),
-    )
-    turn = blocks.decode.num_buffers * blocks.decode.group
-    batch = rounds * turn * blocks.decode.num_keys // context
-    pages_per_seq = context // page_size + 1
-    sharding = NamedSharding(
-        Mesh(np.array(topology_devices(Slice(GENERATION, "1x1"))), ("tp",)), PartitionSpec()
-    )
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    queries = layout.num_query_tiles * layout.queries_in_tile
-    rows = layout.num_stored_rows
-
-    def attend(*arrays: Any) -> Any:
-        return attend_decodes(
-            *arrays,
-            layout=layout,
-            blocks=blocks.decode,
-            sm_scale=LANES**-0.5,
-            constant_len=context,
-            vmem_limit_bytes=blocks.vmem_limit_bytes,
+    "Qwen-7B, v6e-4, prefill of 8192": prefill_step(num_tokens=8192),
+    "all of configs/qwen7b.yaml, v6e-4": all_programs(
+        "qwen-7b-chat", "v6e:2x2", mem_fraction_static=0.2, max_prefill_tokens=8192
+    ),
+    **{
+        f"all of {config}, {slice_name}": all_programs(model, slice_name, **flags)
+        for config, model, flags, slices in (
+            (
+                "configs/qwen2.5-7b.yaml",
+                "qwen2.5-7b-instruct",
+                {"context_length": 32768, "max_running_requests": 128},
+                ("v6e:2x2", "v6e:1x1", "v5e:2x4"),
+            ),
+            (
+                "configs/qwen3-8b.yaml",
+                "qwen3-8b",
+                {"context_length": 32768, "max_running_requests": 128},
+                ("v6e:2x2", "v6e:2x4", "v7x:2x2x1"),
+            ),
+            (
+                "configs/qwen3-32b-v6e-16.yaml",
+                "qwen3-32b",
+                {"context_length": 32768, "max_running_requests": 256},
+                ("v6e:4x4",),
+            ),
         )
-
-    compiled = (
-        jax.jit(attend, donate_argnums=2)
-        .lower(
-            array((batch, queries, LANES), jnp.bfloat16),
-            array((batch, rows, LANES), layout.stored_dtype),
-            array((batch * pages_per_seq, rows, page_size, LANES), layout.stored_dtype),
-            array((batch,), jnp.int32),
-            array((batch, pages_per_seq), jnp.int32),
-            array((), jnp.int32),
-            array((), jnp.int32),
-        )
-        .compile()
-    )
-    text = compiled.as_text()
-    assert text is not None
-    (line,) = (line for line in text.splitlines() if '"tpu_custom_call"' in line)
-    found = re.search(r'"estimated_cycles":"(\d+)"', line)
-    assert found is not None, "the profile was asked for"
-    return {"batch": batch, "cycles": int(found[1])}
-
-
-def measure_step(*, num_seqs: int, num_chunk_tokens: int) -> dict[str, Any]:
-    """Memory, cycles and collectives of one of Qwen-7B's steps on v6e-4."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN_7B), encoding="utf-8")
-        config = EngineConfig(
-            model_path=folder,
-            device="tpu",
-            tp_size=4,
-            dtype="bfloat16",
-            chunked_prefill_size=8192,
-            context_length=8192,
-        )
-        model_config = load_model_config(Path(folder))
-    devices = topology_devices(Slice(GENERATION, "2x2"))
-    mesh = make_mesh(len(devices), devices)
-    programs = EnginePrograms(config, model_config, mesh, chip=chip_of(GENERATION))
-    (bucket,) = (
-        bucket
-        for bucket in programs.buckets
-        if (bucket.num_seqs, bucket.num_chunk_tokens) == (num_seqs, num_chunk_tokens)
-    )
-    params = programs.param_shapes()
-    program = programs.program(bucket, params, NUM_PAGES)
-    started_s = time.monotonic()
-    compiled = program.jitted.lower(*program.arguments).compile()
-    seconds = time.monotonic() - started_s
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None
-    cost = program_cost(text)
-    return {
-        "seconds": seconds,
-        "cycles": cost.cycles,
-        "collective_bytes": cost.collective_bytes,
-        "collectives": cost.collectives,
-        # Of the embedding table a step reads a few rows.
-        "read_bytes": bytes_per_device(params) - bytes_per_device(params["embed_tokens"]),
-        "cache_bytes": bytes_per_device(programs.cache_shapes(NUM_PAGES)),
-        "alias_bytes": memory.alias_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-    }
-
-
-MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
-    "decode_kernel": measure_decode_kernel,
-    "step": measure_step,
+        for slice_name in slices
+    },
 }
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from engine.errors import (
 )
 from engine.runner.model_runner import ModelRunner
 from engine.runner.program_store import describe_store
-from engine.step import StartProgress
+from engine.step import Bucket, StartProgress
 from engine.topology import Slice, compile_environment
 
 WORKER_BYTES = 3 * 2**30
@@ -125,6 +125,35 @@ def compile_ahead(
         num_pages=num_pages,
         programs=tuple(found[program] for program in range(total)),
     )
+
+
+def compile_some(
+    config: EngineConfig, tpu: Slice, wanted: Sequence[Bucket]
+) -> tuple[EngineFacts, list[ProgramFacts]]:
+    """Compile some of an engine's steps, one after another, and keep none.
+
+    Args:
+        config: The engine's.
+        tpu: What to compile for.
+        wanted: The steps, by decode rows and prefill tokens.
+
+    Raises:
+        QwenOnRayError: As for `compile_ahead`.
+        ValueError: The engine has no such step.
+    """
+    with _Workers(Job(config=config, tpu=str(tpu), store=None)) as workers:
+        worker = workers.start()
+        engine = worker.engine
+        shapes = list(zip(engine.num_seqs, engine.num_chunk_tokens, strict=True))
+        return engine, [
+            worker.compile(
+                Request(
+                    program=shapes.index((bucket.num_seqs, bucket.num_chunk_tokens)),
+                    num_pages=engine.num_pages,
+                )
+            )
+            for bucket in wanted
+        ]
 
 
 def compile_here(config: EngineConfig, store: Path, on_progress: Progress) -> int:

@@ -101,8 +101,10 @@ class ProgramFacts(_Message):
         key: Of its file in the store; "" without one.
         seconds: That tracing and compiling took.
         cycles: The compiler's estimates, summed; kernels and collectives are not among them.
+        attention_cycles: Of these, what lays arrays out for attention's kernels.
         collectives: How many of each kind.
         collective_bytes: Results of those that the computation waits for.
+        idle_bytes: Of these, of those beside which no copy is in flight.
         num_kernels: Calls of kernels.
         alias_bytes: Of its arguments that it updates in place.
         temporary_bytes: Scratch memory.
@@ -115,8 +117,10 @@ class ProgramFacts(_Message):
     key: str
     seconds: float
     cycles: int
+    attention_cycles: int
     collectives: dict[str, int]
     collective_bytes: int
+    idle_bytes: int
     num_kernels: int
     alias_bytes: int
     temporary_bytes: int
@@ -194,8 +198,10 @@ class Worker:
             key=key,
             seconds=seconds,
             cycles=cost.cycles,
+            attention_cycles=cost.attention_cycles,
             collectives=dict(cost.collectives),
             collective_bytes=cost.collective_bytes,
+            idle_bytes=cost.idle_bytes,
             num_kernels=cost.num_kernels,
             alias_bytes=memory.alias_size_in_bytes,
             temporary_bytes=memory.temp_size_in_bytes,

@@ -15,7 +15,6 @@ from typing import Any
 from engine.compile_ahead import CompiledEngine
 from engine.compile_worker import ProgramFacts
 from engine.config import EngineConfig
-from engine.program_cost import CLOCK_HZ
 from engine.topology import chip_kind, chip_of
 
 KERNEL_EFFICIENCY = 0.6
@@ -194,7 +193,7 @@ class _Clock:
 
     def __init__(self, config: EngineConfig, compiled: CompiledEngine, workload: Workload) -> None:
         self._chip = chip_of(compiled.tpu.generation)
-        self._link = chip_kind(compiled.tpu.generation).link_bytes_per_second
+        self._kind = chip_kind(compiled.tpu.generation)
         self._engine = compiled.engine
         self._tp_size = config.tp_size
         self._page_size = config.page_size
@@ -217,7 +216,7 @@ class _Clock:
         product_s = self._engine.streamed_bytes * (num_seqs + num_chunk_tokens) / peak
         product_s += attention_ops / peak
         kernels_s = key_bytes / bandwidth + attention_ops / peak
-        computed_s = facts.cycles / CLOCK_HZ
+        computed_s = facts.cycles / self._kind.clock_hz
         floor_s = max(read_s, product_s)
         time_s = Bounds(
             max(floor_s, computed_s + kernels_s),
@@ -277,4 +276,4 @@ class _Clock:
             return 0.0
         sent = 2 * facts.collective_bytes * (self._tp_size - 1) / self._tp_size
         num_collectives = sum(facts.collectives.values())
-        return sent / (2 * self._link / 2) + num_collectives * COLLECTIVE_WAIT_S
+        return sent / self._kind.link_bytes_per_second + num_collectives * COLLECTIVE_WAIT_S

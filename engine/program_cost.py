@@ -11,9 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-CLOCK_HZ = 1.75e9
-"""At which the compiler's cycles are turned into time here."""
-
 _NO_ESTIMATE = 2**60
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -25,6 +22,8 @@ _FIRST_BRANCH = re.compile(r" conditional\(.*branch_computations=\{%?([\w.\-]+)"
 _BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ENTRY = ""
+_ATTENTION = "/jit(_attend)/"
+"""Of the names of operations in `engine.kernels.attention_pallas`."""
 
 
 @dataclass(slots=True)
@@ -33,6 +32,7 @@ class ProgramCost:
 
     Attributes:
         cycles: Sum of the operations' estimates.
+        attention_cycles: Of these, what lays queries, keys and outputs out for attention's kernels.
         collectives: How many of each kind.
         collective_bytes: Results of those that the computation waits for.
         idle_bytes: Of these, of those beside which no copy is in flight: while it waits for the
@@ -41,6 +41,7 @@ class ProgramCost:
     """
 
     cycles: int = 0
+    attention_cycles: int = 0
     collectives: Counter[str] = field(default_factory=Counter)
     collective_bytes: int = 0
     idle_bytes: int = 0
@@ -49,6 +50,7 @@ class ProgramCost:
     def add(self, other: "ProgramCost", times: int = 1) -> None:
         """Add what another computation costs, that many times."""
         self.cycles += times * other.cycles
+        self.attention_cycles += times * other.attention_cycles
         for kind, count in other.collectives.items():
             self.collectives[kind] += times * count
         self.collective_bytes += times * other.collective_bytes
@@ -79,6 +81,7 @@ def _cost_of(name: str, computations: dict[str, list[str]]) -> ProgramCost:
     for line in computations.get(name, []):
         if (found := _CYCLES.search(line)) and int(found[1]) < _NO_ESTIMATE:
             cost.cycles += int(found[1])
+            cost.attention_cycles += int(found[1]) if _ATTENTION in line else 0
         if 'custom_call_target="tpu_custom_call"' in line:
             cost.num_kernels += 1
         if found := _COLLECTIVE.search(line):

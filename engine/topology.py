@@ -38,6 +38,8 @@ class Generation:
         num_dimensions: Of its interconnect.
         device_kinds: Its names in JAX.
         hbm_bytes: That programs may use of a device's memory, as the compiler enforces it.
+        clock_hz: At which its compiler's cycles are turned into time: its published rate of
+            products over what its product units do in a cycle.
         link_bytes_per_second: Of one port, one way (docs.cloud.google.com/tpu/docs, the page of
             each generation: a chip's rate over its ports and both ways).
     """
@@ -48,6 +50,7 @@ class Generation:
     num_dimensions: int
     device_kinds: tuple[str, ...]
     hbm_bytes: int
+    clock_hz: float
     link_bytes_per_second: float
 
 
@@ -59,6 +62,7 @@ GENERATIONS = {
         num_dimensions=2,
         device_kinds=("TPU v5 lite", "TPU v5e"),
         hbm_bytes=int(15.75 * 2**30),
+        clock_hz=1.5e9,
         link_bytes_per_second=50e9,
     ),
     "v6e": Generation(
@@ -68,6 +72,7 @@ GENERATIONS = {
         num_dimensions=2,
         device_kinds=("TPU v6 lite", "TPU v6e"),
         hbm_bytes=int(31.24 * 2**30),
+        clock_hz=1.75e9,
         link_bytes_per_second=100e9,
     ),
     "v7x": Generation(
@@ -77,6 +82,7 @@ GENERATIONS = {
         num_dimensions=3,
         device_kinds=("TPU7x",),
         hbm_bytes=int(94.74 * 2**30),
+        clock_hz=2.2e9,
         link_bytes_per_second=100e9,
     ),
 }

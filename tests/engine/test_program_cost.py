@@ -15,7 +15,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 }
 
 %nothing (p: f32[8]) -> f32[8] {
-  %y = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"3"}
+  %y = f32[8] copy(%p), metadata={op_name="/jit(_attend)/"}, backend_config={"estimated_cycles":"3"}
 }
 
 %feature (p: f32[8]) -> f32[8] {
@@ -41,6 +41,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_a_programs_cost_is_that_of_what_runs_when_no_feature_is_asked_for() -> None:
     cost = program_cost(PROGRAM)
     assert cost.cycles == 100 + 4 * 10 + 3
+    assert cost.attention_cycles == 3
     assert cost.num_kernels == 1
     assert cost.collectives == {"all-reduce": 1 + 4, "all-gather": 2}
     # What runs beside the computation is not waited for.

@@ -1,16 +1,27 @@
 """Attention of prompts' chunks on TPUs: many new tokens of a sequence at once.
 
-First the new keys and values go to their pages, then blocks of queries are attended one after
-another, each to all pages up to its own last token. There is far more to compute than to read, so
-two buffers for blocks of keys are enough: one is computed while the other fills.
+First the new keys and values go to their pages; meanwhile blocks of queries are attended one after
+another, each to all pages up to its own last token, oldest first. There is far more to compute than
+to read, so two buffers for blocks of keys are enough: one is computed while the other fills.
 
-A block of queries belongs to one chunk. With chunks of 5 and 2 tokens and blocks of 4:
+Scores are computed transposed, [keys, queries]: the weights, as the product unit's stationary side,
+then fill it, while as its moving side they would leave half of it idle beside values of 128 lanes;
+and a softmax's sums are one row per tile, not a register per eight queries.
 
-    block 0     block 1     block 2     block 3
-    0 1 2 3     4 - - -     5 6 - -     - - - -
+Two ways to attend a tile of queries to a block of keys:
+
+    careful   masked, with a running maximum: blocks that the diagonal, the window or the end cut
+    fast      unmasked, exponents relative to the best score of blocks before, or of a few keys: no
+              maximum, no correction, and no product waits for another's maximum
+
+A weight may then exceed 1. As floats of eight exponent bits, weights and sums lose nothing by that,
+until they near the largest one: where a sum exceeds `MOST_TOTAL`, the whole block of queries is
+computed again, the careful way alone.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -19,8 +30,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from engine.kernels.tpu.kv_rows import LANES, RowLayout
-from engine.kernels.tpu.softmax import LOWEST_SCORE, Sums, block_sums, load_kv, scores
+from engine.kernels.tpu.chunk_softmax import (
+    Operands,
+    TileSums,
+    attend_carefully,
+    attend_fast,
+    find_best,
+    query_scale,
+)
+from engine.kernels.tpu.chunk_tiles import QueryTiles
+from engine.kernels.tpu.kv_rows import LANES, SUBLANES, RowLayout
+from engine.kernels.tpu.numbers import (
+    Number,
+    ceil_div,
+    clip,
+    floor_div,
+    larger,
+    remainder,
+    repeat,
+    smaller,
+    unroll,
+    where,
+)
+from engine.kernels.tpu.softmax import clear_behind, load_kv
+
+MOST_TOTAL = 2.0**80
+"""Of a softmax's weights, relative to that of the best score as it is known to the fast way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +63,76 @@ class ChunkBlocks:
     """How much is computed at once.
 
     Attributes:
-        num_tokens: New tokens of a block of queries.
-        num_keys: Of a block of keys; a multiple of the page size.
+        num_queries: Of a tile, for each row of the cache; whole registers of 128 lanes.
+        num_tiles: Of a block of queries, for which keys are read once.
+        num_keys: Of a block; a multiple of the page size and of `CLEARED_KEYS`.
+        num_beside: Tiles whose products are in flight together.
+        num_careful: The same, where scores are masked.
     """
 
-    num_tokens: int
+    num_queries: int
+    num_tiles: int
     num_keys: int
+    num_beside: int
+    num_careful: int
+
+    def vmem_bytes(self, layout: RowLayout) -> int:
+        """What the kernel holds in the vector memory, but what the compiler spills."""
+        width = 4 if layout.is_float32 else 2
+        buffers = 2 * layout.num_stored_rows * self.num_keys * LANES * 4
+        operands = 2 * layout.num_rows * self.num_keys * LANES * width
+        # Queries, weighted sums, totals and best scores.
+        per_query = LANES * (width + 4) + 2 * SUBLANES * 4
+        return buffers + operands + self.num_tiles * layout.num_rows * self.num_queries * per_query
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantChunk:
+    """For the compiler's static profile, which knows no length that is read from memory.
+
+    One chunk, whose pages follow each other.
+
+    Attributes:
+        start: Cached tokens before it.
+        length: Its tokens; whole blocks of queries.
+    """
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Queries:
+    """A block of queries: its chunk, first tile, and tokens by position."""
+
+    chunk: Number
+    first_tile: Number
+    num_tiles: Number
+    position: Number
+    stop: Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Keys:
+    """What of a block of keys is read, and which tiles of a block of queries attend to it how.
+
+    Tiles:
+
+        none .. | careful_start .. | fast_start .. | fast_stop .. | careful_stop ..
+                      careful            fast          careful         none
+
+    Those from `fast_start` to `opened_stop` have no best score yet.
+    """
+
+    num_valid: Number
+    num_pages: Number
+    num_next_pages: Number
+    num_write_waits: Number
+    careful_start: Number
+    fast_start: Number
+    opened_stop: Number
+    fast_stop: Number
+    careful_stop: Number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +144,97 @@ class _Kernel:
     page_size: int
     pages_per_seq: int
     num_chunks: int
-    sm_scale: float
+    queries_per_token: int
     sliding_window: int | None
     soft_cap: float | None
+    constant: ConstantChunk | None
 
     @property
     def pages_per_block(self) -> int:
         return self.blocks.num_keys // self.page_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.blocks.num_queries // self.queries_per_token
+
+    def block_range(self, queries: _Queries) -> tuple[Number, Number]:
+        """The blocks of keys that any of the queries sees."""
+        num_keys = self.blocks.num_keys
+        first = 0
+        if self.sliding_window is not None:
+            first = floor_div(larger(queries.position - self.sliding_window + 1, 0), num_keys)
+        return first, ceil_div(queries.stop, num_keys)
+
+    def first_written_block(self, queries: _Queries) -> Number:
+        """The first block of keys, among those that a chunk's first queries see, with new ones."""
+        first, _ = self.block_range(queries)
+        return larger(floor_div(queries.position, self.blocks.num_keys), first)
+
+    def constant_queries(self) -> list[_Queries]:
+        """The blocks of queries of a chunk that is a constant."""
+        assert self.constant is not None
+        tokens = self.blocks.num_tiles * self.tokens_per_tile
+        stop = self.constant.start + self.constant.length
+        return [
+            _Queries(
+                chunk=0,
+                first_tile=number * self.blocks.num_tiles,
+                num_tiles=ceil_div(min(tokens, stop - position), self.tokens_per_tile),
+                position=position,
+                stop=min(position + tokens, stop),
+            )
+            for number, position in enumerate(range(self.constant.start, stop, tokens))
+        ]
+
+    def keys(
+        self,
+        queries: _Queries,
+        block: Number,
+        *,
+        first_write: Number,
+        is_careful: bool | jax.Array,
+    ) -> _Keys:
+        """What is known of a block of keys.
+
+        Args:
+            queries: That see any of it.
+            block: Its number.
+            first_write: Of the block before which all writes must have ended.
+            is_careful: Whether no tile may attend it the fast way.
+        """
+        num_keys, per_tile = self.blocks.num_keys, self.tokens_per_tile
+        window = self.sliding_window
+        # The block, as seen from the first query.
+        start = block * num_keys - queries.position
+        stop = start + num_keys
+
+        def tiles(number: Number) -> Number:
+            return clip(number, 0, queries.num_tiles)
+
+        is_first = block == self.block_range(queries)[0]
+        careful_stop = fast_stop = queries.num_tiles
+        fast_start = tiles(ceil_div(larger(stop - 1, 0), per_tile))
+        if window is not None:
+            # The block before is whole for them, too, so that every query has a best score.
+            fast_stop = tiles(floor_div(larger(start - num_keys + window, 0), per_tile))
+            careful_stop = tiles(ceil_div(larger(stop - 1 + window, 0), per_tile))
+            is_careful |= is_first
+        fast_start = where(is_careful, careful_stop, smaller(fast_start, careful_stop))
+        fast_stop = larger(fast_stop, fast_start)
+        return _Keys(
+            num_valid=self._num_valid(queries, block),
+            num_pages=ceil_div(self._num_valid(queries, block), self.page_size),
+            num_next_pages=ceil_div(self._num_valid(queries, block + 1), self.page_size),
+            num_write_waits=where(block + 1 == first_write, 1, 0),
+            careful_start=tiles(floor_div(larger(start, 0), per_tile)),
+            fast_start=fast_start,
+            opened_stop=where(is_first, fast_stop, fast_start),
+            fast_stop=fast_stop,
+            careful_stop=careful_stop,
+        )
+
+    def _num_valid(self, queries: _Queries, block: Number) -> Number:
+        return clip(queries.stop - block * self.blocks.num_keys, 0, self.blocks.num_keys)
 
 
 def attend_chunks(
@@ -68,6 +251,7 @@ def attend_chunks(
     sm_scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    constant: ConstantChunk | None = None,
     vmem_limit_bytes: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -84,64 +268,63 @@ def attend_chunks(
         layout, sm_scale, sliding_window, soft_cap, vmem_limit_bytes, interpret: As for
             `attend_decodes`.
         blocks: Sizes of the loops' turns.
+        constant: For static profiles only: takes the place of all lengths.
 
     Returns:
         As `q`, anything for tokens of no chunk; and the pages.
     """
-    num_tokens, num_rows, num_queries, _ = q.shape
-    block_len = blocks.num_tokens
-    num_chunks = len(kv_lens)
+    num_tokens, num_rows, queries_per_token, _ = q.shape
+    tiles = QueryTiles(
+        num_queries=blocks.num_queries,
+        num_tiles=blocks.num_tiles,
+        queries_per_token=queries_per_token,
+        cu_chunk_lens=cu_chunk_lens,
+        num_tokens=num_tokens,
+    )
     kernel = _Kernel(
         layout=layout,
         blocks=blocks,
         page_size=pages.shape[2],
         pages_per_seq=page_indices.shape[1],
-        num_chunks=num_chunks,
-        sm_scale=sm_scale,
+        num_chunks=len(kv_lens),
+        queries_per_token=queries_per_token,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        constant=constant,
     )
     if blocks.num_keys % kernel.page_size:
         raise ValueError(f"blocks of {blocks.num_keys} keys are no whole pages of {pages.shape[2]}")
-    chunk_lens = jnp.diff(cu_chunk_lens)
-    blocks_per_chunk = -(-chunk_lens // block_len)
-    cu_blocks = jnp.cumsum(blocks_per_chunk)
-    num_blocks = -(-num_tokens // block_len) + min(num_chunks, num_tokens)
-    number = jnp.arange(num_blocks, dtype=jnp.int32)
-    chunk = jnp.minimum(jnp.searchsorted(cu_blocks, number, side="right"), num_chunks - 1)
-    chunk = chunk.astype(jnp.int32)
-    in_chunk = (number - (cu_blocks - blocks_per_chunk)[chunk]) * block_len
-    first_token = cu_chunk_lens[chunk] + in_chunk
-    count = jnp.clip(chunk_lens[chunk] - in_chunk, 0, block_len)
-    count = jnp.where(number < cu_blocks[-1], count, 0)
-    position = (kv_lens - chunk_lens)[chunk] + in_chunk
-    # Queries by block, [blocks, rows, tokens * queries, 128]: whole registers, whatever the chunks.
-    token = jnp.minimum(first_token[:, None] + jnp.arange(block_len)[None], num_tokens - 1)
-    q_blocks = q[token].transpose(0, 2, 1, 3, 4)
-    q_blocks = q_blocks.reshape(num_blocks, num_rows, block_len * num_queries, LANES)
+    chunk, first_tile, offset, count = tiles.blocks()
+    position = (kv_lens - jnp.diff(cu_chunk_lens))[chunk] + offset
+    # Scaled once, not score by score: so that the vector unit keeps up with the product unit.
+    scaled = q.astype(jnp.float32) * query_scale(sm_scale, soft_cap)
+    q_tiles = tiles.tile(scaled.astype(q.dtype))
 
-    block = (1, num_rows, block_len * num_queries, LANES)
-    sums = pltpu.VMEM((num_rows, block_len * num_queries, LANES), jnp.float32)
+    operand = jnp.float32 if layout.is_float32 else jnp.bfloat16
+    state = (blocks.num_tiles, num_rows)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    buffer = (2, layout.num_stored_rows, blocks.num_keys, LANES)
-    scalars = (chunk, position, count, kv_lens, cu_chunk_lens, page_indices.reshape(-1))
+    scalars = (chunk, first_tile, position, count, kv_lens, cu_chunk_lens, page_indices.reshape(-1))
     out, pages = pl.pallas_call(
-        functools.partial(_attend_kernel, kernel=kernel, num_queries=num_queries),
+        functools.partial(_attend_kernel, kernel=kernel),
         out_shape=(
-            jax.ShapeDtypeStruct(q_blocks.shape, q.dtype),
+            jax.ShapeDtypeStruct(q_tiles.shape, q.dtype),
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars) + 1,
-            grid=(num_blocks,),
-            in_specs=[pl.BlockSpec(block, lambda index, *_: (index, 0, 0, 0)), anywhere, anywhere],
-            out_specs=(pl.BlockSpec(block, lambda index, *_: (index, 0, 0, 0)), anywhere),
+            grid=(tiles.most_blocks if constant is None else 1,),
+            in_specs=[anywhere, anywhere, anywhere],
+            out_specs=(anywhere, anywhere),
             scratch_shapes=[
-                pltpu.VMEM(buffer, pages.dtype),
-                sums,
-                sums,
-                sums,
+                pltpu.VMEM((blocks.num_tiles, *q_tiles.shape[1:]), q.dtype),
+                pltpu.VMEM((2, layout.num_stored_rows, blocks.num_keys, LANES), pages.dtype),
+                pltpu.VMEM((num_rows, blocks.num_keys, LANES), operand),
+                pltpu.VMEM((num_rows, LANES, blocks.num_keys), operand),
+                pltpu.VMEM((*state, 1, blocks.num_queries), jnp.float32),
+                pltpu.VMEM((*state, SUBLANES, blocks.num_queries), jnp.float32),
+                pltpu.VMEM((*state, LANES, blocks.num_queries), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA,
             ],
         ),
@@ -151,141 +334,230 @@ def attend_chunks(
         ),
         interpret=interpret,
         name="attend_chunks",
-    )(*scalars, first_page.reshape(1), q_blocks, new_kv.swapaxes(0, 1), pages)
-    out = out.reshape(num_blocks, num_rows, block_len, num_queries, LANES)
-    # Back to the order of tokens.
-    place = jnp.arange(num_tokens)
-    of_token = jnp.searchsorted(cu_chunk_lens[1:], place, side="right")
-    of_token = jnp.minimum(of_token, num_chunks - 1)
-    offset = place - cu_chunk_lens[of_token]
-    block_of = (cu_blocks - blocks_per_chunk)[of_token] + offset // block_len
-    return out[jnp.minimum(block_of, num_blocks - 1), :, offset % block_len], pages
+    )(*scalars, first_page.reshape(1), q_tiles, new_kv.swapaxes(0, 1), pages)
+    return tiles.untile(out), pages
 
 
 def _attend_kernel(
     chunk_ref,
+    first_tile_ref,
     position_ref,
     count_ref,
     kv_lens_ref,
     cu_chunk_lens_ref,
     page_indices_ref,
     first_page_ref,
-    q_ref,
+    q_hbm,
     new_kv_ref,
     _,
-    out_ref,
+    out_hbm,
     pages_ref,
+    q_ref,
     buffer_ref,
+    key_ref,
+    value_ref,
     best_ref,
     total_ref,
     weighted_ref,
     read_sems,
     write_sem,
+    tile_sem,
     *,
     kernel: _Kernel,
-    num_queries: int,
 ):
     layout, num_keys, page_size = kernel.layout, kernel.blocks.num_keys, kernel.page_size
-    score_of = functools.partial(scores, sm_scale=kernel.sm_scale, soft_cap=kernel.soft_cap)
-    index = pl.program_id(0)
-    chunk, position, count = chunk_ref[index], position_ref[index], count_ref[index]
+    operands = Operands(query=q_ref, key=key_ref, value=value_ref, soft_cap=kernel.soft_cap)
+    sums = TileSums(best=best_ref, total=total_ref, weighted=weighted_ref)
 
-    def page_at(chunk: jax.Array, entry: jax.Array) -> jax.Array:
+    def page_at(chunk: Number, entry: Number) -> Number:
+        if kernel.constant is not None:
+            return entry
         return first_page_ref[0] + page_indices_ref[chunk * kernel.pages_per_seq + entry]
+
+    def write_chunks(*, starts: bool) -> None:
+        """Start, or wait for, the copies of all chunks' keys and values to their pages."""
+
+        def write(chunk: Number) -> None:
+            if kernel.constant is None:
+                first_token = cu_chunk_lens_ref[chunk]
+                num_tokens = cu_chunk_lens_ref[chunk + 1] - first_token
+                stop = kv_lens_ref[chunk]
+            else:
+                first_token, num_tokens = 0, kernel.constant.length
+                stop = kernel.constant.start + num_tokens
+
+            def copy(position: Number, count: int) -> None:
+                token = first_token + position - (stop - num_tokens)
+                page = page_at(chunk, floor_div(position, page_size))
+                source = new_kv_ref.at[:, pl.ds(token, count)]
+                target = pages_ref.at[page, :, pl.ds(remainder(position, page_size), count)]
+                copy = pltpu.make_async_copy(source, target, write_sem)
+                copy.start() if starts else copy.wait()
+
+            _by_pages(stop - num_tokens, stop, page_size, copy)
+
+        repeat(kernel.num_chunks, write)
+
+    def copy_in(queries: _Queries, tile: Number):
+        return pltpu.make_async_copy(q_hbm.at[queries.first_tile + tile], q_ref.at[tile], tile_sem)
+
+    def copy_out(queries: _Queries, tile: Number):
+        return pltpu.make_async_copy(
+            q_ref.at[tile], out_hbm.at[queries.first_tile + tile], tile_sem
+        )
+
+    def start_reading(queries: _Queries, block: Number, half: Number, num_pages: Number) -> None:
+        def start(index: Number) -> None:
+            page = page_at(queries.chunk, block * kernel.pages_per_block + index)
+            rows = buffer_ref.at[half, :, pl.ds(index * page_size, page_size)]
+            pltpu.make_async_copy(pages_ref.at[page], rows, read_sems.at[half]).start()
+
+        repeat(num_pages, start)
+
+    def wait_for_reads(half: Number, num_pages: Number) -> None:
+        def wait(index: Number, count: int) -> None:
+            rows = buffer_ref.at[half, :, pl.ds(index * page_size, count * page_size)]
+            pltpu.make_async_copy(rows, rows, read_sems.at[half]).wait()
+
+        is_whole = num_pages == kernel.pages_per_block
+        repeat(where(is_whole, 1, 0), lambda _: wait(0, kernel.pages_per_block))
+        repeat(where(is_whole, 0, num_pages), lambda index: wait(index, 1))
+
+    def attend_tiles(queries: _Queries, block: Number, keys: _Keys) -> None:
+        def own_places(tile: Number) -> jax.Array:
+            query = lax.broadcasted_iota(jnp.int32, (1, kernel.blocks.num_queries), 1)
+            token = lax.div(query, jnp.int32(kernel.queries_per_token))
+            position = queries.position + tile * kernel.tokens_per_tile + token
+            # What a tile has too many sees what the last token sees.
+            return jnp.minimum(position, queries.stop - 1) - block * num_keys
+
+        def careful(first_tile: Number, count: int) -> None:
+            own = [own_places(first_tile + number) for number in range(count)]
+            attend_carefully(operands, sums, first_tile, own, kernel.sliding_window)
+
+        def fast(first_tile: Number, count: int) -> None:
+            attend_fast(operands, sums, first_tile, count)
+
+        # The static profile does not count the turns of a loop around loops of products.
+        each = repeat if kernel.constant is None else unroll
+
+        def in_groups(
+            attend: Callable[[Number, int], None], first: Number, stop: Number, count: int
+        ):
+            num_groups = floor_div(larger(stop - first, 0), count)
+            each(num_groups, lambda group: attend(first + group * count, count))
+            if count > 1:
+                each(stop, lambda tile: attend(tile, 1), first=first + num_groups * count)
+
+        in_groups(careful, keys.careful_start, keys.fast_start, kernel.blocks.num_careful)
+        each(keys.opened_stop, lambda tile: find_best(operands, sums, tile), first=keys.fast_start)
+        in_groups(fast, keys.fast_start, keys.fast_stop, kernel.blocks.num_beside)
+        if kernel.sliding_window is not None:
+            in_groups(careful, keys.fast_stop, keys.careful_stop, kernel.blocks.num_careful)
+
+    def attend_keys(queries: _Queries, block: Number, half: Number, keys: _Keys) -> None:
+        repeat(keys.num_write_waits, lambda _: write_chunks(starts=False))
+        start_reading(queries, block + 1, 1 - half, keys.num_next_pages)
+        wait_for_reads(half, keys.num_pages)
+        clear_behind(buffer_ref, (half,), layout, keys.num_valid, num_keys)
+        for row in range(layout.num_rows):
+            key, value = load_kv(buffer_ref, (half,), row, layout)
+            key_ref[row], value_ref[row] = key, value.T
+        attend_tiles(queries, block, keys)
+
+    def attend_all_keys(
+        queries: _Queries, *, first_write: Number, is_careful: bool | jax.Array
+    ) -> None:
+        """Attend a block of queries, anew if carefully, to all keys that it sees.
+
+        The writes are waited for before the first of them is read.
+        """
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+        repeat(queries.num_tiles, sums.clear)
+        first, stop = kernel.block_range(queries)
+        keys_of = functools.partial(
+            kernel.keys, queries, first_write=first_write, is_careful=is_careful
+        )
+        repeat(where(first == first_write, 1, 0), lambda _: write_chunks(starts=False))
+        start_reading(queries, first, remainder(first, 2), keys_of(first).num_pages)
+        num_waits = where(is_careful, 0, queries.num_tiles)
+        repeat(num_waits, lambda tile: copy_in(queries, tile).wait())
+
+        def attend_block(block: Number) -> None:
+            attend_keys(queries, block, remainder(block, 2), keys_of(block))
+
+        if isinstance(first, int) and isinstance(stop, int):
+            for keys, found in itertools.groupby(range(first, stop), key=keys_of):
+                attend_run(queries, list(found), keys)
+        else:
+            repeat(stop, attend_block, first=first)
+
+    def attend_run(queries: _Queries, run: list[int], keys: _Keys) -> None:
+        """Attend blocks, constants all, of which the same is known; half by half as constants."""
+
+        def attend_pair(pair: Number) -> None:
+            for place in (0, 1):
+                attend_keys(queries, run[0] + 2 * pair + place, (run[0] + place) % 2, keys)
+
+        repeat(len(run) // 2, attend_pair)
+        if len(run) % 2:
+            attend_keys(queries, run[-1], run[-1] % 2, keys)
+
+    def attend_queries(queries: _Queries, *, is_first: bool | jax.Array) -> None:
+        repeat(queries.num_tiles, lambda tile: copy_in(queries, tile).start())
+        first_write = where(is_first, kernel.first_written_block(queries), -1)
+
+        def attempt(number: jax.Array) -> jax.Array:
+            attend_all_keys(
+                queries,
+                first_write=where(number == 0, first_write, -1),
+                is_careful=number > 0,
+            )
+            # Not-a-number is no total to be trusted, either.
+            return jnp.where(jnp.max(total_ref[...]) < MOST_TOTAL, 2, number + 1)
+
+        if kernel.constant is None:
+            lax.while_loop(lambda number: number < 2, attempt, jnp.int32(0))
+        else:
+            attend_all_keys(queries, first_write=first_write, is_careful=False)
+
+        def finish(tile: Number) -> None:
+            for row in range(layout.num_rows):
+                q_ref[tile, row] = sums.output(tile, row).astype(q_ref.dtype)
+            copy_out(queries, tile).start()
+
+        repeat(queries.num_tiles, finish)
+        repeat(queries.num_tiles, lambda tile: copy_out(queries, tile).wait())
+
+    if kernel.constant is not None:
+        write_chunks(starts=True)
+        for number, queries in enumerate(kernel.constant_queries()):
+            attend_queries(queries, is_first=number == 0)
+        return
+    index = pl.program_id(0)
 
     @pl.when(index == 0)
     def _():
-        _write_chunks(
-            kernel, kv_lens_ref, cu_chunk_lens_ref, page_at, new_kv_ref, pages_ref, write_sem
-        )
+        write_chunks(starts=True)
 
-    def copies(block: jax.Array, half: jax.Array, *, starts: bool) -> None:
-        """Start, or wait for, the copies of a block's pages, as far as there are any."""
-        tokens = jnp.clip(position + count - block * num_keys, 0, num_keys)
-
-        def copy(number: jax.Array, _: None) -> None:
-            page = page_at(chunk, block * kernel.pages_per_block + number)
-            rows = buffer_ref.at[half, :, pl.ds(number * page_size, page_size)]
-            copy = pltpu.make_async_copy(pages_ref.at[page], rows, read_sems.at[half])
-            copy.start() if starts else copy.wait()
-
-        lax.fori_loop(0, lax.div(tokens + (page_size - 1), jnp.int32(page_size)), copy, None)
-
-    def attend_block(block: jax.Array, _: None) -> None:
-        half = lax.rem(block, jnp.int32(2))
-        copies(block + 1, 1 - half, starts=True)
-        copies(block, half, starts=False)
-        number = lax.broadcasted_iota(jnp.int32, (num_keys, LANES), 0) + block * num_keys
-        is_cached = number < position + count
-        rows = kernel.blocks.num_tokens * num_queries
-        query = lax.broadcasted_iota(jnp.int32, (rows, num_keys), 0)
-        own = position + lax.div(query, jnp.int32(num_queries))
-        key_number = lax.broadcasted_iota(jnp.int32, (rows, num_keys), 1) + block * num_keys
-        is_seen = (key_number <= own) & (key_number < position + count)
-        if kernel.sliding_window is not None:
-            is_seen &= key_number > own - kernel.sliding_window
-        for row in range(layout.num_rows):
-            key, value = load_kv(buffer_ref, (half,), row, layout, is_cached=is_cached)
-            score = score_of(q_ref[0, row], key)
-            before = Sums(best_ref[row], total_ref[row], weighted_ref[row])
-            after = before.merge(block_sums(score, is_seen, value))
-            best_ref[row], total_ref[row], weighted_ref[row] = after
-
-    first_block = jnp.int32(0)
-    if kernel.sliding_window is not None:
-        oldest = jnp.maximum(position - kernel.sliding_window + 1, 0)
-        first_block = lax.div(oldest, jnp.int32(num_keys))
-    stop_block = lax.div(position + count + (num_keys - 1), jnp.int32(num_keys))
-
-    @pl.when(count > 0)
+    @pl.when(count_ref[index] > 0)
     def _():
-        best_ref[...] = jnp.full(best_ref.shape, LOWEST_SCORE, jnp.float32)
-        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
-        weighted_ref[...] = jnp.zeros(weighted_ref.shape, jnp.float32)
-        copies(first_block, lax.rem(first_block, jnp.int32(2)), starts=True)
-        lax.fori_loop(first_block, stop_block, attend_block, None)
-        for row in range(layout.num_rows):
-            total = jnp.maximum(total_ref[row], 1e-30)
-            out_ref[0, row] = (weighted_ref[row] / total).astype(out_ref.dtype)
-
-
-def _write_chunks(
-    kernel: _Kernel, kv_lens_ref, cu_chunk_lens_ref, page_at, new_kv_ref, pages_ref, write_sem
-) -> None:
-    """Write all chunks' tokens to their pages: whole pages at once, others token by token."""
-    page_size = kernel.page_size
-
-    def for_chunk(chunk: jax.Array, *, starts: bool) -> None:
-        first_token = cu_chunk_lens_ref[chunk]
-        num_tokens = cu_chunk_lens_ref[chunk + 1] - first_token
-        stop = kv_lens_ref[chunk]
-        start = stop - num_tokens
-
-        def copy(position: jax.Array, count: int) -> None:
-            token = first_token + position - start
-            page = page_at(chunk, lax.div(position, jnp.int32(page_size)))
-            offset = lax.rem(position, jnp.int32(page_size))
-            source = new_kv_ref.at[:, pl.ds(token, count)]
-            target = pages_ref.at[page, :, pl.ds(offset, count)]
-            copy = pltpu.make_async_copy(source, target, write_sem)
-            copy.start() if starts else copy.wait()
-
-        def copy_token(position: jax.Array, _: None) -> None:
-            copy(position, 1)
-
-        def copy_page(number: jax.Array, _: None) -> None:
-            copy(number * page_size, page_size)
-
-        first_page = lax.div(start + (page_size - 1), jnp.int32(page_size))
-        stop_page = jnp.maximum(lax.div(stop, jnp.int32(page_size)), first_page)
-        lax.fori_loop(start, jnp.minimum(first_page * page_size, stop), copy_token, None)
-        lax.fori_loop(first_page, stop_page, copy_page, None)
-        lax.fori_loop(jnp.maximum(stop_page * page_size, start), stop, copy_token, None)
-
-    for starts in (True, False):
-        lax.fori_loop(
-            0,
-            kernel.num_chunks,
-            lambda chunk, _, starts=starts: for_chunk(chunk, starts=starts),
-            None,
+        queries = _Queries(
+            chunk=chunk_ref[index],
+            first_tile=first_tile_ref[index],
+            num_tiles=ceil_div(count_ref[index], kernel.tokens_per_tile),
+            position=position_ref[index],
+            stop=position_ref[index] + count_ref[index],
         )
+        attend_queries(queries, is_first=index == 0)
+
+
+def _by_pages(
+    start: Number, stop: Number, page_size: int, copy: Callable[[Number, int], None]
+) -> None:
+    """Copy positions: whole pages at once, others token by token."""
+    first_page = ceil_div(start, page_size)
+    stop_page = larger(floor_div(stop, page_size), first_page)
+    repeat(smaller(first_page * page_size, stop), lambda at: copy(at, 1), first=start)
+    repeat(stop_page, lambda page: copy(page * page_size, page_size), first=first_page)
+    repeat(stop, lambda at: copy(at, 1), first=larger(stop_page * page_size, start))

@@ -28,20 +28,31 @@ from engine.kernels.tpu.kv_rows import LANES, RowLayout
 from engine.kernels.tpu.numbers import (
     Number,
     ceil_div,
-    floor_div,
+    choose,
     larger,
     remainder,
     repeat,
     smaller,
     where,
 )
-from engine.kernels.tpu.softmax import Sums, cached_sums, load_kv, sums_of_one
+from engine.kernels.tpu.softmax import (
+    Steps,
+    Sums,
+    cached_sums,
+    clear_behind,
+    interleave,
+    load_kv,
+    sums_of_one,
+)
+
+_CHAINS_BEHIND = 4
+"""Between a block's and row's scores, its weights, and their product with the values."""
+
+_FEWEST_COMPUTED = 256
+"""Keys: a product of fewer takes as long."""
 
 MOST_TABLE_BYTES = 512 * 1024
 """Of a page table in scalar memory, which has 1 MiB; larger ones stay in HBM."""
-
-CLEARED_KEYS = 64
-"""Keys that one turn of the loop behind a sequence's end clears."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +68,10 @@ class DecodeBlocks:
     num_keys: int
     group: int
     num_buffers: int
+
+    def vmem_bytes(self, layout: RowLayout) -> int:
+        """What the kernel's buffers hold in the vector memory."""
+        return self.num_buffers * self.group * layout.num_stored_rows * self.num_keys * LANES * 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +98,16 @@ class _Kernel:
     @property
     def blocks_per_seq(self) -> int:
         return -(-self.pages_per_seq // self.pages_per_block)
+
+    @property
+    def computed_sizes(self) -> list[int]:
+        """So many keys of a block may be computed: of short sequences a part of it.
+
+        Each is code of its own, which takes as long to compile.
+        """
+        num_keys = self.blocks.num_keys
+        part = num_keys // 4
+        return [part, num_keys] if part >= _FEWEST_COMPUTED else [num_keys]
 
     @property
     def streams_table(self) -> bool:
@@ -249,6 +274,8 @@ def _attend_kernel(
     is_constant = kernel.constant_len is not None
     num_seqs = kernel.num_seqs if is_constant else counts_ref[0]
     slots = range(kernel.blocks.group)
+    rows = range(layout.num_rows)
+    sizes = kernel.computed_sizes
 
     def num_cached(seq: Number) -> Number:
         return kv_lens_ref[seq] - 1 if kernel.constant_len is None else kernel.constant_len
@@ -332,23 +359,6 @@ def _attend_kernel(
             repeat(where(is_whole, 1, 0), lambda _, wait=wait: wait(0, pages_per_block))
             repeat(where(is_whole, 0, num_pages), lambda index, wait=wait: wait(index, 1))
 
-    def clear_behind(buffer: int, slot: int, place: _Place) -> None:
-        """Zero what lies behind the cached keys of a block, which may be anything.
-
-        Its weights are zero, but zero times not-a-number is none.
-        """
-        valid = num_valid(place)
-
-        def clear(tile: Number) -> None:
-            first = tile * CLEARED_KEYS
-            for row in range(layout.num_stored_rows):
-                at = buffer, slot, row, pl.ds(first, CLEARED_KEYS)
-                words = buffer_ref[at]
-                number = lax.broadcasted_iota(jnp.int32, words.shape, 0) + first
-                buffer_ref[at] = jnp.where(number < valid, words, jnp.zeros_like(words))
-
-        repeat(num_keys // CLEARED_KEYS, clear, first=floor_div(valid, CLEARED_KEYS))
-
     def start_writing(place: _Place) -> None:
         """Write the new token of a sequence whose last block this is."""
         seq, block = place
@@ -378,8 +388,8 @@ def _attend_kernel(
             place = pl.ds(tile * layout.queries_in_tile, layout.queries_in_tile)
             out_ref[seq, place] = out.astype(out_ref.dtype)
 
-    def attend_block(buffer: int, slot: int, place: _Place, row: int) -> Sums:
-        """Attend to the cached keys of a block, by itself."""
+    def attend_block(buffer: int, slot: int, place: _Place, row: int, size: int) -> Steps:
+        """Attend to the cached keys of a block, as many as may be valid, by itself."""
         seq, block = place
         oldest = None
         if kernel.sliding_window is not None:
@@ -390,6 +400,7 @@ def _attend_kernel(
             (buffer, slot),
             row,
             layout,
+            num_keys=size,
             valid=num_valid(place),
             oldest=oldest,
             sm_scale=kernel.sm_scale,
@@ -403,14 +414,28 @@ def _attend_kernel(
             queries(seq, row), key, value, sm_scale=kernel.sm_scale, soft_cap=kernel.soft_cap
         )
 
+    def attend_blocks(buffer: int, places: list[_Place]) -> list[list[Sums]]:
+        """The sums of each block and row, over as few keys as hold what is valid of all blocks."""
+
+        def attend(size: int) -> list[list[Sums]]:
+            for slot, place in enumerate(places):
+                clear_behind(buffer_ref, (buffer, slot), layout, num_valid(place), size)
+            found = interleave(
+                [
+                    attend_block(buffer, slot, place, row, size)
+                    for slot, place in enumerate(places)
+                    for row in rows
+                ],
+                behind=_CHAINS_BEHIND,
+            )
+            return [found[slot * len(rows) : (slot + 1) * len(rows)] for slot in slots]
+
+        most = functools.reduce(larger, [num_valid(place) for place in places])
+        return choose([(most <= size, functools.partial(attend, size)) for size in sizes])
+
     def attend_group(buffer: int, places: list[_Place], sums: list[Sums]) -> list[Sums]:
         wait_for_reads(buffer, places)
-        for slot, place in enumerate(places):
-            clear_behind(buffer, slot, place)
-        found = [
-            [attend_block(buffer, slot, place, row) for row in range(layout.num_rows)]
-            for slot, place in enumerate(places)
-        ]
+        found = attend_blocks(buffer, places)
         sums = list(sums)
         for place, of_block in zip(places, found, strict=True):
             seq, block = place

@@ -1,5 +1,6 @@
 """The arithmetic that the TPU's attention kernels share: scores, and the sums of a softmax."""
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from engine.kernels.tpu.kv_rows import RowLayout
+from engine.kernels.tpu.numbers import Number, floor_div, repeat
+
+CLEARED_KEYS = 64
+"""Keys that one turn of the loop behind a block's end clears."""
 
 LOWEST_SCORE = -1e30
 """Below every real score, but finite: its difference with itself is 0, not not-a-number."""
@@ -48,6 +53,10 @@ class Sums(NamedTuple):
         )
 
 
+Steps = Generator[None, None, Sums]
+"""Sums, and where other chains may go on meanwhile."""
+
+
 def load_kv(
     ref,
     index: tuple,
@@ -55,17 +64,18 @@ def load_kv(
     layout: RowLayout,
     *,
     is_single: bool = False,
-    is_cached: jax.Array | None = None,
+    num_keys: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a row, [keys, 128] each, in the dtype that they are computed in.
 
-    Of a single token rows lie one after another without a dimension for keys: `is_single`.
-    Values are zero where `is_cached` is not: what lies there may be anything, and zero times
-    not-a-number is none.
+    Of a single token rows lie one after another without a dimension for keys: `is_single`. Else
+    `num_keys` are the first ones to take; None = all.
     """
 
     def rows(first: int) -> jax.Array:
-        return ref[(*index, pl.ds(first, 1) if is_single else first)]
+        if is_single:
+            return ref[(*index, pl.ds(first, 1))]
+        return ref[(*index, first, slice(0, num_keys))]
 
     words = rows(row)
     if layout.is_float32:
@@ -73,17 +83,32 @@ def load_kv(
     else:
         key = pltpu.bitcast(words << 16, jnp.float32)
         value = pltpu.bitcast(words & jnp.uint32(_HIGH_HALF), jnp.float32)
-    if is_cached is not None:
-        value = jnp.where(is_cached, value, 0.0)
     dtype = jnp.float32 if layout.is_float32 else jnp.bfloat16
     return key.astype(dtype), value.astype(dtype)
+
+
+def clear_behind(ref, index: tuple, layout: RowLayout, valid: Number, num_keys: int) -> None:
+    """Zero what lies behind the valid keys of a block, which may be anything.
+
+    Its weights are zero, but zero times not-a-number is none.
+    """
+
+    def clear(tile: Number) -> None:
+        first = tile * CLEARED_KEYS
+        for row in range(layout.num_stored_rows):
+            at = *index, row, pl.ds(first, CLEARED_KEYS)
+            words = ref[at]
+            number = lax.broadcasted_iota(jnp.int32, words.shape, 0) + first
+            ref[at] = jnp.where(number < valid, words, jnp.zeros_like(words))
+
+    repeat(num_keys // CLEARED_KEYS, clear, first=floor_div(valid, CLEARED_KEYS))
 
 
 def scores(
     query: jax.Array, key: jax.Array, *, sm_scale: float, soft_cap: float | None
 ) -> jax.Array:
     """Scaled scores, float32 [query rows, keys]; with a cap they stay within ± it."""
-    return _scaled(_dot(query, key, contract=1), sm_scale, soft_cap)
+    return _scaled(dot(query, key, contract=1), sm_scale, soft_cap)
 
 
 def sums_of_one(
@@ -108,12 +133,13 @@ def cached_sums(
     row: int,
     layout: RowLayout,
     *,
+    num_keys: int,
     valid: jax.Array | int,
     oldest: jax.Array | int | None,
     sm_scale: float,
     soft_cap: float | None,
-) -> Sums:
-    """The sums of one token's queries over a block of cached keys, all of them numbers.
+) -> Steps:
+    """The sums of one token's queries over a block of cached keys, all of them numbers, in steps.
 
     Args:
         query: [query rows, 128].
@@ -121,36 +147,47 @@ def cached_sums(
         index: Of the block in it.
         row: Of the layout.
         layout: Of rows.
+        num_keys: Of the block, from its first on, that are looked at.
         valid: Keys that exist.
         oldest: Keys up to this number are not seen; None = all are.
         sm_scale, soft_cap: As for `scores`.
     """
-    key, value = load_kv(ref, index, row, layout)
+    key, value = load_kv(ref, index, row, layout, num_keys=num_keys)
     score = scores(query, key, sm_scale=sm_scale, soft_cap=soft_cap)
+    yield
     number = lax.broadcasted_iota(jnp.int32, score.shape, 1)
     is_seen = number < valid
     if oldest is not None:
         is_seen &= number > oldest
-    return block_sums(score, is_seen, value)
-
-
-def block_sums(score: jax.Array, is_seen: jax.Array, value: jax.Array) -> Sums:
-    """The sums over one block of keys.
-
-    Args:
-        score: [query rows, keys].
-        is_seen: bool, the same shape.
-        value: [keys, 128], all of them numbers.
-    """
     score = jnp.where(is_seen, score, LOWEST_SCORE)
     best = jnp.max(score, axis=1, keepdims=True)
     # Where nothing is seen the best score is the lowest, and its difference with itself is 0.
     weight = jnp.where(is_seen, jnp.exp(score - best), 0.0)
     total = jnp.sum(weight, axis=1, keepdims=True)
-    weighted = _dot(weight.astype(value.dtype), value, contract=0)
+    yield
+    weighted = dot(weight.astype(value.dtype), value, contract=0)
     return Sums(
         jnp.broadcast_to(best, weighted.shape), jnp.broadcast_to(total, weighted.shape), weighted
     )
+
+
+def interleave(chains: list[Steps], *, behind: int) -> list[Sums]:
+    """Write chains of steps out so that each takes its next step while others take theirs.
+
+    The compiler keeps to that order so far that one chain's products do not wait for another's
+    exponentials. Each step comes so many chains behind the one before.
+    """
+    found: dict[int, Sums] = {}
+    turn = 0
+    while len(found) < len(chains):
+        for number in range(turn, -1, -behind):
+            if number < len(chains) and number not in found:
+                try:
+                    next(chains[number])
+                except StopIteration as end:
+                    found[number] = end.value
+        turn += 1
+    return [found[number] for number in range(len(chains))]
 
 
 def _scaled(product: jax.Array, sm_scale: float, soft_cap: float | None) -> jax.Array:
@@ -158,7 +195,7 @@ def _scaled(product: jax.Array, sm_scale: float, soft_cap: float | None) -> jax.
     return score if soft_cap is None else soft_cap * jnp.tanh(score / soft_cap)
 
 
-def _dot(left: jax.Array, right: jax.Array, *, contract: int) -> jax.Array:
+def dot(left: jax.Array, right: jax.Array, *, contract: int) -> jax.Array:
     """Contract the last dimension of `left` with one of `right`, in float32."""
     precision = lax.Precision.HIGHEST if right.dtype == jnp.float32 else None
     return lax.dot_general(

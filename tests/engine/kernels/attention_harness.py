@@ -123,6 +123,42 @@ class Harness:
         )
 
 
+def ragged_schedule(rng: np.random.Generator, lengths: list[int]) -> list[oracle.Step]:
+    """Three steps that compute all sequences: two of chunks, cut anywhere, and one of decodes."""
+    last = [length - 1 for length in lengths]
+    cuts = [int(rng.integers(0, stop + 1)) for stop in last]
+    nothing = [0] * len(lengths)
+    steps = []
+    for starts, stops in ((nothing, cuts), (cuts, last)):
+        chunks = [
+            (seq, stops[seq] - starts[seq])
+            for seq in rng.permutation(len(lengths)).tolist()
+            if stops[seq] > starts[seq]
+        ]
+        steps.append(
+            oracle.Step(
+                decodes=[],
+                chunks=chunks,
+                starts=list(starts),
+                num_decode_rows=len(lengths) + 1,
+                num_chunk_tokens=sum(last) + 3,
+                num_chunks=len(lengths),
+            )
+        )
+    decodes = rng.permutation(len(lengths)).tolist()
+    return [
+        *steps,
+        oracle.Step(
+            decodes=decodes,
+            chunks=[],
+            starts=last,
+            num_decode_rows=len(lengths) + 1,
+            num_chunk_tokens=0,
+            num_chunks=0,
+        ),
+    ]
+
+
 def random_schedule(
     rng: np.random.Generator, lengths: list[int], *, num_chunk_tokens: int = 160
 ) -> list[oracle.Step]:

@@ -21,15 +21,27 @@ class Sequence:
 
 
 def random_sequence(
-    rng: np.random.Generator, length: int, num_heads: int, num_kv_heads: int, head_dim: int
+    rng: np.random.Generator,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    sharpness: float = 1.0,
 ) -> Sequence:
+    """Scores are about as large as `sharpness`."""
+
     def normal(heads: int) -> np.ndarray:
         return rng.standard_normal((length, heads, head_dim)).astype(np.float32)
 
-    return Sequence(q_TNH=normal(num_heads), k_TKH=normal(num_kv_heads), v_TKH=normal(num_kv_heads))
+    return Sequence(
+        q_TNH=sharpness * normal(num_heads), k_TKH=normal(num_kv_heads), v_TKH=normal(num_kv_heads)
+    )
 
 
-def attend(sequence: Sequence, sliding_window: int | None = None) -> np.ndarray:
+def attend(
+    sequence: Sequence, sliding_window: int | None = None, soft_cap: float | None = None
+) -> np.ndarray:
     """[T, N, H] float64: causal attention of all tokens, without pages, batches or blocks."""
     q_TNH, k_SKH, v_SKH = (
         x.astype(np.float64) for x in (sequence.q_TNH, sequence.k_TKH, sequence.v_TKH)
@@ -41,6 +53,8 @@ def attend(sequence: Sequence, sliding_window: int | None = None) -> np.ndarray:
         for head in range(q_TNH.shape[1]):
             keys = k_SKH[first : token + 1, head // group]
             scores = keys @ q_TNH[token, head] * q_TNH.shape[2] ** -0.5
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             weights = np.exp(scores - scores.max())
             out_TNH[token, head] = weights @ v_SKH[first : token + 1, head // group] / weights.sum()
     return out_TNH

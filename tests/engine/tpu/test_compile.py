@@ -1,7 +1,6 @@
 """What the TPU's own compiler makes of our programs; no TPU is needed for it."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from engine.errors import ConfigError
+from engine.compile_ahead import compile_some
+from engine.config import EngineConfig
+from engine.errors import CapacityError
+from engine.step import Bucket
 from engine.topology import Slice, compile_environment
 
+HERE = Path(__file__).parent
 CACHED_TOKENS = 65536
 SHAPES: dict[str, dict[str, Any]] = {
     # Narrow enough to compile in seconds; heads as the real ones have them.
@@ -45,13 +48,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def compile_for(
-    tpu: str, directory: Path, architecture: str, *wanted: str, **flags: object
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a process that compiles says of an engine and of some of its programs."""
+def make_config(directory: Path, architecture: str, tpu: str, **flags: object) -> EngineConfig:
     config = {"architectures": [architecture], **SHAPES[architecture]}
     (directory / "config.json").write_text(json.dumps(config))
-    flags = {
+    defaults = {
         "model_path": str(directory),
         "device": "tpu",
         "tp_size": Slice.parse(tpu).num_devices,
@@ -59,29 +59,8 @@ def compile_for(
         "chunked_prefill_size": 128,
         "context_length": 2048,
         "max_total_tokens": CACHED_TOKENS,
-    } | flags
-    job = {"config": flags, "tpu": tpu, "store": None}
-    engine = ask([job])[0]
-    if "error" in engine:
-        return engine, []
-    places = [engine["programs"].index(name) for name in wanted]
-    requests = [{"program": place, "num_pages": engine["num_pages"]} for place in places]
-    return engine, ask([job, *requests])[1:]
-
-
-def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    process = subprocess.run(
-        [sys.executable, "-m", "engine.compile_worker"],
-        input="".join(json.dumps(line) + "\n" for line in lines),
-        env=compile_environment(),
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    }
+    return EngineConfig.model_validate(defaults | flags)
 
 
 @pytest.mark.parametrize(
@@ -96,21 +75,23 @@ def ask(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_steps_compile_with_our_kernels_and_update_the_cache_in_place(
     tmp_path: Path, tpu: str, architecture: str, flags: dict[str, Any]
 ) -> None:
-    names = "16 decodes", "16 decodes + 128 prefill tokens"
-    engine, (decode, mixed) = compile_for(tpu, tmp_path, architecture, *names, **flags)
-    cache_bytes = engine["num_pages"] * engine["page_bytes"]
-    assert decode["num_kernels"] == 2  # one a layer
-    assert mixed["num_kernels"] == 4
+    config = make_config(tmp_path, architecture, tpu, **flags)
+    engine, (decode, mixed) = compile_some(
+        config, Slice.parse(tpu), [Bucket(16), Bucket(16, 128, 8)]
+    )
+    cache_bytes = engine.num_pages * engine.page_bytes
+    assert decode.num_kernels == 2  # one a layer
+    assert mixed.num_kernels == 4
     for program in (decode, mixed):
         # The slots' state is updated in place, too.
-        assert program["alias_bytes"] >= cache_bytes
-        assert program["temporary_bytes"] < cache_bytes / 2
+        assert program.alias_bytes >= cache_bytes
+        assert program.temporary_bytes < cache_bytes / 2
 
 
 def test_too_little_memory_is_said_in_a_sentence_with_the_flag(tmp_path: Path) -> None:
-    engine, _ = compile_for("v5e:1x1", tmp_path, "Qwen3ForCausalLM", mem_fraction_static=0.0001)
-    assert engine["kind"] == "CapacityError"
-    assert "--mem-fraction-static" in engine["error"]
+    config = make_config(tmp_path, "Qwen3ForCausalLM", "v5e:1x1", mem_fraction_static=0.0001)
+    with pytest.raises(CapacityError, match="--mem-fraction-static"):
+        compile_some(config, Slice.parse("v5e:1x1"), [])
 
 
 def test_a_program_that_needs_more_memory_than_there_is_does_not_compile(tmp_path: Path) -> None:
@@ -122,31 +103,36 @@ def test_a_program_that_needs_more_memory_than_there_is_does_not_compile(tmp_pat
         "chunked_prefill_size": 2**17,
         "max_prefill_tokens": 2**17,
     }
-    name = f"64 decodes + {2**17} prefill tokens"
-    _, (found,) = compile_for("v5e:1x1", tmp_path, "Qwen3ForCausalLM", name, **flags)
-    assert found["kind"] == "CapacityError"
-    assert "--chunked-prefill-size" in found["error"]
-    assert re.search(r"counts [\d.]+G of 15.75G", found["error"])
+    config = make_config(tmp_path, "Qwen3ForCausalLM", "v5e:1x1", **flags)
+    largest = Bucket(64, 2**17)
+    with pytest.raises(CapacityError, match=r"counts [\d.]+G of 15.75G.*--chunked-prefill-size"):
+        compile_some(config, Slice.parse("v5e:1x1"), [largest])
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("v9:2x2", "v9"), ("v6e:4", "v6e:2x2"), ("v7x:2x2", "v7x:2x2x1"), ("v6e", "v6e:2x2")],
-)
-def test_what_is_no_slice_is_refused_by_name(name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Slice.parse(name)
+def compile_attention(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*(sys.executable, HERE / "compile_attention.py"), *map(str, arguments)],
+        env=compile_environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize(
-    ("generation", "num_devices", "name"),
-    [("v6e", 1, "v6e:1x1"), ("v6e", 8, "v6e:2x4"), ("v6e", 16, "v6e:4x4"), ("v7x", 8, "v7x:2x2x1")],
-)
-def test_a_number_of_devices_has_its_usual_slice(
-    generation: str, num_devices: int, name: str
-) -> None:
-    tpu = Slice.of_devices(generation, num_devices)
-    assert str(tpu) == name
-    assert tpu.num_devices == num_devices
-    with pytest.raises(ConfigError, match="--tp-size"):
-        Slice.of_devices(generation, 3 * num_devices)
+def test_a_page_table_larger_than_scalar_memory_is_streamed() -> None:
+    num_kv_heads, num_seqs, max_len, page_size = 8, 64, 8192, 1
+    process = compile_attention("v6e", num_kv_heads, num_seqs, max_len, page_size)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert int(process.stdout) >= 2**18 * num_kv_heads * 128 * 4
+
+
+def test_pages_too_large_for_the_chip_are_refused_in_our_words() -> None:
+    process = compile_attention("v6e", 32, 64, 8192, 4096)
+    assert process.returncode
+    assert "CapacityError: Attention needs 192 MiB" in process.stderr, process.stderr[-3000:]
+    assert (
+        "for pages of 4096 tokens and 32 kv heads a chip, of which it may take 64 MiB. Lower "
+        in (process.stderr)
+    )
+    assert "RESOURCE_EXHAUSTED" not in process.stderr
