@@ -122,7 +122,6 @@ class _Shard:
         pages = cache.reshape(-1, *cache.shape[2:])
         first_page = layer * cache.shape[1]
         rows = metadata.num_decode_rows
-        new_kv = layout.pack_kv(k_TKH, v_TKH)
         common = {
             "layout": layout,
             "sm_scale": self.sm_scale,
@@ -131,11 +130,28 @@ class _Shard:
             "vmem_limit_bytes": blocks.vmem_limit_bytes,
             "interpret": self.interpret,
         }
-        parts = []
+        out_TNH = None
+        if metadata.num_chunk_tokens:
+            # Tokens third: whole registers of one head's queries, and the order in which they come
+            # out of the product and the rotation.
+            q = layout.split_queries(q_TNH).transpose(1, 2, 0, 3)
+            out, pages = attend_chunks(
+                q,
+                layout.pack_kv(k_TKH, v_TKH).swapaxes(0, 1),
+                pages,
+                metadata.kv_lens[rows:],
+                metadata.page_indices[rows:],
+                metadata.cu_chunk_lens,
+                first_page,
+                first_token=rows,
+                blocks=blocks.chunk,
+                **common,
+            )
+            out_TNH = layout.join_outputs(out.transpose(2, 0, 1, 3))
         if rows:
             out, pages = attend_decodes(
                 layout.tile_queries(q_TNH[:rows]),
-                new_kv[:rows],
+                layout.pack_kv(k_TKH[:rows], v_TKH[:rows]),
                 pages,
                 metadata.kv_lens[:rows],
                 metadata.page_indices[:rows],
@@ -144,22 +160,10 @@ class _Shard:
                 blocks=blocks.decode,
                 **common,
             )
-            parts.append(layout.untile_outputs(out))
-        if metadata.num_chunk_tokens:
-            out, pages = attend_chunks(
-                layout.split_queries(q_TNH[rows:]),
-                new_kv[rows:],
-                pages,
-                metadata.kv_lens[rows:],
-                metadata.page_indices[rows:],
-                metadata.cu_chunk_lens,
-                first_page,
-                blocks=blocks.chunk,
-                **common,
-            )
-            is_token_T = metadata.position_T[rows:] >= 0
-            parts.append(jnp.where(is_token_T[:, None, None], layout.join_outputs(out), 0))
-        return jnp.concatenate(parts), pages.reshape(cache.shape)
+            decoded_BNH = layout.untile_outputs(out)
+            out_TNH = decoded_BNH if out_TNH is None else out_TNH.at[:rows].set(decoded_BNH)
+        assert out_TNH is not None, "a step has tokens"
+        return out_TNH, pages.reshape(cache.shape)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -32,7 +32,7 @@ class Operands:
     """References to what is multiplied.
 
     Attributes:
-        query: [tiles, rows, queries, 128], times `query_scale`.
+        query: [tiles, rows, queries of a token, tokens, 128], times `query_scale`.
         key: [rows, keys, 128].
         value: [rows, 128, keys], all of them numbers.
         soft_cap: Scores are bent to stay within ±this; None = as they are.
@@ -55,7 +55,8 @@ class Operands:
 
     def scores(self, tile: Number, row: int, keys: slice) -> jax.Array:
         """Scores, float32 [keys, queries], as powers of two."""
-        product = dot(self.key[row, keys], self.query[tile, row], contract=1)
+        query = self.query[tile, row]
+        product = dot(self.key[row, keys], query.reshape(-1, query.shape[-1]), contract=1)
         if self.soft_cap is None:
             return product
         return jnp.tanh(product) * (self.soft_cap * _LOG2_E)

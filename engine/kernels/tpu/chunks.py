@@ -23,6 +23,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ from engine.kernels.tpu.chunk_softmax import (
     find_best,
     query_scale,
 )
-from engine.kernels.tpu.chunk_tiles import QueryTiles
+from engine.kernels.tpu.chunk_tiles import TokenTiles
 from engine.kernels.tpu.kv_rows import LANES, SUBLANES, RowLayout
 from engine.kernels.tpu.numbers import (
     Number,
@@ -54,6 +55,8 @@ from engine.kernels.tpu.numbers import (
 )
 from engine.kernels.tpu.softmax import clear_behind, load_kv
 
+_TOKENS_STEP = 16
+
 MOST_TOTAL = 2.0**80
 """Of a softmax's weights, relative to that of the best score as it is known to the fast way."""
 
@@ -63,7 +66,7 @@ class ChunkBlocks:
     """How much is computed at once.
 
     Attributes:
-        num_queries: Of a tile, for each row of the cache; whole registers of 128 lanes.
+        num_queries: Of a tile, for each row of the cache, about: see `tokens_per_tile`.
         num_tiles: Of a block of queries, for which keys are read once.
         num_keys: Of a block; a multiple of the page size and of `CLEARED_KEYS`.
         num_beside: Tiles whose products are in flight together.
@@ -76,6 +79,12 @@ class ChunkBlocks:
     num_beside: int
     num_careful: int
 
+    def tokens_per_tile(self, queries_per_token: int) -> int:
+        """Whole registers of bfloat16, so that a tile's rows are one matrix as they lie."""
+        return max(
+            _TOKENS_STEP, self.num_queries // queries_per_token // _TOKENS_STEP * _TOKENS_STEP
+        )
+
     def vmem_bytes(self, layout: RowLayout) -> int:
         """What the kernel holds in the vector memory, but what the compiler spills."""
         width = 4 if layout.is_float32 else 2
@@ -83,7 +92,8 @@ class ChunkBlocks:
         operands = 2 * layout.num_rows * self.num_keys * LANES * width
         # Queries, weighted sums, totals and best scores.
         per_query = LANES * (width + 4) + 2 * SUBLANES * 4
-        return buffers + operands + self.num_tiles * layout.num_rows * self.num_queries * per_query
+        queries = self.tokens_per_tile(layout.queries_per_row) * layout.queries_per_row
+        return buffers + operands + self.num_tiles * layout.num_rows * queries * per_query
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +113,22 @@ class ConstantChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Queries:
-    """A block of queries: its chunk, first tile, and tokens by position."""
+    """A block of queries: its chunk, its tiles, and which positions of the chunk these have.
+
+    Attributes:
+        chunk: Its number.
+        first_tile: Among the step's.
+        num_tiles: From that on.
+        position: Of the first tile's first token, if that were one of the chunk.
+        start: Of the first token that is one.
+        stop: Behind the last one.
+    """
 
     chunk: Number
     first_tile: Number
     num_tiles: Number
     position: Number
+    start: Number
     stop: Number
 
 
@@ -145,6 +165,7 @@ class _Kernel:
     pages_per_seq: int
     num_chunks: int
     queries_per_token: int
+    query_scale: float
     sliding_window: int | None
     soft_cap: float | None
     constant: ConstantChunk | None
@@ -155,7 +176,11 @@ class _Kernel:
 
     @property
     def tokens_per_tile(self) -> int:
-        return self.blocks.num_queries // self.queries_per_token
+        return self.blocks.tokens_per_tile(self.queries_per_token)
+
+    @property
+    def queries_per_tile(self) -> int:
+        return self.tokens_per_tile * self.queries_per_token
 
     def block_range(self, queries: _Queries) -> tuple[Number, Number]:
         """The blocks of keys that any of the queries sees."""
@@ -168,7 +193,7 @@ class _Kernel:
     def first_written_block(self, queries: _Queries) -> Number:
         """The first block of keys, among those that a chunk's first queries see, with new ones."""
         first, _ = self.block_range(queries)
-        return larger(floor_div(queries.position, self.blocks.num_keys), first)
+        return larger(floor_div(queries.start, self.blocks.num_keys), first)
 
     def constant_queries(self) -> list[_Queries]:
         """The blocks of queries of a chunk that is a constant."""
@@ -181,6 +206,7 @@ class _Kernel:
                 first_tile=number * self.blocks.num_tiles,
                 num_tiles=ceil_div(min(tokens, stop - position), self.tokens_per_tile),
                 position=position,
+                start=position,
                 stop=min(position + tokens, stop),
             )
             for number, position in enumerate(range(self.constant.start, stop, tokens))
@@ -246,6 +272,7 @@ def attend_chunks(
     cu_chunk_lens: jax.Array,
     first_page: jax.Array,
     *,
+    first_token: int,
     layout: RowLayout,
     blocks: ChunkBlocks,
     sm_scale: float,
@@ -258,26 +285,29 @@ def attend_chunks(
     """Write the chunks' keys and values to their pages, and attend their tokens, causally.
 
     Args:
-        q: [T, num_rows, queries, 128], of the chunk tokens, as `RowLayout.split_queries` has them.
-        new_kv: [T, num_stored_rows, 128], keys and values of the same tokens.
+        q: [num_rows, queries, T, 128], of all tokens of a step: `RowLayout.split_queries` with the
+            tokens third.
+        new_kv: [num_stored_rows, T, 128], keys and values of the same tokens.
         pages: [num_pages, num_stored_rows, page_size, 128]; donated in effect.
         kv_lens: int32 [C], cached tokens of the chunks' sequences, the chunks included.
         page_indices: int32 [C, pages_per_seq].
-        cu_chunk_lens: int32 [C + 1], offsets of the chunks among the tokens.
+        cu_chunk_lens: int32 [C + 1], offsets of the chunks among the tokens from `first_token` on.
         first_page: int32 [], added to every page index.
+        first_token: Before it are tokens of no chunk.
         layout, sm_scale, sliding_window, soft_cap, vmem_limit_bytes, interpret: As for
             `attend_decodes`.
         blocks: Sizes of the loops' turns.
         constant: For static profiles only: takes the place of all lengths.
 
     Returns:
-        As `q`, anything for tokens of no chunk; and the pages.
+        As `q`, anything for tokens before `first_token`, zeros for others of no chunk; and the
+        pages.
     """
-    num_tokens, num_rows, queries_per_token, _ = q.shape
-    tiles = QueryTiles(
-        num_queries=blocks.num_queries,
+    num_rows, queries_per_token, num_tokens, _ = q.shape
+    tiles = TokenTiles(
+        tokens_per_tile=blocks.tokens_per_tile(queries_per_token),
         num_tiles=blocks.num_tiles,
-        queries_per_token=queries_per_token,
+        first_token=first_token,
         cu_chunk_lens=cu_chunk_lens,
         num_tokens=num_tokens,
     )
@@ -288,26 +318,24 @@ def attend_chunks(
         pages_per_seq=page_indices.shape[1],
         num_chunks=len(kv_lens),
         queries_per_token=queries_per_token,
+        query_scale=query_scale(sm_scale, soft_cap),
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         constant=constant,
     )
     if blocks.num_keys % kernel.page_size:
         raise ValueError(f"blocks of {blocks.num_keys} keys are no whole pages of {pages.shape[2]}")
-    chunk, first_tile, offset, count = tiles.blocks()
-    position = (kv_lens - jnp.diff(cu_chunk_lens))[chunk] + offset
-    # Scaled once, not score by score: so that the vector unit keeps up with the product unit.
-    scaled = q.astype(jnp.float32) * query_scale(sm_scale, soft_cap)
-    q_tiles = tiles.tile(scaled.astype(q.dtype))
-
+    # Copies begin and end with whole registers.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -num_tokens % SUBLANES), (0, 0)))
     operand = jnp.float32 if layout.is_float32 else jnp.bfloat16
     state = (blocks.num_tiles, num_rows)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    scalars = (chunk, first_tile, position, count, kv_lens, cu_chunk_lens, page_indices.reshape(-1))
+    cu_tokens = first_token + cu_chunk_lens
+    scalars = (*tiles.blocks(), kv_lens, cu_tokens, page_indices.reshape(-1))
     out, pages = pl.pallas_call(
         functools.partial(_attend_kernel, kernel=kernel),
         out_shape=(
-            jax.ShapeDtypeStruct(q_tiles.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -316,13 +344,13 @@ def attend_chunks(
             in_specs=[anywhere, anywhere, anywhere],
             out_specs=(anywhere, anywhere),
             scratch_shapes=[
-                pltpu.VMEM((blocks.num_tiles, *q_tiles.shape[1:]), q.dtype),
+                pltpu.VMEM((*state, queries_per_token, kernel.tokens_per_tile, LANES), q.dtype),
                 pltpu.VMEM((2, layout.num_stored_rows, blocks.num_keys, LANES), pages.dtype),
                 pltpu.VMEM((num_rows, blocks.num_keys, LANES), operand),
                 pltpu.VMEM((num_rows, LANES, blocks.num_keys), operand),
-                pltpu.VMEM((*state, 1, blocks.num_queries), jnp.float32),
-                pltpu.VMEM((*state, SUBLANES, blocks.num_queries), jnp.float32),
-                pltpu.VMEM((*state, LANES, blocks.num_queries), jnp.float32),
+                pltpu.VMEM((*state, 1, kernel.queries_per_tile), jnp.float32),
+                pltpu.VMEM((*state, SUBLANES, kernel.queries_per_tile), jnp.float32),
+                pltpu.VMEM((*state, LANES, kernel.queries_per_tile), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA,
@@ -334,17 +362,16 @@ def attend_chunks(
         ),
         interpret=interpret,
         name="attend_chunks",
-    )(*scalars, first_page.reshape(1), q_tiles, new_kv.swapaxes(0, 1), pages)
-    return tiles.untile(out), pages
+    )(*scalars, first_page.reshape(1), q, new_kv, pages)
+    return out[:, :, :num_tokens], pages
 
 
 def _attend_kernel(
     chunk_ref,
     first_tile_ref,
-    position_ref,
-    count_ref,
+    num_tiles_ref,
     kv_lens_ref,
-    cu_chunk_lens_ref,
+    cu_tokens_ref,
     page_indices_ref,
     first_page_ref,
     q_hbm,
@@ -379,8 +406,8 @@ def _attend_kernel(
 
         def write(chunk: Number) -> None:
             if kernel.constant is None:
-                first_token = cu_chunk_lens_ref[chunk]
-                num_tokens = cu_chunk_lens_ref[chunk + 1] - first_token
+                first_token = cu_tokens_ref[chunk]
+                num_tokens = cu_tokens_ref[chunk + 1] - first_token
                 stop = kv_lens_ref[chunk]
             else:
                 first_token, num_tokens = 0, kernel.constant.length
@@ -398,13 +425,68 @@ def _attend_kernel(
 
         repeat(kernel.num_chunks, write)
 
-    def copy_in(queries: _Queries, tile: Number):
-        return pltpu.make_async_copy(q_hbm.at[queries.first_tile + tile], q_ref.at[tile], tile_sem)
+    def copy_tile(
+        place: Number, tile: Number, *, brings: Any = None, takes: Any = None, starts: bool
+    ) -> None:
+        """Start, or wait for, a copy of a tile of the step into a place of the block, or out of it.
 
-    def copy_out(queries: _Queries, tile: Number):
-        return pltpu.make_async_copy(
-            q_ref.at[tile], out_hbm.at[queries.first_tile + tile], tile_sem
+        Of the step's last tile there may be less than a whole one.
+        """
+        per_tile = kernel.tokens_per_tile
+        whole, rest = divmod(q_hbm.shape[2], per_tile)
+
+        def copy(count: int) -> None:
+            first = tile * per_tile
+            first = first if isinstance(first, int) else pl.multiple_of(first, per_tile)
+            ours = q_ref.at[place, :, :, pl.ds(0, count)]
+            theirs = (takes if brings is None else brings).at[:, :, pl.ds(first, count)]
+            ends = (ours, theirs) if brings is None else (theirs, ours)
+            copy = pltpu.make_async_copy(*ends, tile_sem)
+            copy.start() if starts else copy.wait()
+
+        if rest == 0:
+            copy(per_tile)
+            return
+        repeat(where(tile < whole, 1, 0), lambda _: copy(per_tile))
+        repeat(where(tile < whole, 0, 1), lambda _: copy(rest))
+
+    def bring(queries: _Queries, tile: Number, *, starts: bool) -> None:
+        copy_tile(tile, queries.first_tile + tile, brings=q_hbm, starts=starts)
+
+    def take(queries: _Queries, tile: Number, *, starts: bool) -> None:
+        copy_tile(tile, queries.first_tile + tile, takes=out_hbm, starts=starts)
+
+    def positions(queries: _Queries, tile: Number, shape: tuple[int, ...], axis: int) -> jax.Array:
+        """Of a tile's tokens, as far as they are the chunk's."""
+        token = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return queries.position + tile * kernel.tokens_per_tile + token
+
+    def prepare_queries(queries: _Queries, tile: Number) -> None:
+        """Scale a tile's queries, once and not score by score: the vector unit has enough to do.
+
+        Those that are another chunk's, which are not to be attended as this one's, become zeros.
+        """
+        position = positions(queries, tile, (kernel.tokens_per_tile, LANES), 0)
+        is_own = (position >= queries.start) & (position < queries.stop)
+        for row in range(layout.num_rows):
+            for number in range(kernel.queries_per_token):
+                scaled = q_ref[tile, row, number].astype(jnp.float32) * kernel.query_scale
+                scaled = jnp.where(is_own, scaled, 0.0)
+                q_ref[tile, row, number] = scaled.astype(q_ref.dtype)
+
+    def clear_other_tiles() -> None:
+        """Zero the outputs of tiles that no chunk has."""
+        stop = cu_tokens_ref[kernel.num_chunks]
+        first = where(
+            stop > cu_tokens_ref[0],
+            ceil_div(stop, kernel.tokens_per_tile),
+            floor_div(stop, kernel.tokens_per_tile),
         )
+        q_ref[0] = jnp.zeros(q_ref.shape[1:], q_ref.dtype)
+        stop_tile = -(-out_hbm.shape[2] // kernel.tokens_per_tile)
+        for starts in (True, False):
+            copy = functools.partial(copy_tile, 0, takes=out_hbm, starts=starts)
+            repeat(stop_tile, copy, first=first)
 
     def start_reading(queries: _Queries, block: Number, half: Number, num_pages: Number) -> None:
         def start(index: Number) -> None:
@@ -425,10 +507,10 @@ def _attend_kernel(
 
     def attend_tiles(queries: _Queries, block: Number, keys: _Keys) -> None:
         def own_places(tile: Number) -> jax.Array:
-            query = lax.broadcasted_iota(jnp.int32, (1, kernel.blocks.num_queries), 1)
-            token = lax.div(query, jnp.int32(kernel.queries_per_token))
+            query = lax.broadcasted_iota(jnp.int32, (1, kernel.queries_per_tile), 1)
+            token = lax.rem(query, jnp.int32(kernel.tokens_per_tile))
             position = queries.position + tile * kernel.tokens_per_tile + token
-            # What a tile has too many sees what the last token sees.
+            # What a tile has too many sees what the last token sees, or nothing.
             return jnp.minimum(position, queries.stop - 1) - block * num_keys
 
         def careful(first_tile: Number, count: int) -> None:
@@ -481,7 +563,8 @@ def _attend_kernel(
         repeat(where(first == first_write, 1, 0), lambda _: write_chunks(starts=False))
         start_reading(queries, first, remainder(first, 2), keys_of(first).num_pages)
         num_waits = where(is_careful, 0, queries.num_tiles)
-        repeat(num_waits, lambda tile: copy_in(queries, tile).wait())
+        repeat(num_waits, lambda tile: bring(queries, tile, starts=False))
+        repeat(num_waits, lambda tile: prepare_queries(queries, tile))
 
         def attend_block(block: Number) -> None:
             attend_keys(queries, block, remainder(block, 2), keys_of(block))
@@ -504,7 +587,7 @@ def _attend_kernel(
             attend_keys(queries, run[-1], run[-1] % 2, keys)
 
     def attend_queries(queries: _Queries, *, is_first: bool | jax.Array) -> None:
-        repeat(queries.num_tiles, lambda tile: copy_in(queries, tile).start())
+        repeat(queries.num_tiles, lambda tile: bring(queries, tile, starts=True))
         first_write = where(is_first, kernel.first_written_block(queries), -1)
 
         def attempt(number: jax.Array) -> jax.Array:
@@ -521,13 +604,29 @@ def _attend_kernel(
         else:
             attend_all_keys(queries, first_write=first_write, is_careful=False)
 
+        # What of the first tile is another chunk's was written already and stays, what of the last
+        # one is another's is written later.
+        is_shared = queries.position < queries.start
+
+        def bring_others(_: Number) -> None:
+            for starts in (True, False):
+                copy_tile(0, queries.first_tile, brings=out_hbm, starts=starts)
+
+        repeat(where(is_shared, 1, 0), bring_others)
+
         def finish(tile: Number) -> None:
+            position = positions(queries, tile, (1, kernel.tokens_per_tile, LANES), 1)
             for row in range(layout.num_rows):
-                q_ref[tile, row] = sums.output(tile, row).astype(q_ref.dtype)
-            copy_out(queries, tile).start()
+                out = sums.output(tile, row).astype(q_ref.dtype)
+                out = out.reshape(q_ref.shape[2:])
+                if kernel.constant is None:
+                    out = jnp.where(position < queries.stop, out, jnp.zeros_like(out))
+                    out = jnp.where(position < queries.start, q_ref[tile, row], out)
+                q_ref[tile, row] = out
+            take(queries, tile, starts=True)
 
         repeat(queries.num_tiles, finish)
-        repeat(queries.num_tiles, lambda tile: copy_out(queries, tile).wait())
+        repeat(queries.num_tiles, lambda tile: take(queries, tile, starts=False))
 
     if kernel.constant is not None:
         write_chunks(starts=True)
@@ -539,15 +638,21 @@ def _attend_kernel(
     @pl.when(index == 0)
     def _():
         write_chunks(starts=True)
+        clear_other_tiles()
 
-    @pl.when(count_ref[index] > 0)
+    @pl.when(num_tiles_ref[index] > 0)
     def _():
+        chunk, first_tile, num_tiles = chunk_ref[index], first_tile_ref[index], num_tiles_ref[index]
+        chunk_stop = kv_lens_ref[chunk]
+        chunk_start = chunk_stop - (cu_tokens_ref[chunk + 1] - cu_tokens_ref[chunk])
+        position = chunk_start + first_tile * kernel.tokens_per_tile - cu_tokens_ref[chunk]
         queries = _Queries(
-            chunk=chunk_ref[index],
-            first_tile=first_tile_ref[index],
-            num_tiles=ceil_div(count_ref[index], kernel.tokens_per_tile),
-            position=position_ref[index],
-            stop=position_ref[index] + count_ref[index],
+            chunk=chunk,
+            first_tile=first_tile,
+            num_tiles=num_tiles,
+            position=position,
+            start=larger(position, chunk_start),
+            stop=smaller(position + num_tiles * kernel.tokens_per_tile, chunk_stop),
         )
         attend_queries(queries, is_first=index == 0)
 

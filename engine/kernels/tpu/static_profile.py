@@ -161,8 +161,12 @@ def profile_chunk(case: ChunkProfile) -> Cycles:
     pages_per_seq = -(-stop // page_size)
     cycles = _cycles(
         case.generation,
-        lambda *arrays: attend_chunks(
+        # Queries come out of an operation, as in a step: of a program's own argument the profile
+        # gives up.
+        lambda q, *arrays: attend_chunks(
+            2 * q,
             *arrays,
+            first_token=0,
             layout=layout,
             blocks=case.blocks or chosen.chunk,
             sm_scale=layout.head_dim**-0.5,
@@ -170,10 +174,10 @@ def profile_chunk(case: ChunkProfile) -> Cycles:
             vmem_limit_bytes=chosen.vmem_limit_bytes,
         ),
         (
-            (case.length, layout.num_rows, layout.queries_per_row, LANES),
+            (layout.num_rows, layout.queries_per_row, case.length, LANES),
             _computed_dtype(layout),
         ),
-        ((case.length, layout.num_stored_rows, LANES), layout.stored_dtype),
+        ((layout.num_stored_rows, case.length, LANES), layout.stored_dtype),
         (_pages(layout, pages_per_seq, page_size), layout.stored_dtype),
         ((1,), jnp.int32),
         ((1, pages_per_seq), jnp.int32),
