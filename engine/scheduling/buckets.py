@@ -35,9 +35,9 @@ class Steps:
 HOST_STEPS = Steps(min_seqs=2, seqs_factor=2, few_seqs=8, min_chunk_tokens=32)
 """A row more takes its share of time; but a product of one row is far slower than one of two."""
 
-TPU_STEPS = Steps(min_seqs=8, seqs_factor=4, few_seqs=None, min_chunk_tokens=128)
-"""Reading the weights takes as long as computing 560 rows (v6e): 64 decodes cost what 8 do, and 128
-tokens of a prompt a third more. Each program costs 10 to 30 s of compiling and its code's memory.
+TPU_STEPS = Steps(min_seqs=8, seqs_factor=8, few_seqs=None, min_chunk_tokens=256)
+"""Reading the weights takes as long as computing 560 rows (v6e): 64 decodes cost what 8 do, and 256
+tokens of a prompt a third more. Each program costs 20 to 80 s of compiling and its code's memory.
 """
 
 

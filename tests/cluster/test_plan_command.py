@@ -46,7 +46,7 @@ def config_file(tmp_path: Path) -> Path:
         "model_path": str(tmp_path),
         "device": "tpu",
         "max_running_requests": 8,
-        "chunked_prefill_size": 256,
+        "chunked_prefill_size": 512,
         "max_total_tokens": 65536,
     }
     document = {"applications": [{"name": "qwen", "args": arguments}]}

@@ -34,12 +34,12 @@ def test_every_dot_has_two_rows_or_more():
 def test_tpus_have_few_programs_which_hold_every_step():
     config = make_config(max_running_requests=64, max_prefill_tokens=8192)
     buckets = bucket_table(config, context_length=8192, platform="tpu")
-    assert [bucket.num_seqs for bucket in buckets if not bucket.num_chunks] == [8, 32, 64]
+    assert [bucket.num_seqs for bucket in buckets if not bucket.num_chunks] == [8, 64]
     mixed = [bucket for bucket in buckets if bucket.num_chunks]
-    assert [bucket.num_chunk_tokens for bucket in mixed] == [128, 256, 512, 1024, 2048]
+    assert [bucket.num_chunk_tokens for bucket in mixed] == [256, 512, 1024, 2048]
     assert {bucket.num_seqs for bucket in mixed} == {64}
-    assert choose_bucket(buckets, 9, 0, 0) == Bucket(32)
-    assert choose_bucket(buckets, 0, 1, 1).num_chunk_tokens == 128
+    assert choose_bucket(buckets, 9, 0, 0) == Bucket(64)
+    assert choose_bucket(buckets, 0, 1, 1).num_chunk_tokens == 256
 
 
 def test_the_cheapest_bucket_that_fits_is_taken():
