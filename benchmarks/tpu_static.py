@@ -263,6 +263,12 @@ CASES: dict[str, Callable[[str], list[Figure]]] = {
     "decode kernel, 8 q / 2 kv heads, page 64": decode_kernel(
         num_heads=8, num_kv_heads=2, page_size=64, goal=80
     ),
+    "decode kernel, 7 q / 1 kv heads, page 16": decode_kernel(
+        num_heads=7, num_kv_heads=1, page_size=16
+    ),
+    "decode kernel, 8 q / 2 kv heads, page 16": decode_kernel(
+        num_heads=8, num_kv_heads=2, page_size=16
+    ),
     "decode kernel, 8 q / 8 kv heads, page 1": decode_kernel(
         num_heads=8, num_kv_heads=8, page_size=1
     ),
@@ -287,19 +293,19 @@ CASES: dict[str, Callable[[str], list[Figure]]] = {
             (
                 "configs/qwen2.5-7b.yaml",
                 "qwen2.5-7b-instruct",
-                {"context_length": 32768, "max_running_requests": 128},
+                {"page_size": 64, "context_length": 32768, "max_running_requests": 128},
                 ("v6e:2x2", "v6e:1x1", "v5e:2x4"),
             ),
             (
                 "configs/qwen3-8b.yaml",
                 "qwen3-8b",
-                {"context_length": 32768, "max_running_requests": 128},
+                {"page_size": 64, "context_length": 32768, "max_running_requests": 128},
                 ("v6e:2x2", "v6e:2x4", "v7x:2x2x1"),
             ),
             (
                 "configs/qwen3-32b-v6e-16.yaml",
                 "qwen3-32b",
-                {"context_length": 32768, "max_running_requests": 256},
+                {"page_size": 64, "context_length": 32768, "max_running_requests": 256},
                 ("v6e:4x4",),
             ),
         )

@@ -210,6 +210,8 @@ class _Workers:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._started: list[_Worker] = []
+        self._is_killed = False
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "_Workers":
         return self
@@ -219,8 +221,11 @@ class _Workers:
             worker.stop()
 
     def start(self) -> "_Worker":
-        worker = _Worker()
-        self._started.append(worker)
+        with self._lock:
+            if self._is_killed:
+                raise EngineError("Compiling was given up.")
+            worker = _Worker()
+            self._started.append(worker)
         worker.take(self._job)
         return worker
 
@@ -234,8 +239,10 @@ class _Workers:
         try:
             yield
         except BaseException:
-            for worker in self._started:
-                worker.kill()
+            with self._lock:
+                self._is_killed = True
+                for worker in self._started:
+                    worker.kill()
             raise
 
 

@@ -2,8 +2,8 @@
 
 Memory is exact: the compiler's own figures for the very programs that serving runs, through the
 code that sizes the pool when it serves. Times are estimates between two bounds. The faster one
-takes the compiler's cycles at the chip's clock, attention at the memory's and the product unit's
-rates, and collectives as free. The slower one takes kernels at the efficiency that their static
+takes the compiler's cycles at the chip's clock, attention at what the memory and the product unit
+allow, and collectives as free. The slower one takes kernels at the efficiency that their static
 profiles show at worst, collectives one after another at half the links' rate with a wait each, and
 the host's work between steps. None of it has run on a TPU.
 """
@@ -17,8 +17,13 @@ from engine.compile_worker import ProgramFacts
 from engine.config import EngineConfig
 from engine.topology import chip_kind, chip_of
 
-KERNEL_EFFICIENCY = 0.6
-"""Of the hardware's rate, what attention kernels reach at worst; by `benchmarks/tpu_static.py`."""
+READING_EFFICIENCY = 0.7
+"""Of the memory's rate, what the kernel for decodes reaches at worst with pages of 16 or more."""
+
+CHUNK_EFFICIENCY = 0.4
+MOST_CHUNK_EFFICIENCY = 0.67
+"""Of the product unit's rate, what the kernel for chunks reaches: at worst by its static profile
+(`benchmarks/tpu_static.py`), and at best, because heads of 128 fill half of the unit."""
 
 COLLECTIVE_WAIT_S = 10e-6
 """Of one collective at worst, beside its bytes."""
@@ -215,12 +220,16 @@ class _Clock:
         # Two bytes a weight, two operations a weight and token.
         product_s = self._engine.streamed_bytes * (num_seqs + num_chunk_tokens) / peak
         product_s += attention_ops / peak
-        kernels_s = key_bytes / bandwidth + attention_ops / peak
+        decodes_s, chunks_s = key_bytes / bandwidth, attention_ops / peak
         computed_s = facts.cycles / self._kind.clock_hz
         floor_s = max(read_s, product_s)
         time_s = Bounds(
-            max(floor_s, computed_s + kernels_s),
-            computed_s + kernels_s / KERNEL_EFFICIENCY + self._collectives_s(facts) + HOST_S,
+            max(floor_s, computed_s + decodes_s + chunks_s / MOST_CHUNK_EFFICIENCY),
+            computed_s
+            + decodes_s / READING_EFFICIENCY
+            + chunks_s / CHUNK_EFFICIENCY
+            + self._collectives_s(facts)
+            + HOST_S,
         )
         return StepPlan(
             name=facts.name,
