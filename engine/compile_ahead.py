@@ -224,7 +224,7 @@ class _Workers:
         with self._lock:
             if self._is_killed:
                 raise EngineError("Compiling was given up.")
-            worker = _Worker()
+            worker = _Worker(self._job.config.start_timeout_s)
             self._started.append(worker)
         worker.take(self._job)
         return worker
@@ -247,11 +247,16 @@ class _Workers:
 
 
 class _Worker:
-    """A process that compiles. Invariant: one question at a time, each followed by its answer."""
+    """A process that compiles. Invariant: one question at a time, each followed by its answer.
+
+    Args:
+        timeout_s: Within which each question is to be answered.
+    """
 
     engine: EngineFacts
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed by `stop`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "engine.compile_worker"],
@@ -283,7 +288,13 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(question.model_dump_json() + "\n")
             self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        # A process that is killed answers nothing.
+        deadline = threading.Timer(self._timeout_s, self._process.kill)
+        deadline.start()
+        try:
+            answer = self._process.stdout.readline()
+        finally:
+            deadline.cancel()
         if not answer:
             self._log.seek(0)
             raise EngineError(
