@@ -288,13 +288,24 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(question.model_dump_json() + "\n")
             self._process.stdin.flush()
+        is_late = threading.Event()
+
+        def give_up() -> None:
+            is_late.set()
+            self._process.kill()
+
         # A process that is killed answers nothing.
-        deadline = threading.Timer(self._timeout_s, self._process.kill)
+        deadline = threading.Timer(self._timeout_s, give_up)
         deadline.start()
         try:
             answer = self._process.stdout.readline()
         finally:
             deadline.cancel()
+        if is_late.is_set():
+            raise EngineError(
+                f"The compiler had no answer within --start-timeout-s={self._timeout_s:g}. Raise "
+                "it, or look for what else keeps this machine busy."
+            )
         if not answer:
             self._log.seek(0)
             raise EngineError(

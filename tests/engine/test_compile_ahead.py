@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.compile_ahead import compile_ahead, compile_here
+from engine.compile_ahead import compile_ahead, compile_here, compile_some
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.runner.model_runner import ModelRunner
 from engine.runner.program_store import ProgramStore
 from engine.sharding import make_mesh
@@ -89,3 +89,9 @@ def test_what_cannot_start_cannot_be_compiled_and_says_the_same(
 ) -> None:
     with pytest.raises(kind, match=said):
         compile_ahead(make_config(device="tpu", **changes), Slice.parse("v6e:2x2"))
+
+
+def test_who_waits_for_the_compiler_waits_no_longer_than_is_said() -> None:
+    config = make_config(device="tpu", start_timeout_s=0.1)
+    with pytest.raises(EngineError, match="--start-timeout-s=0.1"):
+        compile_some(config, Slice.parse("v6e:1x1"), [])
