@@ -104,7 +104,8 @@ class ProgramFacts(_Message):
         attention_cycles: Of these, what lays arrays out for attention's kernels.
         collectives: How many of each kind.
         collective_bytes: Results of those that the computation waits for.
-        idle_bytes: Of these, of those beside which no copy is in flight.
+        sent_bytes: What a device sends for these, around a ring of many.
+        idle_bytes: Of `collective_bytes`, those beside which no copy is in flight.
         num_kernels: Calls of kernels.
         alias_bytes: Of its arguments that it updates in place.
         temporary_bytes: Scratch memory.
@@ -120,6 +121,7 @@ class ProgramFacts(_Message):
     attention_cycles: int
     collectives: dict[str, int]
     collective_bytes: int
+    sent_bytes: int
     idle_bytes: int
     num_kernels: int
     alias_bytes: int
@@ -201,6 +203,7 @@ class Worker:
             attention_cycles=cost.attention_cycles,
             collectives=dict(cost.collectives),
             collective_bytes=cost.collective_bytes,
+            sent_bytes=cost.sent_bytes,
             idle_bytes=cost.idle_bytes,
             num_kernels=cost.num_kernels,
             alias_bytes=memory.alias_size_in_bytes,

@@ -283,6 +283,6 @@ class _Clock:
         """One after another, around a ring both ways, at half the links' rate."""
         if self._tp_size == 1:
             return 0.0
-        sent = 2 * facts.collective_bytes * (self._tp_size - 1) / self._tp_size
+        sent = facts.sent_bytes * (self._tp_size - 1) / self._tp_size
         num_collectives = sum(facts.collectives.values())
         return sent / self._kind.link_bytes_per_second + num_collectives * COLLECTIVE_WAIT_S

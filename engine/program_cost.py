@@ -35,7 +35,9 @@ class ProgramCost:
         attention_cycles: Of these, what lays queries, keys and outputs out for attention's kernels.
         collectives: How many of each kind.
         collective_bytes: Results of those that the computation waits for.
-        idle_bytes: Of these, of those beside which no copy is in flight: while it waits for the
+        sent_bytes: What a device sends for these, around a ring of many: of an all-reduce twice its
+            result, of others once.
+        idle_bytes: Of `collective_bytes`, of those beside which no copy is in flight: while it waits for the
             others the memory works, on the next products' weights.
         num_kernels: Calls of kernels, whose cycles are not among `cycles`.
     """
@@ -44,6 +46,7 @@ class ProgramCost:
     attention_cycles: int = 0
     collectives: Counter[str] = field(default_factory=Counter)
     collective_bytes: int = 0
+    sent_bytes: int = 0
     idle_bytes: int = 0
     num_kernels: int = 0
 
@@ -54,6 +57,7 @@ class ProgramCost:
         for kind, count in other.collectives.items():
             self.collectives[kind] += times * count
         self.collective_bytes += times * other.collective_bytes
+        self.sent_bytes += times * other.sent_bytes
         self.idle_bytes += times * other.idle_bytes
         self.num_kernels += times * other.num_kernels
 
@@ -87,8 +91,10 @@ def _cost_of(name: str, computations: dict[str, list[str]]) -> ProgramCost:
         if found := _COLLECTIVE.search(line):
             cost.collectives[found[2]] += 1
             if not found[3]:
-                cost.collective_bytes += _num_bytes(found[1])
-                cost.idle_bytes += 0 if num_in_flight else _num_bytes(found[1])
+                num_bytes = _num_bytes(found[1])
+                cost.collective_bytes += num_bytes
+                cost.sent_bytes += num_bytes * (2 if found[2] == "all-reduce" else 1)
+                cost.idle_bytes += 0 if num_in_flight else num_bytes
         elif found := _COPY.search(line):
             num_in_flight += 1 if found[1] == "start" else -1
         if found := _FIRST_BRANCH.search(line):

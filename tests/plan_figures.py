@@ -20,6 +20,7 @@ def program(num_seqs: int, num_chunk_tokens: int, cycles: int) -> ProgramFacts:
         attention_cycles=0,
         collectives={"all-reduce": 65},
         collective_bytes=65 * (num_seqs + num_chunk_tokens) * 4096 * 2,
+        sent_bytes=2 * 65 * (num_seqs + num_chunk_tokens) * 4096 * 2,
         idle_bytes=0,
         num_kernels=32,
         alias_bytes=0,

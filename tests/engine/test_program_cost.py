@@ -46,5 +46,6 @@ def test_a_programs_cost_is_that_of_what_runs_when_no_feature_is_asked_for() -> 
     assert cost.collectives == {"all-reduce": 1 + 4, "all-gather": 2}
     # What runs beside the computation is not waited for.
     assert cost.collective_bytes == 4 * 8 * 2 + 4 * 32 + 32
+    assert cost.sent_bytes == 2 * (4 * 8 * 2 + 4 * 32) + 32
     # Beside the first all-reduce a copy is in flight.
     assert cost.idle_bytes == 4 * 32 + 32
