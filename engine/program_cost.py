@@ -37,8 +37,8 @@ class ProgramCost:
         collective_bytes: Results of those that the computation waits for.
         sent_bytes: What a device sends for these, around a ring of many: of an all-reduce twice its
             result, of others once.
-        idle_bytes: Of `collective_bytes`, of those beside which no copy is in flight: while it waits for the
-            others the memory works, on the next products' weights.
+        idle_bytes: Of `collective_bytes`, those beside which no copy is in flight: while it waits
+            for the others the memory works, on the next products' weights.
         num_kernels: Calls of kernels, whose cycles are not among `cycles`.
     """
 
