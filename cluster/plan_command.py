@@ -229,6 +229,7 @@ def _plan(command: Command) -> int:
         import_pyplot()
     slices = [command.tpu, *map(Slice.parse, values.compare)]
     plans: list[ServingPlan] = []
+    pages: list[str] = []
     faults: dict[str, str] = {}
     for tpu in slices:
         own = config
@@ -244,14 +245,14 @@ def _plan(command: Command) -> int:
             faults[str(tpu)] = str(error)
             continue
         plans.append(make_plan(own, compiled, workload))
+        pages.append(describe_plan(plans[-1], own))
     if values.json:
         found = [plan.as_json() for plan in plans] + [
             {"tpu": tpu, "error": error} for tpu, error in faults.items()
         ]
         print(json.dumps(found[0] if len(slices) == 1 else found, indent=1))
     else:
-        for plan in plans:
-            print(describe_plan(plan, config))
+        print("\n".join(pages))
         if len(slices) > 1:
             print(compare_plans(plans, faults))
     if values.plot and plans:
