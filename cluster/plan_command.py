@@ -227,7 +227,7 @@ def _plan(command: Command) -> int:
     )
     if values.plot:
         import_pyplot()
-    slices = [command.tpu, *map(Slice.parse, values.compare)]
+    slices = list(dict.fromkeys([command.tpu, *map(Slice.parse, values.compare)]))
     plans: list[ServingPlan] = []
     pages: list[str] = []
     faults: dict[str, str] = {}

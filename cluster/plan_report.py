@@ -109,9 +109,16 @@ def plot_plans(plans: Sequence[ServingPlan], path: Path) -> None:
         memory.bar(names, sizes, bottom=bottom, label=label, width=0.6)
         bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
     capacity = [plan.capacity_bytes / _GIB for plan in plans]
-    memory.plot(names, capacity, "k_", markersize=40, label="device")
+    places = range(len(plans))
+    memory.hlines(
+        capacity,
+        [place - 0.4 for place in places],
+        [place + 0.4 for place in places],
+        colors="black",
+        label="what there is",
+    )
     memory.set_ylabel("GiB of a device")
-    memory.set_ylim(0, max(capacity) * 1.15)
+    memory.set_ylim(0, max(capacity) * 1.4)
     memory.legend(loc="upper center", ncols=2, fontsize=8)
     for plan in plans:
         steps = sorted(plan.steps, key=lambda step: step.num_chunk_tokens)
@@ -128,6 +135,9 @@ def plot_plans(plans: Sequence[ServingPlan], path: Path) -> None:
         )
     times.set_xscale("symlog", base=2, linthresh=64)
     times.set_yscale("log")
+    for axis in (times.xaxis, times.yaxis):
+        axis.set_major_formatter("{x:g}")
+    times.yaxis.set_minor_formatter("{x:g}")
     times.set_xlabel("prompt tokens in a step")
     times.set_ylabel("ms of a step, estimated")
     times.grid(alpha=0.3)
