@@ -161,14 +161,14 @@ def _read_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Comma
     if values.topology:
         is_whole = ":" in values.topology
         tpu = Slice.parse(values.topology if is_whole else f"{values.chip}:{values.topology}")
-        given = _on_slice(given, tpu)
+        given = on_slice(given, tpu)
     config = parse_config({**given, "device": "tpu"})
     return Command(
         config=config, tpu=tpu or Slice.of_devices(values.chip, config.tp_size), values=values
     )
 
 
-def _on_slice(given: Mapping[str, Any], tpu: Slice) -> dict[str, Any]:
+def on_slice(given: Mapping[str, Any], tpu: Slice) -> dict[str, Any]:
     """The same engine over all devices of a slice."""
     return {
         **given,
@@ -235,7 +235,7 @@ def _plan(command: Command) -> int:
         own = config
         if tpu != command.tpu:
             fields = config.model_dump(exclude_unset=True)
-            own = parse_config(_on_slice(fields, tpu))
+            own = parse_config(on_slice(fields, tpu))
         try:
             with _progress(f"{tpu}") as on_progress:
                 compiled = compile_ahead(own, tpu, on_progress=on_progress)

@@ -53,7 +53,7 @@ def describe_plan(plan: ServingPlan, config: EngineConfig) -> str:
         f"{'compiled':>10}",
     ]
     lines += [
-        f"  {step.name:<32}{_range(step.time_s, 1e3):>13}{step.floor_s * 1e3:>8.2f}  "
+        f"  {step.shape.name:<32}{_range(step.time_s, 1e3):>13}{step.floor_s * 1e3:>8.2f}  "
         f"{step.bound:<10}{step.facts.cycles:>12,}{sum(step.facts.collectives.values()):>13}"
         f"{step.facts.seconds:>8.0f} s"
         for step in plan.steps
@@ -121,8 +121,8 @@ def plot_plans(plans: Sequence[ServingPlan], path: Path) -> None:
     memory.set_ylim(0, max(capacity) * 1.4)
     memory.legend(loc="upper center", ncols=2, fontsize=8)
     for plan in plans:
-        steps = sorted(plan.steps, key=lambda step: step.num_chunk_tokens)
-        tokens = [step.num_chunk_tokens for step in steps]
+        steps = sorted(plan.steps, key=lambda step: step.shape.num_chunk_tokens)
+        tokens = [step.shape.num_chunk_tokens for step in steps]
         best = [step.time_s.best * 1e3 for step in steps]
         worst = [step.time_s.worst * 1e3 for step in steps]
         drawn = times.fill_between(tokens, best, worst, alpha=0.3, label=plan.tpu)

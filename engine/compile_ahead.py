@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,40 +83,45 @@ def compile_ahead(
         EngineError: A process that compiles ended.
     """
     job = Job(config=config, tpu=str(tpu), store=None if store is None else str(store))
-    with _Workers(job) as workers:
-        first = workers.start()
-        engine = first.engine
+    most_workers = _most_workers()
+    with (
+        _Workers(job) as workers,
+        ThreadPoolExecutor(most_workers) as pool,
+        workers.killed_on_error(),
+    ):
+        started = [pool.submit(workers.start)]
+        engine = started[0].result().engine
         total = len(engine.programs)
         found: dict[int, ProgramFacts] = {}
         lock = threading.Lock()
 
-        def compile_all(num_pages: int, started: list[Callable[[], _Worker]]) -> None:
+        def compile_all(num_pages: int) -> None:
             waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
             for program in range(total):
                 waiting.put(program)
 
-            def compile_waiting(start: Callable[[], _Worker]) -> None:
-                worker = start()
+            def compile_waiting(starting: Future[_Worker]) -> None:
+                worker = starting.result()
                 with contextlib.suppress(queue.Empty):
                     while True:
                         program = waiting.get_nowait()
                         facts = worker.compile(Request(program=program, num_pages=num_pages))
                         with lock:
                             found[program] = facts
-                            on_progress(len(found), total, facts.name)
+                            on_progress(len(found), total, facts.shape.name)
 
-            for future in as_completed([pool.submit(compile_waiting, start) for start in started]):
+            for future in as_completed([pool.submit(compile_waiting, each) for each in started]):
                 future.result()
 
-        on_progress(0, total, engine.programs[0])
-        num_workers = _num_workers(total)
-        with ThreadPoolExecutor(num_workers) as pool, workers.killed_on_error():
-            compile_all(engine.num_pages, [lambda: first, *[workers.start] * (num_workers - 1)])
-            num_pages = found[0].fitting_pages
-            if num_pages < engine.num_pages and store is not None:
-                # Their shapes are not those that serving will ask for.
-                found.clear()
-                compile_all(num_pages, workers.started())
+        on_progress(0, total, engine.programs[0].name)
+        # They begin while the first one compiles.
+        started += [pool.submit(workers.start) for _ in range(min(most_workers, total) - 1)]
+        compile_all(engine.num_pages)
+        num_pages = found[0].fitting_pages
+        if num_pages < engine.num_pages and store is not None:
+            # Their shapes are not those that serving will ask for.
+            found.clear()
+            compile_all(num_pages)
     if store is not None:
         describe_store(store, engine.parts)
     return CompiledEngine(
@@ -144,7 +149,7 @@ def compile_some(
     with _Workers(Job(config=config, tpu=str(tpu), store=None)) as workers:
         worker = workers.start()
         engine = worker.engine
-        shapes = list(zip(engine.num_seqs, engine.num_chunk_tokens, strict=True))
+        shapes = [(shape.num_seqs, shape.num_chunk_tokens) for shape in engine.programs]
         return engine, [
             worker.compile(
                 Request(
@@ -199,9 +204,9 @@ def compile_here(config: EngineConfig, store: Path, on_progress: Progress) -> in
     return num_programs
 
 
-def _num_workers(num_programs: int) -> int:
+def _most_workers() -> int:
     by_memory = psutil.virtual_memory().available // WORKER_BYTES
-    return max(1, min(os.cpu_count() or 1, by_memory, num_programs))
+    return max(1, min(os.cpu_count() or 1, by_memory))
 
 
 class _Workers:
@@ -228,10 +233,6 @@ class _Workers:
             self._started.append(worker)
         worker.take(self._job)
         return worker
-
-    def started(self) -> list[Callable[[], "_Worker"]]:
-        """What gives each process that has been started."""
-        return [lambda worker=worker: worker for worker in self._started]
 
     @contextlib.contextmanager
     def killed_on_error(self) -> Iterator[None]:

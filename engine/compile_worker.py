@@ -47,13 +47,25 @@ class Job(_Message):
     store: str | None
 
 
+class ProgramShape(_Message):
+    """A program before it is compiled.
+
+    Attributes:
+        name: For people.
+        num_seqs: Decode rows; 0 = it is no step.
+        num_chunk_tokens: Prefill tokens.
+    """
+
+    name: str
+    num_seqs: int
+    num_chunk_tokens: int
+
+
 class EngineFacts(_Message):
     """What is known before anything is compiled; bytes are a device's.
 
     Attributes:
-        programs: Names of all, the largest first.
-        num_seqs: Decode rows of each, 0 of those that are no steps.
-        num_chunk_tokens: Prefill tokens of each.
+        programs: All, the largest first.
         num_pages: Of the pool, if programs needed no memory.
         page_bytes: One page, all layers.
         weight_bytes: Parameters and the state of slots.
@@ -66,9 +78,7 @@ class EngineFacts(_Message):
         parts: What the keys of stored programs are made of.
     """
 
-    programs: list[str]
-    num_seqs: list[int]
-    num_chunk_tokens: list[int]
+    programs: list[ProgramShape]
     num_pages: int
     page_bytes: int
     weight_bytes: int
@@ -97,8 +107,7 @@ class ProgramFacts(_Message):
     """What became of a program; bytes and cycles are a device's.
 
     Attributes:
-        name: For people.
-        key: Of its file in the store; "" without one.
+        shape: Which one it is.
         seconds: That tracing and compiling took.
         cycles: The compiler's estimates, summed; kernels and collectives are not among them.
         attention_cycles: Of these, what lays arrays out for attention's kernels.
@@ -114,8 +123,7 @@ class ProgramFacts(_Message):
             programs as there are.
     """
 
-    name: str
-    key: str
+    shape: ProgramShape
     seconds: float
     cycles: int
     attention_cycles: int
@@ -154,20 +162,16 @@ class Worker:
             config, self._model_config, mesh, chip=chip_of(tpu.generation)
         )
         self._params = self._programs.param_shapes()
-        # Without a folder of its own a store would leave one behind; its keys are wanted anyway.
         self._store = None if job.store is None else self._programs.open_store(Path(job.store))
 
     def describe(self) -> EngineFacts:
         """What is known before anything is compiled."""
         programs = self._programs
         memory = programs.memory(self._params, self._capacity)
-        steps = [name if isinstance(name, Bucket) else Bucket(0) for name in programs.names]
         embedding = bytes_per_device(self._params["embed_tokens"])
         is_tied = self._model_config.tie_word_embeddings
         return EngineFacts(
-            programs=[describe_program(name) for name in programs.names],
-            num_seqs=[step.num_seqs for step in steps],
-            num_chunk_tokens=[step.num_chunk_tokens for step in steps],
+            programs=[_shape(name) for name in programs.names],
             num_pages=programs.num_pages(memory),
             page_bytes=memory.page,
             weight_bytes=memory.weights,
@@ -187,17 +191,14 @@ class Worker:
         started_s = time.monotonic()
         compiled = program.compile()
         seconds = time.monotonic() - started_s
-        key = ""
         if self._store is not None:
-            key = self._store.key(program.name, program.arguments)
-            self._store.save(key, compiled)
+            self._store.save(self._store.key(program.name, program.arguments), compiled)
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory is not None
         assert text is not None
         cost = program_cost(text)
         return ProgramFacts(
-            name=describe_program(name),
-            key=key,
+            shape=_shape(name),
             seconds=seconds,
             cycles=cost.cycles,
             attention_cycles=cost.attention_cycles,
@@ -213,6 +214,15 @@ class Worker:
                 self._programs.memory(self._params, self._capacity, compiled)
             ),
         )
+
+
+def _shape(name: Bucket | str) -> ProgramShape:
+    step = name if isinstance(name, Bucket) else Bucket(0)
+    return ProgramShape(
+        name=describe_program(name),
+        num_seqs=step.num_seqs,
+        num_chunk_tokens=step.num_chunk_tokens,
+    )
 
 
 def main() -> None:

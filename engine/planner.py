@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.compile_ahead import CompiledEngine
-from engine.compile_worker import ProgramFacts
+from engine.compile_worker import ProgramFacts, ProgramShape
 from engine.config import EngineConfig
 from engine.topology import chip_kind, chip_of
 
@@ -66,16 +66,14 @@ class StepPlan:
     """One step's program.
 
     Attributes:
-        name: For people.
-        num_chunk_tokens: Prompt tokens of it.
+        shape: Which one it is.
         time_s: Of a step whose sequences have the workload's mean length.
         floor_s: What the hardware would take: reading the weights and keys, or the products.
         bound: "memory" or "products", whichever the floor is.
         facts: The compiler's.
     """
 
-    name: str
-    num_chunk_tokens: int
+    shape: ProgramShape
     time_s: Bounds
     floor_s: float
     bound: str
@@ -134,7 +132,13 @@ class ServingPlan:
         return asdict(self) | {
             "num_tokens": self.num_tokens,
             "steps": [
-                asdict(step) | {"facts": step.facts.model_dump(exclude={"key"})}
+                step.shape.model_dump()
+                | {
+                    "time_s": asdict(step.time_s),
+                    "floor_s": step.floor_s,
+                    "bound": step.bound,
+                    "facts": step.facts.model_dump(exclude={"shape"}),
+                }
                 for step in self.steps
             ],
         }
@@ -151,13 +155,7 @@ def make_plan(config: EngineConfig, compiled: CompiledEngine, workload: Workload
     engine = compiled.engine
     clock = _Clock(config, compiled, workload)
     steps = sorted(
-        (
-            clock.step(*shape)
-            for shape in zip(
-                engine.num_seqs, engine.num_chunk_tokens, compiled.programs, strict=True
-            )
-            if shape[0]
-        ),
+        (clock.step(facts) for facts in compiled.programs if facts.shape.num_seqs),
         key=lambda step: step.time_s.worst,
     )
     num_pages = compiled.num_pages - 1
@@ -204,8 +202,9 @@ class _Clock:
         self._page_size = config.page_size
         self._workload = workload
 
-    def step(self, num_seqs: int, num_chunk_tokens: int, facts: ProgramFacts) -> StepPlan:
+    def step(self, facts: ProgramFacts) -> StepPlan:
         """Time one step with as many decodes as the workload has, as far as they fit."""
+        num_seqs, num_chunk_tokens = facts.shape.num_seqs, facts.shape.num_chunk_tokens
         num_decodes = min(num_seqs, self._workload.concurrency)
         mean_len = self._workload.input_len + self._workload.output_len / 2
         key_bytes = num_decodes * mean_len * self._engine.page_bytes / self._page_size
@@ -232,8 +231,7 @@ class _Clock:
             + HOST_S,
         )
         return StepPlan(
-            name=facts.name,
-            num_chunk_tokens=num_chunk_tokens,
+            shape=facts.shape,
             time_s=time_s,
             floor_s=floor_s,
             bound="memory" if read_s >= product_s else "products",
@@ -246,17 +244,7 @@ class _Clock:
         While a request decodes, the others' prompts are computed in its steps: as many steps with
         chunks as they have, out of as many as it has tokens.
         """
-        shapes = {
-            (num_seqs, num_tokens): step
-            for step in steps
-            for num_seqs, num_tokens, name in zip(
-                self._engine.num_seqs,
-                self._engine.num_chunk_tokens,
-                self._engine.programs,
-                strict=True,
-            )
-            if name == step.name
-        }
+        shapes = {(step.shape.num_seqs, step.shape.num_chunk_tokens): step for step in steps}
         decode = min(
             (shape for shape in shapes if shape[1] == 0 and shape[0] >= at_once), default=None
         ) or max(shape for shape in shapes if shape[1] == 0)

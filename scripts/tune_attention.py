@@ -161,7 +161,7 @@ def memory_cycles(generation: str, layout: RowLayout) -> float:
 def chunk_cost(generation: str, layout: RowLayout, page_size: int, blocks: ChunkBlocks) -> float:
     """Cycles of a few tiles: each costs the same, and compiling all of them takes minutes."""
     blocks = replace(blocks, num_tiles=min(PROFILED_TILES, blocks.num_tiles))
-    length = blocks.num_tiles * (blocks.num_queries // layout.queries_per_row)
+    length = blocks.num_tiles * blocks.tokens_per_tile(layout.queries_per_row)
     case = ChunkProfile(
         generation=generation,
         layout=layout,

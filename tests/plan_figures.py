@@ -1,7 +1,7 @@
 """A plan out of figures that are made up, so that each can be worked out by hand."""
 
 from engine.compile_ahead import CompiledEngine
-from engine.compile_worker import EngineFacts, ProgramFacts
+from engine.compile_worker import EngineFacts, ProgramFacts, ProgramShape
 from engine.config import EngineConfig
 from engine.planner import ServingPlan, Workload, make_plan
 from engine.topology import Slice
@@ -13,8 +13,11 @@ STEPS = {(8, 0): 2_000_000, (64, 0): 2_100_000, (64, 128): 3_000_000, (64, 512):
 
 def program(num_seqs: int, num_chunk_tokens: int, cycles: int) -> ProgramFacts:
     return ProgramFacts(
-        name=f"{num_seqs} decodes, {num_chunk_tokens} prefill tokens",
-        key="",
+        shape=ProgramShape(
+            name=f"{num_seqs} decodes, {num_chunk_tokens} prefill tokens",
+            num_seqs=num_seqs,
+            num_chunk_tokens=num_chunk_tokens,
+        ),
         seconds=10,
         cycles=cycles,
         attention_cycles=0,
@@ -33,9 +36,7 @@ def program(num_seqs: int, num_chunk_tokens: int, cycles: int) -> ProgramFacts:
 def plan_for(num_pages: int = 1001, **workload: int) -> ServingPlan:
     programs = tuple(program(*shape, cycles) for shape, cycles in STEPS.items())
     engine = EngineFacts(
-        programs=[each.name for each in programs],
-        num_seqs=[num_seqs for num_seqs, _ in STEPS],
-        num_chunk_tokens=[num_tokens for _, num_tokens in STEPS],
+        programs=[each.shape for each in programs],
         num_pages=num_pages,
         page_bytes=2**21,
         weight_bytes=4 * GIB,

@@ -24,9 +24,7 @@ from engine.models.layer_stack import lay_out_for_cpu
 from engine.runner.batch import BatchBuilder
 from engine.runner.compilation import CompileCounter, compile_all
 from engine.runner.fingerprint import model_fingerprint
-from engine.runner.kv_cache import (
-    gang_capacity,
-)
+from engine.runner.kv_cache import gang_capacity
 from engine.runner.platform import compilation_cache_dir, configure_jax, keep_freed_memory
 from engine.runner.program_store import ProgramStore
 from engine.runner.programs import (

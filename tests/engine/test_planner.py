@@ -23,7 +23,7 @@ def test_no_estimate_is_below_what_the_hardware_takes() -> None:
     for step in plan.steps:
         assert step.floor_s <= step.time_s.best <= step.time_s.worst
     # 8 sequences of 576 tokens on average, beside the weights, at 1.64 TB/s.
-    (smallest,) = (step for step in plan.steps if step.name.startswith("8 decodes"))
+    (smallest,) = (step for step in plan.steps if step.shape.name.startswith("8 decodes"))
     assert smallest.bound == "memory"
     read_bytes = 3.5e9 + 8 * 576 * 2**21 / PAGE_SIZE
     assert smallest.floor_s == pytest.approx(read_bytes / 1.64e12)
@@ -31,7 +31,7 @@ def test_no_estimate_is_below_what_the_hardware_takes() -> None:
 
 def test_times_of_requests_are_those_of_their_steps() -> None:
     alone = plan_for(concurrency=1)
-    times = {step.name: step.time_s for step in alone.steps}
+    times = {step.shape.name: step.time_s for step in alone.steps}
     assert alone.tpot_s == times["8 decodes, 0 prefill tokens"]
     assert alone.ttft_s.best == times["64 decodes, 512 prefill tokens"].best
     total_s = alone.ttft_s.best + 127 * alone.tpot_s.best
@@ -39,7 +39,7 @@ def test_times_of_requests_are_those_of_their_steps() -> None:
     # A prompt of two chunks.
     longer = plan_for(concurrency=1, input_len=600)
     names = "64 decodes, 512 prefill tokens", "64 decodes, 128 prefill tokens"
-    steps = {step.name: step.time_s.best for step in longer.steps}
+    steps = {step.shape.name: step.time_s.best for step in longer.steps}
     assert longer.ttft_s.best == pytest.approx(sum(steps[name] for name in names))
 
 

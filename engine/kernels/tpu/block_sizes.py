@@ -103,11 +103,12 @@ def choose_blocks(
         chip=chip,
     )
     decode, chunk = chosen.decode, chosen.chunk
-    for row in _rows_by_distance(layout, page_size, chip):
+    rows = _rows_by_distance(layout, page_size, chip)
+    for row in rows:
         if row.decode and _is_whole(row.decode.num_keys, page_size, max_len):
             decode = row.decode
             break
-    for row in _rows_by_distance(layout, page_size, chip):
+    for row in rows:
         # A step of few tokens has fewer tiles than the ones that were tuned.
         if (
             row.chunk

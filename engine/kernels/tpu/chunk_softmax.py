@@ -16,7 +16,7 @@ from jax import lax
 
 from engine.kernels.tpu.kv_rows import SUBLANES
 from engine.kernels.tpu.numbers import Number
-from engine.kernels.tpu.softmax import LOWEST_SCORE, dot
+from engine.kernels.tpu.softmax import LOWEST_SCORE, dot, interleave
 
 SLICE_KEYS = 256
 """Of a turn: what the product unit contracts at once."""
@@ -122,7 +122,7 @@ def attend_fast(operands: Operands, sums: TileSums, first_tile: Number, num_tile
         if turn.is_last:
             sums.weighted[chain.tile, chain.row] += chain.product
 
-    _interleave(turns, [(0, weigh), (_FAST_BEHIND, multiply)])
+    interleave(turns, [(0, weigh), (_FAST_BEHIND, multiply)])
 
 
 def attend_carefully(
@@ -178,7 +178,7 @@ def attend_carefully(
 
     # A slice's weights need the best score of all of the chain's slices.
     behind = len(operands.slices) + 1
-    _interleave(turns, [(0, score), (behind, weigh), (behind + _CAREFUL_BEHIND, multiply)])
+    interleave(turns, [(0, score), (behind, weigh), (behind + _CAREFUL_BEHIND, multiply)])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -217,14 +217,6 @@ def _turns(operands: Operands, tiles: list[Number]) -> list[_Turn]:
         for chain in [_Chain(number=number, tile=tile, row=row)]
         for keys in slices
     ]
-
-
-def _interleave(turns: list[_Turn], steps: list[tuple[int, Callable[[_Turn], None]]]) -> None:
-    """Call each step for all turns in order, so many turns behind."""
-    for number in range(len(turns) + max(behind for behind, _ in steps)):
-        for behind, step in steps:
-            if 0 <= number - behind < len(turns):
-                step(turns[number - behind])
 
 
 def _added(before: jax.Array | None, more: jax.Array) -> jax.Array:

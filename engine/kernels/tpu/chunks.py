@@ -425,9 +425,7 @@ def _attend_kernel(
 
         repeat(kernel.num_chunks, write)
 
-    def copy_tile(
-        place: Number, tile: Number, *, brings: Any = None, takes: Any = None, starts: bool
-    ) -> None:
+    def copy_tile(theirs: Any, place: Number, tile: Number, *, is_out: bool, starts: bool) -> None:
         """Start, or wait for, a copy of a tile of the step into a place of the block, or out of it.
 
         Of the step's last tile there may be less than a whole one.
@@ -439,9 +437,9 @@ def _attend_kernel(
             first = tile * per_tile
             first = first if isinstance(first, int) else pl.multiple_of(first, per_tile)
             ours = q_ref.at[place, :, :, pl.ds(0, count)]
-            theirs = (takes if brings is None else brings).at[:, :, pl.ds(first, count)]
-            ends = (ours, theirs) if brings is None else (theirs, ours)
-            copy = pltpu.make_async_copy(*ends, tile_sem)
+            part = theirs.at[:, :, pl.ds(first, count)]
+            source, target = (ours, part) if is_out else (part, ours)
+            copy = pltpu.make_async_copy(source, target, tile_sem)
             copy.start() if starts else copy.wait()
 
         if rest == 0:
@@ -451,10 +449,10 @@ def _attend_kernel(
         repeat(where(tile < whole, 0, 1), lambda _: copy(rest))
 
     def bring(queries: _Queries, tile: Number, *, starts: bool) -> None:
-        copy_tile(tile, queries.first_tile + tile, brings=q_hbm, starts=starts)
+        copy_tile(q_hbm, tile, queries.first_tile + tile, is_out=False, starts=starts)
 
     def take(queries: _Queries, tile: Number, *, starts: bool) -> None:
-        copy_tile(tile, queries.first_tile + tile, takes=out_hbm, starts=starts)
+        copy_tile(out_hbm, tile, queries.first_tile + tile, is_out=True, starts=starts)
 
     def positions(queries: _Queries, tile: Number, shape: tuple[int, ...], axis: int) -> jax.Array:
         """Of a tile's tokens, as far as they are the chunk's."""
@@ -485,7 +483,7 @@ def _attend_kernel(
         q_ref[0] = jnp.zeros(q_ref.shape[1:], q_ref.dtype)
         stop_tile = -(-out_hbm.shape[2] // kernel.tokens_per_tile)
         for starts in (True, False):
-            copy = functools.partial(copy_tile, 0, takes=out_hbm, starts=starts)
+            copy = functools.partial(copy_tile, out_hbm, 0, is_out=True, starts=starts)
             repeat(stop_tile, copy, first=first)
 
     def start_reading(queries: _Queries, block: Number, half: Number, num_pages: Number) -> None:
@@ -610,7 +608,7 @@ def _attend_kernel(
 
         def bring_others(_: Number) -> None:
             for starts in (True, False):
-                copy_tile(0, queries.first_tile, brings=out_hbm, starts=starts)
+                copy_tile(out_hbm, 0, queries.first_tile, is_out=False, starts=starts)
 
         repeat(where(is_shared, 1, 0), bring_others)
 

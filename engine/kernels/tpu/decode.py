@@ -40,7 +40,7 @@ from engine.kernels.tpu.softmax import (
     Sums,
     cached_sums,
     clear_behind,
-    interleave,
+    interleaved_sums,
     load_kv,
     sums_of_one,
 )
@@ -420,7 +420,7 @@ def _attend_kernel(
         def attend(size: int) -> list[list[Sums]]:
             for slot, place in enumerate(places):
                 clear_behind(buffer_ref, (buffer, slot), layout, num_valid(place), size)
-            found = interleave(
+            found = interleaved_sums(
                 [
                     attend_block(buffer, slot, place, row, size)
                     for slot, place in enumerate(places)

@@ -1,7 +1,7 @@
 """The arithmetic that the TPU's attention kernels share: scores, and the sums of a softmax."""
 
-from collections.abc import Generator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,11 @@ class Sums(NamedTuple):
 
 
 Steps = Generator[None, None, Sums]
-"""Sums, and where other chains may go on meanwhile."""
+"""Sums, and where other chains may go on meanwhile: after the scores, and after the weights."""
+
+_NUM_STEPS = 3
+
+T = TypeVar("T")
 
 
 def load_kv(
@@ -171,22 +175,29 @@ def cached_sums(
     )
 
 
-def interleave(chains: list[Steps], *, behind: int) -> list[Sums]:
-    """Write chains of steps out so that each takes its next step while others take theirs.
+def interleave(turns: Sequence[T], steps: Sequence[tuple[int, Callable[[T], None]]]) -> None:
+    """Call each step for all turns in order, so many turns behind.
 
-    The compiler keeps to that order so far that one chain's products do not wait for another's
-    exponentials. Each step comes so many chains behind the one before.
+    The compiler keeps to that order so far that one turn's products do not wait for another's
+    exponentials.
     """
+    for number in range(len(turns) + max(behind for behind, _ in steps)):
+        for behind, step in steps:
+            if 0 <= number - behind < len(turns):
+                step(turns[number - behind])
+
+
+def interleaved_sums(chains: list[Steps], *, behind: int) -> list[Sums]:
+    """The sums of chains of `cached_sums`, each step so many chains behind the one before."""
     found: dict[int, Sums] = {}
-    turn = 0
-    while len(found) < len(chains):
-        for number in range(turn, -1, -behind):
-            if number < len(chains) and number not in found:
-                try:
-                    next(chains[number])
-                except StopIteration as end:
-                    found[number] = end.value
-        turn += 1
+
+    def advance(number: int) -> None:
+        try:
+            next(chains[number])
+        except StopIteration as end:
+            found[number] = end.value
+
+    interleave(range(len(chains)), [(step * behind, advance) for step in range(_NUM_STEPS)])
     return [found[number] for number in range(len(chains))]
 
 
