@@ -17,7 +17,7 @@ NUM_CANDIDATES = 256
 
 CANDIDATE_BLOCK = 64
 
-SEARCH_WAYS = 8
+SEARCH_WAYS = 4
 """Parts into which one pass of a search divides what is left."""
 
 NEVER = -1e30
@@ -182,7 +182,7 @@ def _search(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> j
     """The highest score at and above which the weights sum to `wanted_R`, per row.
 
     Scores are not positive, and the bits of positive floats, read as integers, are in the order of
-    the floats: eleven divisions of that range by eight find the score exactly.
+    the floats: sixteen divisions of that range by four find the score exactly.
     """
     depth_RV = jax.lax.bitcast_convert_type(jnp.abs(score_RV), jnp.int32)
 
