@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
@@ -107,11 +107,14 @@ def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
     """Make the deployment of an engine's leader, `cluster.replica.Engine` or a stand-in for it."""
     return serve.deployment(
         name="Engine",
-        num_replicas=1,
+        num_replicas=config.num_engines,
         max_ongoing_requests=_max_calls(config),
         ray_actor_options={"num_cpus": _LEADER_CPUS},
         # Routers ask it how it is each second; a line for each would bury what matters.
         logging_config=_LOGGING,
+        request_router_config=RequestRouterConfig(
+            request_router_class="cluster.request_router.RouteFollower"
+        ),
         graceful_shutdown_timeout_s=30,
     )(leader)
 

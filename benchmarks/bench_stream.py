@@ -41,6 +41,8 @@ from cluster.addresses import free_port
 from cluster.calls import CallTable
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_node import RayNode, start_node
+from cluster.request_router import Route
+from cluster.status import StartStatus
 from cluster.token_socket import GenerateCall, GenerateEnd, TokenSender
 from engine.config import EngineConfig
 from engine.request import RequestOutput
@@ -131,15 +133,24 @@ class FakeEngine:
         self._sequences: dict[str, Sequence] = {}
         self._senders: set[TokenSender] = set()
         self._has_work = asyncio.Event()
-        self._calls = CallTable(on_abort=self._forget, silence_timeout_s=SILENCE_TIMEOUT_S)
+        context = serve.get_replica_context()
+        self._engine_id: str = context.replica_id.unique_id
+        StartStatus(context.app_name, self._engine_id).ready()
+        self._calls = CallTable(
+            engine_id=self._engine_id,
+            on_abort=self._forget,
+            silence_timeout_s=SILENCE_TIMEOUT_S,
+        )
         self._tasks = [
             asyncio.create_task(self._run()),
             asyncio.create_task(self._calls.watch_routers()),
         ]
 
-    async def describe(self) -> bytes:
+    async def describe(self, *, route: Route) -> bytes:
+        del route
         info = EngineInfo(
             is_ready=True,
+            engine_id=self._engine_id,
             status="ready",
             context_length=CONTEXT_LENGTH,
             vocab_size=self._vocab_size,
@@ -148,19 +159,21 @@ class FakeEngine:
         )
         return msgspec.msgpack.encode(info)
 
-    async def generate(self, payload: bytes) -> bytes:
+    async def generate(self, payload: bytes, *, route: Route) -> bytes:
+        del route
         call = msgspec.msgpack.decode(payload, type=GenerateCall)
         running = self._calls.open(call)
         self._senders.add(running.sender)
         try:
-            for request_id, choice in zip(running.request_ids, call.choices, strict=True):
+            for choice in call.choices:
+                request_id = running.request_ids[choice.index]
                 max_tokens = cast(int, choice.sampling.max_tokens)
                 self._sequences[request_id] = Sequence(request_id, max_tokens)
             self._has_work.set()
             await running.ended
         finally:
             self._calls.close(running)
-            for request_id in running.request_ids:
+            for request_id in running.request_ids.values():
                 self._forget(request_id)
         return msgspec.msgpack.encode(GenerateEnd(running.num_tokens))
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from cluster.token_socket import (
     AbortChoice,
@@ -29,26 +29,29 @@ class Call:
     """A router's call: which requests it is, and how many tokens of each were sent.
 
     Attributes:
-        request_ids: The engine's, one per choice.
-        num_tokens: Sent so far, one per choice.
+        request_ids: The engine's, by the choice's index.
+        num_tokens: Sent so far, by the choice's index.
         ended: Done when every choice has ended; fails with what ended the call early.
+        unfinished: Indices of the choices that have not ended.
+        was_computed: The hosts were at work on it when they died.
     """
 
     def __init__(self, call: GenerateCall, sender: TokenSender) -> None:
         self.request_id = call.request_id
         self.attempt = call.attempt
         self.sender = sender
-        self.num_tokens = [0] * len(call.choices)
-        self.request_ids = [
-            _request_id(call.request_id, call.attempt, choice)
-            for choice in range(len(call.choices))
-        ]
+        self.request_ids = {
+            choice.index: _request_id(call.request_id, call.attempt, choice.index)
+            for choice in call.choices
+        }
+        self.num_tokens = dict.fromkeys(self.request_ids, 0)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._unfinished = set(range(len(call.choices)))
+        self.was_computed = False
+        self.unfinished = set(self.request_ids)
 
     def finish(self, choice: int) -> None:
-        self._unfinished.discard(choice)
-        if not self._unfinished and not self.ended.done():
+        self.unfinished.discard(choice)
+        if not self.unfinished and not self.ended.done():
             self.ended.set_result(None)
 
     def fail(self, error: QwenOnRayError) -> None:
@@ -62,13 +65,17 @@ class CallTable:
     Invariant: a request id is in `_choices` from `open` to `close` of its call.
     """
 
-    def __init__(self, *, on_abort: Callable[[str], None], silence_timeout_s: float) -> None:
+    def __init__(
+        self, *, engine_id: str, on_abort: Callable[[str], None], silence_timeout_s: float
+    ) -> None:
         """Make an empty table.
 
         Args:
+            engine_id: Of this engine, for the routers.
             on_abort: Called with the id of a request that its router no longer wants.
             silence_timeout_s: After so long without a sign of life, a router's calls fail.
         """
+        self._engine_id = engine_id
         self._on_abort = on_abort
         self._silence_timeout_s = silence_timeout_s
         self._choices: dict[str, tuple[Call, int]] = {}
@@ -81,7 +88,7 @@ class CallTable:
     def open(self, call: GenerateCall) -> Call:
         """Enter a call, and tell its router that it has arrived here."""
         opened = Call(call, self._sender(call.reply_to))
-        for choice, request_id in enumerate(opened.request_ids):
+        for choice, request_id in opened.request_ids.items():
             self._choices[request_id] = (opened, choice)
         # Empty: it says from where tokens will come.
         opened.sender.send([ChoiceTokens(call.request_id, call.attempt, 0, 0, ())])
@@ -89,7 +96,7 @@ class CallTable:
 
     def close(self, call: Call) -> None:
         """Forget a call; what the engine still computes for it is dropped."""
-        for request_id in call.request_ids:
+        for request_id in call.request_ids.values():
             self._choices.pop(request_id, None)
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
@@ -111,9 +118,15 @@ class CallTable:
         for call, choice in ended:
             call.finish(choice)
 
-    def fail_all(self, error: QwenOnRayError) -> None:
-        """Fail every call with the same error."""
-        for call, _ in list(self._choices.values()):
+    def fail_all(self, error: QwenOnRayError, computed: Collection[str]) -> None:
+        """Fail every call that was under way with the same error.
+
+        Args:
+            error: What the routers are told.
+            computed: Ids of the requests that the hosts were at work on.
+        """
+        for request_id, (call, _) in list(self._choices.items()):
+            call.was_computed |= request_id in computed
             call.fail(error)
 
     async def watch_routers(self) -> None:
@@ -149,7 +162,7 @@ class CallTable:
     def _sender(self, invitation: RouterInvitation) -> TokenSender:
         sender = self._senders.get(invitation.router_public_key)
         if sender is None:
-            sender = TokenSender(invitation, self._abort_choice)
+            sender = TokenSender(invitation, self._abort_choice, engine_id=self._engine_id)
             self._senders[invitation.router_public_key] = sender
         if not any(call.sender is sender for call, _ in self._choices.values()):
             # A router beats only while it waits for tokens: silence counts from here on.

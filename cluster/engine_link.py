@@ -1,15 +1,18 @@
-"""The router's way to an engine: one Serve call per request, tokens over the router's own socket.
+"""The router's way to its engines: one Serve call per attempt, tokens over the router's own socket.
 
-Implements `EngineClient`. The call is the request's life (routing, back-pressure, cancellation and
+Implements `EngineClient`. The call is the attempt's life (routing, back-pressure, cancellation and
 actor death come with it), the socket is its tokens: a yield through a Serve handle costs a
 millisecond of CPU, a message a tenth of that.
 """
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from contextlib import aclosing
 from dataclasses import replace
+from itertools import count
 from typing import Any, cast
 
 import msgspec
@@ -17,16 +20,16 @@ import ray.exceptions
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
-    RayServeException,
     ReplicaUnavailableError,
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from cluster.openai.engine_client import EngineInfo, GenerateRequest, RankStatus, TokenDelta
-from cluster.status import describe_progress
+from cluster.engine_fleet import CALL_FAILURES, EngineFleet
+from cluster.journal import Journal
+from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest, TokenDelta
+from cluster.request_router import Demand, EngineChooser, Route
 from cluster.token_socket import (
     CallError,
-    ChoiceCall,
     ChoiceTokens,
     GenerateCall,
     GenerateEnd,
@@ -39,15 +42,22 @@ from engine.errors import EngineDiedError, EngineError, EngineNotReadyError
 
 logger = logging.getLogger(__name__)
 
-INFO_PERIOD_S = 1.0
-_INFO_TIMEOUT_S = 3.0
+MAX_DEATHS = 2
+"""Times that hosts may die at work on a request without a token of it in between."""
+
+MAX_FAILURES = 6
+"""Attempts in a row that may bring no token."""
+
+PROFILE_TIMEOUT_S = 3.0
 _LATE_TOKENS_TIMEOUT_S = 5.0
-# Serve's own failures, such as an engine that was never deployed, are no RayErrors.
-_CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
 
 
 class EngineLink:
-    """Talks to the engine deployment behind a Serve handle. Belongs to one event loop."""
+    """Talks to the engines behind a Serve handle. Belongs to one event loop.
+
+    A request whose engine dies goes on with another, or with the same one once it is back, from the
+    tokens that have come: whoever waits for them sees a pause.
+    """
 
     def __init__(
         self,
@@ -55,25 +65,31 @@ class EngineLink:
         *,
         bind_host: str,
         silence_timeout_s: float,
+        hold_timeout_s: float,
+        random_seed: int,
         read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
     ) -> None:
-        """Open the token socket and begin to watch the engine.
+        """Open the token socket and begin to watch the engines.
 
         Args:
             engine: Handle of the `Engine` deployment.
             bind_host: This node's own address.
-            silence_timeout_s: After so long without a sign of life, an engine's streams fail.
+            silence_timeout_s: After so long without a sign of life, an engine counts as dead.
+            hold_timeout_s: How long a request may wait for an engine to take it.
+            random_seed: Of the seeds that requests get which bring none.
             read_statuses: What `cluster.status.read_all` gives for this application; may block.
         """
         self._engine = engine
-        self._read_statuses = read_statuses
+        self._hold_timeout_s = hold_timeout_s
         self._silence_timeout_s = silence_timeout_s
+        self._seeds = random.Random(random_seed)
         self._receiver = TokenReceiver(bind_host)
-        self._info = EngineInfo(is_ready=False, status="waiting for the engine to be placed")
-        self._info_changed = asyncio.Event()
+        self._chooser = EngineChooser()
+        self._fleet = EngineFleet(engine, self._chooser, read_statuses)
+        self._under_way: dict[str, tuple[Journal, int]] = {}
         self._calls: set[asyncio.Future[GenerateEnd]] = set()
         self._tasks = WatchedTasks()
-        self._tasks.start("watch the engine", self._watch_engine())
+        self._tasks.start("watch the engines", self._fleet.watch())
         self._tasks.start("wake who waits in silence", self._watch_silence())
 
     def check(self) -> None:
@@ -93,66 +109,110 @@ class EngineLink:
         await self._receiver.close()
 
     async def engine_info(self) -> EngineInfo:
-        return self._info
+        return self._fleet.info
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not self._info.is_ready:
-                    self._info_changed.clear()
-                    await self._info_changed.wait()
-        except TimeoutError:
-            raise EngineNotReadyError(
-                f"The engine was not ready within {timeout_s:.0f} s: {self._info.status}"
-            ) from None
-        return self._info
+        return await self._fleet.wait_until_ready(timeout_s)
 
     async def profile(self, num_steps: int) -> None:
-        response = cast("DeploymentResponse[bytes]", self._engine.profile.remote(num_steps))
+        route = Route(tuple(self._chooser.ready))
+        response = cast(
+            "DeploymentResponse[bytes]", self._engine.profile.remote(num_steps, route=route)
+        )
         try:
-            end = await asyncio.wait_for(_await_end(response), _INFO_TIMEOUT_S)
+            end = await asyncio.wait_for(_await_end(response), PROFILE_TIMEOUT_S)
         except TimeoutError:
             raise EngineNotReadyError("No engine answered the call to profile.") from None
         _raise_if_failed(end)
 
     def abort_choice(self, request_id: str, index: int) -> None:
-        self._receiver.abort_choice(request_id, 0, index)
+        if request_id in self._under_way:
+            journal, attempt = self._under_way[request_id]
+            journal.close(index)
+            self._receiver.abort_choice(request_id, attempt, index)
 
     async def generate(
         self, request: GenerateRequest
     ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
-        attempt = 0
-        num_choices = len(request.choices)
-        stream = self._receiver.open_stream(request.request_id, attempt, num_choices)
+        journal = Journal(self._with_seeds(request))
+        demand = Demand.of(journal.prompts(), salt=request.cache_salt, session=request.session)
+        failures = Failures()
+        try:
+            for attempt in count():
+                if not journal.unfinished:
+                    return
+                self._under_way[request.request_id] = journal, attempt
+                deltas = self._attempt(request, journal, attempt, demand, failures.engines)
+                try:
+                    async with aclosing(deltas):
+                        async for index, delta in deltas:
+                            failures.progressed()
+                            yield index, delta
+                except _AttemptError as failure:
+                    failures.take(failure)
+                    self._chooser.suspend(failure.engine_id)
+                    logger.warning(
+                        "%s goes on elsewhere after %d tokens: %s",
+                        request.request_id,
+                        sum(journal.num_tokens),
+                        failure.error,
+                    )
+                    await self.wait_until_ready(self._hold_timeout_s)
+        finally:
+            del self._under_way[request.request_id]
+
+    async def _attempt(
+        self,
+        request: GenerateRequest,
+        journal: Journal,
+        attempt: int,
+        demand: Demand,
+        avoided: Collection[str],
+    ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        """Have one engine generate what is left of a request.
+
+        Raises:
+            _AttemptError: The engine died, or could not be reached.
+            RequestError, EngineError: As `generate`.
+        """
+        order = tuple(self._chooser.order(demand, avoided))
+        stream = self._receiver.open_stream(request.request_id, attempt, journal.num_tokens)
         call = GenerateCall(
             request_id=request.request_id,
             attempt=attempt,
-            choices=[
-                ChoiceCall(list(choice.prompt_token_ids), choice.sampling, choice.sample_index)
-                for choice in request.choices
-            ],
+            choices=journal.rest(),
             cache_salt=request.cache_salt,
             reply_to=self._receiver.invitation,
         )
         response = cast(
-            "DeploymentResponse[bytes]", self._engine.generate.remote(msgspec.msgpack.encode(call))
+            "DeploymentResponse[bytes]",
+            self._engine.generate.remote(msgspec.msgpack.encode(call), route=Route(order)),
         )
         # It returns just after the last token; the client need not wait for that.
         end = asyncio.ensure_future(_await_end(response))
         self._calls.add(end)
         end.add_done_callback(self._calls.discard)
         end.add_done_callback(lambda _: stream.wake())
+        visit = self._chooser.enter(order[0] if order else "", demand)
         try:
-            unfinished = set(range(num_choices))
-            while unfinished:
-                for tokens in await self._next_tokens(stream, end):
-                    if tokens.finish_reason is not None:
-                        unfinished.discard(tokens.choice)
+            while journal.unfinished:
+                received = await self._next_tokens(stream, end)
+                if stream.leader is not None:
+                    self._chooser.moved(visit, stream.leader.decode())
+                if received and visit.waiting_tokens:
+                    self._chooser.began(visit)
+                for tokens in received:
+                    journal.take(tokens)
                     yield tokens.choice, _delta(tokens)
+        except EngineDiedError as error:
+            response.cancel()
+            was_computed = end.done() and not end.cancelled() and end.result().was_computed
+            raise _AttemptError(error, visit.engine_id, was_computed) from error
         except BaseException:
             response.cancel()
             raise
         finally:
+            self._chooser.leave(visit)
             self._receiver.close_stream(request.request_id, attempt)
 
     async def _next_tokens(
@@ -163,7 +223,13 @@ class EngineLink:
             if end.done():
                 return await self._late_tokens(stream, end.result())
             silence_s = time.monotonic() - stream.heard_s
-            if stream.leader is not None and silence_s > self._silence_timeout_s:
+            if stream.leader is None:
+                # Where no engine is ready, Serve keeps the call until one is.
+                is_expected = bool(self._chooser.ready)
+                limit_s = self._silence_timeout_s if is_expected else self._hold_timeout_s
+                if silence_s > limit_s:
+                    raise EngineDiedError(f"No engine took the request within {silence_s:.1f} s.")
+            elif silence_s > self._silence_timeout_s:
                 raise EngineDiedError(f"The engine has been silent for {silence_s:.1f} s.")
             await stream.wait()
         return tokens
@@ -181,38 +247,76 @@ class EngineLink:
 
     async def _watch_silence(self) -> None:
         while True:
-            await asyncio.sleep(self._silence_timeout_s / 2)
+            await asyncio.sleep(self._silence_timeout_s / 8)
             self._receiver.wake_silent_streams(self._silence_timeout_s)
 
-    async def _watch_engine(self) -> None:
-        while True:
-            try:
-                response = self._engine.describe.remote()
-                payload = await asyncio.wait_for(response, _INFO_TIMEOUT_S)
-                info = msgspec.msgpack.decode(payload, type=EngineInfo)
-            except (TimeoutError, *_CALL_FAILURES) as error:
-                logger.debug("the engine did not describe itself: %r", error)
-                status, ranks = await self._starting_state()
-                # What was known stays: counters that fell to 0 and came back would count twice.
-                info = replace(self._info, is_ready=False, status=status, ranks=ranks)
-            self._info = info
-            self._info_changed.set()
-            await asyncio.sleep(INFO_PERIOD_S)
+    def _with_seeds(self, request: GenerateRequest) -> GenerateRequest:
+        """Give each choice a seed, by which every engine generates the same."""
 
-    async def _starting_state(self) -> tuple[str, tuple[RankStatus, ...]]:
-        """Status and ranks of an engine whose constructor has not returned, by way of Ray's GCS."""
-        replicas = await asyncio.to_thread(self._read_statuses)
-        if not replicas:
-            return "waiting for a place for the engine's leader", ()
-        latest = max(replicas.values(), key=lambda replica: replica["time"])
-        if latest["phase"] == "ready":
-            # It is about to be called for the first time, or does not answer, or has just died.
-            return "waiting for the engine's leader to answer", ()
-        ranks = tuple(
-            RankStatus(rank=rank["rank"], state=rank["phase"], note=describe_progress(rank))
-            for rank in latest["ranks"]
-        )
-        return describe_progress(latest), ranks
+        def seeded(choice: ChoiceRequest) -> ChoiceRequest:
+            if choice.sampling.seed is not None:
+                return choice
+            seed = self._seeds.getrandbits(63)
+            return replace(choice, sampling=msgspec.structs.replace(choice.sampling, seed=seed))
+
+        return replace(request, choices=tuple(map(seeded, request.choices)))
+
+
+class _AttemptError(Exception):
+    """An engine did not bring a request to its end, through no fault that is known of its own.
+
+    Args:
+        error: What happened.
+        engine_id: Which engine it was; empty if that is not known.
+        was_computed: Its hosts were at work on the request when they died.
+    """
+
+    def __init__(self, error: EngineDiedError, engine_id: str, was_computed: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.engine_id = engine_id
+        self.was_computed = was_computed
+
+
+class Failures:
+    """How often a request's engines have died, and whether to try another.
+
+    Attributes:
+        engines: Those that failed it since its last token.
+    """
+
+    def __init__(self) -> None:
+        self.engines: set[str] = set()
+        self._num_failures = 0
+        self._num_deaths = 0
+        self._has_progressed = False
+
+    def progressed(self) -> None:
+        """Tokens have come."""
+        self._has_progressed = True
+
+    def take(self, failure: _AttemptError) -> None:
+        """Count a failure.
+
+        Raises:
+            EngineDiedError: The request is likely to be the cause, or no engine brings it on.
+        """
+        if self._has_progressed:
+            self.engines.clear()
+            self._num_failures = self._num_deaths = 0
+            self._has_progressed = False
+        self.engines.add(failure.engine_id)
+        self._num_failures += 1
+        self._num_deaths += failure.was_computed
+        if self._num_deaths >= MAX_DEATHS:
+            raise EngineDiedError(
+                f"The engine's hosts died {self._num_deaths} times as they computed this request, "
+                f"which is not tried again. {failure.error}"
+            )
+        if self._num_failures >= MAX_FAILURES:
+            raise EngineDiedError(
+                f"{self._num_failures} attempts brought no token of this request. {failure.error}"
+            )
 
 
 def _delta(tokens: ChoiceTokens) -> TokenDelta:
@@ -236,7 +340,7 @@ async def _await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:
         failure = CallError("EngineBusyError", str(error))
     except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
         failure = CallError("EngineNotReadyError", f"No engine can be called: {error.message}")
-    except _CALL_FAILURES as error:
+    except CALL_FAILURES as error:
         failure = CallError("EngineError", f"The engine failed: {error}")
     return GenerateEnd(error=failure)
 

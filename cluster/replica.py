@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 from ray import serve
 
-from cluster.calls import CallTable
+from cluster.calls import Call, CallTable
 from cluster.host_group import HostGroup, HostStatus
 from cluster.openai.engine_client import EngineInfo, RankStatus
+from cluster.request_router import Route
 from cluster.serve_log import log_into_serve
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd
@@ -59,7 +60,12 @@ class Engine:
         self._core: EngineCore | None = None
         self._core_ready = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
-        self._calls = CallTable(on_abort=self._abort, silence_timeout_s=self._config.host_timeout_s)
+        self._engine_id: str = context.replica_id.unique_id
+        self._calls = CallTable(
+            engine_id=self._engine_id,
+            on_abort=self._abort,
+            silence_timeout_s=self._config.host_timeout_s,
+        )
         self._tasks = WatchedTasks()
         self._limits: EngineLimits | None = None
         self._has_served = False
@@ -98,13 +104,18 @@ class Engine:
         """
         self._tasks.check()
 
-    async def describe(self) -> bytes:
+    # Of each call's `route` only Serve's choice of a replica makes use.
+
+    async def describe(self, *, route: Route) -> bytes:
         """How this engine is, as an encoded `EngineInfo`."""
+        del route
         ranks = tuple(self._rank_status(host) for host in self._group.hosts)
         is_ready = self._core is not None and all(rank.state == "ready" for rank in ranks)
         limits = self._limits
         info = EngineInfo(
             is_ready=is_ready,
+            engine_id=self._engine_id,
+            epoch=self._group.epoch,
             status="ready" if is_ready else f"rebuilding its hosts, epoch {self._group.epoch}",
             context_length=self._context_length,
             vocab_size=limits.vocab_size if limits else 0,
@@ -116,7 +127,7 @@ class Engine:
         )
         return msgspec.msgpack.encode(info)
 
-    async def profile(self, num_steps: int) -> bytes:
+    async def profile(self, num_steps: int, *, route: Route) -> bytes:
         """Have every host trace its next steps; 0 ends a trace early.
 
         Returns:
@@ -129,7 +140,7 @@ class Engine:
             return msgspec.msgpack.encode(GenerateEnd(error=failure))
         return msgspec.msgpack.encode(GenerateEnd())
 
-    async def generate(self, payload: bytes) -> bytes:
+    async def generate(self, payload: bytes, *, route: Route) -> bytes:
         """Run a `GenerateCall` to its end; the tokens go to the router's socket meanwhile.
 
         Cancelling it aborts the call's requests and frees their pages within a step.
@@ -138,42 +149,44 @@ class Engine:
             An encoded `GenerateEnd`, which carries the error where there was one.
         """
         call = msgspec.msgpack.decode(payload, type=GenerateCall)
-        try:
-            end = await self._run_call(call)
-        except RequestError as error:
-            failure = CallError(type(error).__name__, str(error), error.param, error.code)
-            end = GenerateEnd(error=failure)
-        except QwenOnRayError as error:
-            end = GenerateEnd(error=CallError(type(error).__name__, str(error)))
-        return msgspec.msgpack.encode(end)
-
-    async def _run_call(self, call: GenerateCall) -> GenerateEnd:
-        core = await self._wait_for_core()
+        # Entered before the hosts are waited for: its router knows from here on that it is alive.
         running = self._calls.open(call)
         try:
-            for request_id, choice in zip(running.request_ids, call.choices, strict=True):
-                core.add(self._request(request_id, choice, call.cache_salt, core))
-            await running.ended
+            error = await self._run_call(call, running)
         finally:
             self._calls.close(running)
-            for request_id in running.request_ids:
-                core.abort(request_id)
-        return GenerateEnd(running.num_tokens)
+        end = GenerateEnd(running.num_tokens, error, running.was_computed)
+        return msgspec.msgpack.encode(end)
 
-    def _request(
-        self, request_id: str, choice: ChoiceCall, cache_salt: bytes, core: EngineCore
-    ) -> Request:
-        sampling = choice.sampling
-        if sampling.seed is None:
-            sampling = msgspec.structs.replace(sampling, seed=core.draw_seed())
+    async def _run_call(self, call: GenerateCall, running: Call) -> CallError | None:
+        """Run a call to its end, and say what ended it early."""
+        try:
+            core = await self._wait_for_core()
+            try:
+                for choice in call.choices:
+                    if choice.index not in running.unfinished:
+                        continue  # No longer wanted before there were hosts for it.
+                    core.add(self._request(running.request_ids[choice.index], choice, call))
+                await running.ended
+            finally:
+                for request_id in running.request_ids.values():
+                    core.abort(request_id)
+        except RequestError as error:
+            return CallError(type(error).__name__, str(error), error.param, error.code)
+        except QwenOnRayError as error:
+            return CallError(type(error).__name__, str(error))
+        return None
+
+    def _request(self, request_id: str, choice: ChoiceCall, call: GenerateCall) -> Request:
         return Request(
             request_id=request_id,
-            prompt_token_ids=choice.prompt_token_ids,
-            sampling=sampling,
+            prompt_token_ids=choice.prompt_token_ids + choice.output_token_ids,
+            num_prompt_output_tokens=len(choice.output_token_ids),
+            sampling=choice.sampling,
             choice_index=choice.sample_index,
             eos_token_ids=self._model.eos_token_ids,
             rope_alpha=self._model.rope_alpha(len(choice.prompt_token_ids)),
-            cache_salt=cache_salt,
+            cache_salt=call.cache_salt,
         )
 
     def _abort(self, request_id: str) -> None:
@@ -276,12 +289,13 @@ class Engine:
             run.cancel()
             failed.cancel()
             await asyncio.gather(run, failed, return_exceptions=True)
+        computed = self._core.running_request_ids if self._core else frozenset()
         self._core = None
         self._core_ready.clear()
         logger.error(
-            "Epoch %d ended, %d calls fail: %s", self._group.epoch, self._calls.num_calls, error
+            "Epoch %d ended, %d calls go back: %s", self._group.epoch, self._calls.num_calls, error
         )
-        self._calls.fail_all(EngineDiedError(str(error)))
+        self._calls.fail_all(EngineDiedError(str(error)), computed)
 
     def _rank_status(self, host: HostStatus) -> RankStatus:
         age_s = time.monotonic() - host.heard_s

@@ -279,6 +279,8 @@ class Router:
             engine,
             bind_host=ray.util.get_node_ip_address(),
             silence_timeout_s=parsed.host_timeout_s,
+            hold_timeout_s=parsed.hold_timeout_s,
+            random_seed=parsed.random_seed,
             read_statuses=partial(read_all, serve.get_replica_context().app_name),
         )
         try:

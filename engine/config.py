@@ -79,7 +79,7 @@ class EngineConfig(BaseModel):
         description="Seconds that weights and compilation may take at start.",
     )
     host_timeout_s: float = Field(
-        default=5.0, gt=0, description="Seconds of silence after which a host counts as dead."
+        default=4.0, gt=0, description="Seconds of silence after which a host counts as dead."
     )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
@@ -118,6 +118,11 @@ class EngineConfig(BaseModel):
     )
     max_running_requests: int = Field(
         default=64, ge=1, le=4096, description="Requests that decode together in one step."
+    )
+    num_engines: int = Field(
+        default=1,
+        ge=1,
+        description="Copies of the model, each on hosts of its own, that share the requests.",
     )
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; one more is refused with HTTP 429."

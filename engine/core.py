@@ -76,6 +76,11 @@ class EngineCore:
         return len(self._requests)
 
     @property
+    def running_request_ids(self) -> frozenset[str]:
+        """Requests that have a slot: those that a step under way may compute."""
+        return frozenset(request.request_id for request in self._scheduler.running)
+
+    @property
     def max_len(self) -> int:
         """Longest prompt plus output that this engine can hold."""
         return self._scheduler.max_len

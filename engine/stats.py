@@ -1,6 +1,6 @@
 """What an engine has done and is doing, in numbers. Knows nothing of where they are shown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
@@ -32,6 +32,15 @@ class EngineStats:
     host_ms_total: float = 0.0
     wait_ms_total: float = 0.0
     device_ms_total: float = 0.0
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        """Both engines' figures as one's."""
+        return EngineStats(
+            **{
+                field.name: getattr(self, field.name) + getattr(other, field.name)
+                for field in fields(self)
+            }
+        )
 
     @property
     def page_use(self) -> float:

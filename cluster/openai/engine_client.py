@@ -38,11 +38,13 @@ class GenerateRequest:
         request_id: Unique among all routers, as the client sees it (chatcmpl-…).
         choices: In OpenAI's order of `index`; the position here is what `generate` yields.
         cache_salt: Prompts share cached pages only under an equal salt.
+        session: Requests of one session go to the same engine where that is possible.
     """
 
     request_id: str
     choices: tuple[ChoiceRequest, ...]
     cache_salt: bytes = b""
+    session: str | None = None
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -88,6 +90,8 @@ class EngineInfo:
 
     Attributes:
         is_ready: Every rank of some engine answered lately and can take requests.
+        engine_id: Whose answer this is; empty for what is known of several.
+        epoch: How often its hosts were started.
         status: One line for people: what is being waited for, or why it cannot serve.
         context_length: Longest prompt plus output; 0 until an engine was ready once.
         vocab_size: Token ids are below it; 0 until an engine was ready once.
@@ -100,6 +104,8 @@ class EngineInfo:
     """
 
     is_ready: bool
+    engine_id: str = ""
+    epoch: int = 0
     status: str = ""
     context_length: int = 0
     vocab_size: int = 0

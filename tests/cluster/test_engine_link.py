@@ -19,6 +19,8 @@ from engine.stats import EngineStats
 
 TIMEOUT_S = 20
 
+NAME = "one"
+READY = {"phase": "ready", "done": 0, "total": 0, "note": "", "time": 1.0, "ranks": []}
 UNAVAILABLE = DeploymentUnavailableError(DeploymentID(name="Engine", app_name="qwen"))
 REPLACED = ReplicaUnavailableError("Engine#1")
 
@@ -42,7 +44,7 @@ class Method:
     def __init__(self, answer: Callable[[], bytes | Exception]) -> None:
         self._answer = answer
 
-    def remote(self, *_: object) -> Response:
+    def remote(self, *_: object, **__: object) -> Response:
         return Response(self._call())
 
     async def _call(self) -> bytes:
@@ -64,7 +66,7 @@ class Engine:
     def __init__(self, answer: bytes | Exception) -> None:
         self.answer = answer
         self.num_calls = asyncio.Semaphore(0)
-        self.statuses: dict[str, dict[str, Any]] = {}
+        self.statuses: dict[str, dict[str, Any]] = {NAME: READY}
         self.describe = Method(self._describe)
         self.generate = Method(lambda: self.answer)
 
@@ -80,11 +82,13 @@ def engine() -> Engine:
 
 @pytest.fixture
 async def link(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineLink]:
-    monkeypatch.setattr("cluster.engine_link.INFO_PERIOD_S", 0.001)
+    monkeypatch.setattr("cluster.engine_fleet.INFO_PERIOD_S", 0.001)
     link = EngineLink(
         cast("DeploymentHandle", engine),
         bind_host="127.0.0.1",
         silence_timeout_s=TIMEOUT_S,
+        hold_timeout_s=TIMEOUT_S,
+        random_seed=0,
         read_statuses=lambda: engine.statuses,
     )
     yield link
@@ -108,7 +112,7 @@ async def test_the_watch_outlives_a_deployment_that_is_unavailable(
     link.check()
     info = await link.engine_info()
     assert not info.is_ready
-    assert info.status == "waiting for a place for the engine's leader"
+    assert info.status == "waiting for the engine's leader to answer"
 
 
 @pytest.mark.parametrize("failure", [UNAVAILABLE, REPLACED])
@@ -125,7 +129,6 @@ async def test_a_request_to_an_unavailable_deployment_ends_in_an_error_of_ours(
 async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_for(
     engine: Engine, link: EngineLink
 ) -> None:
-    engine.statuses = {"gone": {"phase": "ready", "done": 0, "total": 0, "note": "", "time": 1.0}}
     await calls(engine, 3)
     with pytest.raises(EngineNotReadyError, match=r"leader to answer$"):
         await link.wait_until_ready(0.0)
@@ -135,7 +138,7 @@ async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_fo
 async def test_what_is_known_of_an_engine_outlives_a_call_that_fails(
     failure: Exception, engine: Engine, link: EngineLink
 ) -> None:
-    known = EngineInfo(is_ready=True, context_length=512, stats=EngineStats(steps_total=7))
+    known = EngineInfo(is_ready=True, engine_id=NAME, context_length=512, stats=EngineStats(steps_total=7))
     engine.answer = msgspec.msgpack.encode(known)
     assert (await link.wait_until_ready(TIMEOUT_S)).stats.steps_total == 7
     engine.answer = failure

@@ -15,6 +15,7 @@ from cluster import replica
 from cluster.gang import HostStatus
 from cluster.openai.engine_client import EngineInfo
 from cluster.replica import Engine
+from cluster.request_router import Route
 from cluster.status import read_all
 from engine.errors import EngineDiedError, QwenOnRayError
 from engine.step import Bucket, EngineLimits, ProgressCallback, StepPlan, StepResult
@@ -93,7 +94,7 @@ async def leader(**fields: object) -> AsyncIterator[Engine]:
 
 
 async def describe(engine: Engine) -> EngineInfo:
-    return msgspec.msgpack.decode(await engine.describe(), type=EngineInfo)
+    return msgspec.msgpack.decode(await engine.describe(route=Route()), type=EngineInfo)
 
 
 async def test_the_reason_of_a_warm_up_that_failed_stays_to_be_read(hosts: Hosts) -> None:

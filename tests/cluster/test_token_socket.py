@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -35,7 +36,7 @@ class Leader:
     def __init__(self, receiver: TokenReceiver, **changes: bytes | str) -> None:
         self.aborts: asyncio.Queue[AbortChoice] = asyncio.Queue()
         invitation = msgspec.structs.replace(receiver.invitation, **changes)
-        self.sender = TokenSender(invitation, self.aborts.put_nowait)
+        self.sender = TokenSender(invitation, self.aborts.put_nowait, engine_id=uuid.uuid4().hex)
 
     def __enter__(self) -> "Leader":
         return self
@@ -100,7 +101,7 @@ async def receive(stream: TokenStream) -> ChoiceTokens:
 
 
 async def test_one_message_carries_the_tokens_of_many_requests(receiver: TokenReceiver):
-    streams = {name: receiver.open_stream(name, 0, 1) for name in "abc"}
+    streams = {name: receiver.open_stream(name, 0, [0]) for name in "abc"}
     with Leader(receiver) as leader:
         sent = [ChoiceTokens(name, 0, 0, 0, (index, 7)) for index, name in enumerate("abc")]
         assert leader.sender.send(sent)
@@ -109,7 +110,7 @@ async def test_one_message_carries_the_tokens_of_many_requests(receiver: TokenRe
 
 
 async def test_log_probabilities_arrive_as_they_were_sent(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 0, 1)
+    stream = receiver.open_stream("r", 0, [0])
     logprobs = TokenLogprobs(logprob=-0.5, top_token_ids=(3, 1), top_logprobs=(-0.5, -2.25))
     sent = ChoiceTokens("r", 0, 0, 0, (3,), "stop", 3, 16, (logprobs,))
     with Leader(receiver) as leader:
@@ -118,7 +119,7 @@ async def test_log_probabilities_arrive_as_they_were_sent(receiver: TokenReceive
 
 
 def test_indices_that_were_received_before_are_dropped():
-    stream = TokenStream(1)
+    stream = TokenStream([0])
     stream.put(tokens(0, 0, 5, 6))
     assert [item.token_ids for item in stream.take()] == [(5, 6)]
     stream.put(tokens(0, 0, 5))
@@ -129,7 +130,7 @@ def test_indices_that_were_received_before_are_dropped():
 
 
 async def test_a_stream_that_lacks_tokens_fails_and_never_skips_them():
-    stream = TokenStream(1)
+    stream = TokenStream([0])
     stream.put(tokens(0, 0, 5))
     assert [item.token_ids for item in stream.take()] == [(5,)]
     waiting = asyncio.create_task(stream.wait())
@@ -141,7 +142,7 @@ async def test_a_stream_that_lacks_tokens_fails_and_never_skips_them():
 
 
 def test_log_probabilities_of_tokens_that_were_received_before_are_dropped_with_them():
-    stream = TokenStream(1)
+    stream = TokenStream([0])
     first, second, third = (
         TokenLogprobs(logprob=-float(n), top_token_ids=(), top_logprobs=()) for n in range(3)
     )
@@ -152,7 +153,7 @@ def test_log_probabilities_of_tokens_that_were_received_before_are_dropped_with_
 
 
 async def test_steps_that_came_while_nobody_waited_are_handed_out_as_one():
-    stream = TokenStream(2)
+    stream = TokenStream([0, 0])
     stream.put(tokens(0, 0, 5))
     stream.put(tokens(1, 0, 50))
     stream.put(tokens(0, 1, 6))
@@ -169,7 +170,7 @@ async def test_steps_that_came_while_nobody_waited_are_handed_out_as_one():
 
 
 async def test_a_wait_can_be_ended_without_tokens():
-    stream = TokenStream(1)
+    stream = TokenStream([0])
     waiting = asyncio.create_task(stream.wait())
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -179,7 +180,7 @@ async def test_a_wait_can_be_ended_without_tokens():
 
 
 async def test_a_wait_that_was_given_up_takes_no_tokens_along():
-    stream = TokenStream(1)
+    stream = TokenStream([0])
     waiting = asyncio.create_task(stream.wait())
     await asyncio.sleep(0)
     waiting.cancel()
@@ -189,7 +190,7 @@ async def test_a_wait_that_was_given_up_takes_no_tokens_along():
 
 
 async def test_only_streams_in_silence_are_woken(receiver: TokenReceiver):
-    old, fresh = receiver.open_stream("old", 0, 1), receiver.open_stream("fresh", 0, 1)
+    old, fresh = receiver.open_stream("old", 0, [0]), receiver.open_stream("fresh", 0, [0])
     old.heard_s -= 100
     waits = [asyncio.create_task(stream.wait()) for stream in (old, fresh)]
     await asyncio.sleep(0)
@@ -201,14 +202,14 @@ async def test_only_streams_in_silence_are_woken(receiver: TokenReceiver):
 
 
 async def test_tokens_of_an_earlier_attempt_are_dropped(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 1, 1)
+    stream = receiver.open_stream("r", 1, [0])
     with Leader(receiver) as leader:
         leader.sender.send([tokens(0, 0, 1, attempt=0), tokens(0, 0, 2, attempt=1)])
         assert (await receive(stream)).token_ids == (2,)
 
 
 async def test_an_empty_message_names_the_leader_and_gives_no_tokens(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 0, 1)
+    stream = receiver.open_stream("r", 0, [0])
     with Leader(receiver) as leader:
         leader.sender.send([tokens(0, 0), tokens(0, 0, 9)])
         assert (await receive(stream)).token_ids == (9,)
@@ -216,7 +217,7 @@ async def test_an_empty_message_names_the_leader_and_gives_no_tokens(receiver: T
 
 
 async def test_an_abort_reaches_the_leader_that_sends_the_tokens(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 0, 2)
+    stream = receiver.open_stream("r", 0, [0, 0])
     with Leader(receiver) as other, Leader(receiver) as leader:
         other.sender.send([ChoiceTokens("else", 0, 0, 0, (1,))])
         leader.sender.send([tokens(1, 0, 4)])
@@ -227,7 +228,7 @@ async def test_an_abort_reaches_the_leader_that_sends_the_tokens(receiver: Token
 
 
 async def test_both_sides_hear_each_other_without_tokens(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 0, 1)
+    stream = receiver.open_stream("r", 0, [0])
     with Leader(receiver) as leader:
         leader.sender.send([tokens(0, 0, 4)])
         await receive(stream)
@@ -238,7 +239,7 @@ async def test_both_sides_hear_each_other_without_tokens(receiver: TokenReceiver
 
 
 async def test_a_leader_is_the_same_one_after_its_connection_broke(receiver: TokenReceiver):
-    stream = receiver.open_stream("r", 0, 1)
+    stream = receiver.open_stream("r", 0, [0])
     wire = Wire()
     async with wire.between(receiver.invitation.address) as address:
         with Leader(receiver, address=address) as leader:
@@ -256,7 +257,7 @@ async def test_a_leader_is_the_same_one_after_its_connection_broke(receiver: Tok
 
 async def test_a_leader_without_the_key_is_not_heard(receiver: TokenReceiver):
     stranger = CurveKeys.generate()
-    stream = receiver.open_stream("r", 0, 1)
+    stream = receiver.open_stream("r", 0, [0])
     with (
         Leader(
             receiver, leader_public_key=stranger.public, leader_secret_key=stranger.secret

@@ -1,0 +1,170 @@
+"""The engines behind a Serve handle: which there are, how they are, and when one can be used.
+
+Each is asked once a second, over Serve, in a task of its own, so that one that does not answer
+delays none of the others. Engines that start cannot answer yet: of these `cluster.status` tells.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import msgspec
+import ray.exceptions
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.openai.engine_client import EngineInfo, RankStatus
+from cluster.request_router import EngineChooser, Route
+from cluster.status import describe_progress
+from engine.errors import EngineNotReadyError
+from engine.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+INFO_PERIOD_S = 1.0
+_INFO_TIMEOUT_S = 3.0
+# Serve's own failures, such as an engine that was never deployed, are no RayErrors.
+CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
+
+
+class EngineFleet:
+    """What a router knows of all engines. Belongs to one event loop.
+
+    Args:
+        engine: Handle of the `Engine` deployment.
+        chooser: Told of each engine's state.
+        read_statuses: What `cluster.status.read_all` gives for this application; may block.
+
+    Attributes:
+        info: Of all engines together.
+    """
+
+    def __init__(
+        self,
+        engine: DeploymentHandle,
+        chooser: EngineChooser,
+        read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
+    ) -> None:
+        self.info = EngineInfo(is_ready=False, status="waiting for the engine to be placed")
+        self._engine = engine
+        self._chooser = chooser
+        self._read_statuses = read_statuses
+        self._statuses: Mapping[str, Mapping[str, Any]] = {}
+        self._engines: dict[str, EngineInfo] = {}
+        # Of engines that are gone: counters that fell would count twice.
+        self._departed = EngineStats()
+        self._changed = asyncio.Event()
+
+    async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
+        """Wait for an engine that can take requests.
+
+        Raises:
+            EngineNotReadyError: There was none in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._chooser.ready:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise EngineNotReadyError(
+                f"The engine was not ready within {timeout_s:.0f} s: {self.info.status}"
+            ) from None
+        return self.info
+
+    async def watch(self) -> None:
+        """Keep `info` and the chooser up to date; runs for ever."""
+        watches: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                self._statuses = await asyncio.to_thread(self._read_statuses)
+                serving = {
+                    name for name, status in self._statuses.items() if status["phase"] == "ready"
+                }
+                for name in serving - watches.keys():
+                    watches[name] = asyncio.create_task(self._watch_engine(name))
+                for name in watches.keys() - self._statuses.keys():
+                    await _end(watches.pop(name))
+                    self._forget(name)
+                self._publish()
+                await asyncio.sleep(INFO_PERIOD_S)
+        finally:
+            for watch in watches.values():
+                await _end(watch)
+
+    async def _watch_engine(self, name: str) -> None:
+        while True:
+            info = await self._ask(name)
+            self._engines[name] = info
+            self._chooser.update(name, info)
+            self._publish()
+            await asyncio.sleep(INFO_PERIOD_S)
+
+    async def _ask(self, name: str) -> EngineInfo:
+        """What an engine tells of itself, or what is known if it does not."""
+        response = self._engine.describe.remote(route=Route((name,)))
+        try:
+            payload = await asyncio.wait_for(response, _INFO_TIMEOUT_S)
+            info = msgspec.msgpack.decode(payload, type=EngineInfo)
+            if info.engine_id == name:
+                return info
+            logger.debug("engine %s answered in the place of %s", info.engine_id, name)
+        except (TimeoutError, *CALL_FAILURES) as error:
+            response.cancel()
+            logger.debug("engine %s did not describe itself: %r", name, error)
+        # It is about to be called for the first time, or has just died.
+        status = "waiting for the engine's leader to answer"
+        known = self._engines.get(name, EngineInfo(is_ready=False, engine_id=name))
+        return replace(known, is_ready=False, status=status, ranks=())
+
+    def _forget(self, name: str) -> None:
+        self._chooser.forget(name)
+        info = self._engines.pop(name, None)
+        if info is not None:
+            self._departed += replace(
+                info.stats, num_running=0, num_waiting=0, num_pages_used=0, num_pages=0
+            )
+
+    def _publish(self) -> None:
+        infos = [self._engines[name] for name in sorted(self._engines)]
+        ready = [info for info in infos if info.is_ready]
+        starting = [status for name, status in self._statuses.items() if name not in self._engines]
+        stats = reduce(add, (info.stats for info in infos), self._departed)
+        ranks = tuple(rank for info in infos for rank in info.ranks)
+        ranks += tuple(_rank_of(rank) for status in starting for rank in status["ranks"])
+        # Facts of the model are every engine's, and outlive it.
+        model = next(iter(ready or infos), self.info)
+        self.info = replace(
+            model,
+            is_ready=bool(ready),
+            status=self._describe(infos, starting),
+            ranks=ranks,
+            stats=stats,
+        )
+        self._changed.set()
+
+    def _describe(self, infos: list[EngineInfo], starting: list[Mapping[str, Any]]) -> str:
+        lines = [info.status for info in infos if not info.is_ready]
+        lines += [
+            describe_progress(status)
+            for status in sorted(starting, key=lambda status: status["time"])
+        ]
+        num_ready = len(infos) - sum(not info.is_ready for info in infos)
+        if not lines:
+            return "ready" if infos else "waiting for a place for the engine's leader"
+        if num_ready == 0:
+            return lines[-1]
+        return f"{num_ready} of {num_ready + len(lines)} engines ready; {lines[-1]}"
+
+
+def _rank_of(rank: Mapping[str, Any]) -> RankStatus:
+    return RankStatus(rank=rank["rank"], state=rank["phase"], note=describe_progress(rank))
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
