@@ -47,6 +47,8 @@ _ROUTER_ENVIRONMENT = MappingProxyType(
 # could not reach on another host: routers bind what it names.
 _ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
 _LOGGING = LoggingConfig(enable_access_log=False)
+_HEALTH_PERIOD_S = 2.0
+_HEALTH_TIMEOUT_S = 5.0
 _POLL_S = 0.5
 # Asking costs the machine 40 ms each time, in this process, the controller and Ray's head.
 _POLL_WHILE_SERVING_S = 5.0
@@ -112,9 +114,12 @@ def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
         ray_actor_options={"num_cpus": _LEADER_CPUS},
         # Routers ask it how it is each second; a line for each would bury what matters.
         logging_config=_LOGGING,
-        request_router_config=RequestRouterConfig(
-            request_router_class="cluster.request_router.RouteFollower"
+        request_router_config=RequestRouterConfig.model_validate(
+            {"request_router_class": "cluster.request_router.RouteFollower"}
         ),
+        # A leader that is frozen holds its hosts until Serve has replaced it.
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=30,
     )(leader)
 

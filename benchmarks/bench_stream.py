@@ -39,9 +39,9 @@ from ray.serve.schema import LoggingConfig
 import serve_app
 from cluster.addresses import free_port
 from cluster.calls import CallTable
+from cluster.engine_choice import Route
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_node import RayNode, start_node
-from cluster.request_router import Route
 from cluster.status import StartStatus
 from cluster.token_socket import GenerateCall, GenerateEnd, TokenSender
 from engine.config import EngineConfig

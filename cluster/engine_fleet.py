@@ -17,8 +17,8 @@ import ray.exceptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.engine_choice import EngineChooser, Route
 from cluster.openai.engine_client import EngineInfo, RankStatus
-from cluster.request_router import EngineChooser, Route
 from cluster.status import describe_progress
 from engine.errors import EngineNotReadyError
 from engine.stats import EngineStats

@@ -24,10 +24,10 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from cluster.engine_choice import Demand, EngineChooser, Route
 from cluster.engine_fleet import CALL_FAILURES, EngineFleet
 from cluster.journal import Journal
 from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest, TokenDelta
-from cluster.request_router import Demand, EngineChooser, Route
 from cluster.token_socket import (
     CallError,
     ChoiceTokens,

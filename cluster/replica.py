@@ -15,9 +15,9 @@ import msgspec
 from ray import serve
 
 from cluster.calls import Call, CallTable
+from cluster.engine_choice import Route
 from cluster.host_group import HostGroup, HostStatus
 from cluster.openai.engine_client import EngineInfo, RankStatus
-from cluster.request_router import Route
 from cluster.serve_log import log_into_serve
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd

@@ -138,7 +138,9 @@ async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_fo
 async def test_what_is_known_of_an_engine_outlives_a_call_that_fails(
     failure: Exception, engine: Engine, link: EngineLink
 ) -> None:
-    known = EngineInfo(is_ready=True, engine_id=NAME, context_length=512, stats=EngineStats(steps_total=7))
+    known = EngineInfo(
+        is_ready=True, engine_id=NAME, context_length=512, stats=EngineStats(steps_total=7)
+    )
     engine.answer = msgspec.msgpack.encode(known)
     assert (await link.wait_until_ready(TIMEOUT_S)).stats.steps_total == 7
     engine.answer = failure

@@ -12,10 +12,10 @@ import pytest
 from ray import serve
 
 from cluster import replica
+from cluster.engine_choice import Route
 from cluster.gang import HostStatus
 from cluster.openai.engine_client import EngineInfo
 from cluster.replica import Engine
-from cluster.request_router import Route
 from cluster.status import read_all
 from engine.errors import EngineDiedError, QwenOnRayError
 from engine.step import Bucket, EngineLimits, ProgressCallback, StepPlan, StepResult

@@ -26,9 +26,9 @@ from ray.serve.config import HTTPOptions
 from tiny_tokenizer import write_tiny_tokenizer
 
 import serve_app
+from cluster.engine_choice import Route
 from cluster.openai.engine_client import EngineInfo
 from cluster.ray_node import has_haproxy
-from cluster.request_router import Route
 from engine.config import EngineConfig
 from engine.llm import LLM, Completion
 from engine.request import SamplingParams

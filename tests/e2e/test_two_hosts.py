@@ -135,8 +135,8 @@ def test_killed_rank_comes_back_and_its_stream_goes_on(
 
     whole = ask(head, NUM_LONG_TOKENS)
     long_answer = head.start(
-        sys.executable, str(CLIENT), f"http://{head.address}:{PORT}/v1", QUESTION, str(NUM_LONG_TOKENS),
-        environment=ENVIRONMENT, log="long.log",
+        sys.executable, str(CLIENT), f"http://{head.address}:{PORT}/v1", QUESTION,
+        str(NUM_LONG_TOKENS), environment=ENVIRONMENT, log="long.log",
     )  # fmt: skip
     deadline_s = time.monotonic() + 60
     while "first" not in head.log("long.log"):
