@@ -7,6 +7,7 @@ with the call as a `Route`. Knows token ids and counts, neither text nor Ray.
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 
@@ -138,13 +139,18 @@ class EngineChooser:
         home = self._sessions.get(demand.session) if demand.session is not None else None
 
         def rank(engine_id: str) -> tuple[bool, bool, int]:
-            engine = self._engines[engine_id]
-            cost = engine.waiting_tokens + SEQUENCE_COST * (engine.own + engine.others)
-            for length, keys in zip(demand.prompt_lens, demand.block_keys, strict=True):
-                cost += length - self._num_cached(engine_id, engine.epoch, keys)
-            return engine_id in avoided or not engine.is_ready, engine_id != home, cost
+            is_last_resort = engine_id in avoided or not self._engines[engine_id].is_ready
+            return is_last_resort, engine_id != home, self.cost(engine_id, demand)
 
         return sorted(self._engines, key=rank)
+
+    def cost(self, engine_id: str, demand: Demand) -> int:
+        """What stands between a request and its first token at an engine, in tokens."""
+        engine = self._engines[engine_id]
+        cost = engine.waiting_tokens + SEQUENCE_COST * (engine.own + engine.others)
+        for length, keys in zip(demand.prompt_lens, demand.block_keys, strict=True):
+            cost += length - self._num_cached(engine_id, engine.epoch, keys)
+        return cost
 
     def enter(self, engine_id: str, demand: Demand) -> Visit:
         """Count a request as its engine's, and remember what it will have cached."""
@@ -157,6 +163,8 @@ class EngineChooser:
         """Another engine than was thought has taken the request."""
         if engine_id != visit.engine_id:
             self._count(visit, -1)
+            for key in chain.from_iterable(visit.demand.block_keys):
+                self._holders.get(key, {}).pop(visit.engine_id, None)
             visit.engine_id = engine_id
             self._count(visit, 1)
             self._remember(visit)
@@ -183,11 +191,9 @@ class EngineChooser:
         engine = self._engines.get(visit.engine_id)
         if engine is None:
             return
-        for keys in visit.demand.block_keys:
-            for key in keys:
-                holders = self._holders.setdefault(key, {})
-                holders[visit.engine_id] = engine.epoch
-                self._holders.move_to_end(key)
+        for key in chain.from_iterable(visit.demand.block_keys):
+            self._holders.setdefault(key, {})[visit.engine_id] = engine.epoch
+            self._holders.move_to_end(key)
         while len(self._holders) > _MAX_BLOCKS:
             self._holders.popitem(last=False)
         if visit.demand.session is not None:

@@ -236,12 +236,14 @@ class EngineLink:
 
     async def _late_tokens(self, stream: TokenStream, end: GenerateEnd) -> list[ChoiceTokens]:
         """Wait for what is on its way over the socket, though its call has returned."""
-        _raise_if_failed(end)
+        if not stream.lacks(end.num_tokens):
+            _raise_if_failed(end)
         try:
             async with asyncio.timeout(_LATE_TOKENS_TIMEOUT_S):
                 while not (tokens := stream.take()):
                     await stream.wait()
         except TimeoutError:
+            _raise_if_failed(end)
             raise EngineDiedError("The engine's last tokens did not arrive.") from None
         return tokens
 

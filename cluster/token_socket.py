@@ -11,7 +11,7 @@ that router's requests in it. Knows token ids, and neither text nor plans.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 
 import msgspec
@@ -130,6 +130,7 @@ class TokenStream:
 
     def __init__(self, num_tokens: Sequence[int]) -> None:
         self.num_tokens = list(num_tokens)
+        self._num_before = tuple(num_tokens)
         self.heard_s = time.monotonic()
         self.leader: bytes | None = None
         self._received: list[ChoiceTokens] = []
@@ -155,6 +156,13 @@ class TokenStream:
         self.num_tokens[tokens.choice] += len(tokens.token_ids)
         self._received.append(tokens)
         self.wake()
+
+    def lacks(self, num_sent: Mapping[int, int]) -> bool:
+        """Whether some of so many tokens, by choice, that were sent here have not come yet."""
+        return any(
+            self.num_tokens[choice] - self._num_before[choice] < count
+            for choice, count in num_sent.items()
+        )
 
     def take(self) -> list[ChoiceTokens]:
         """Hand out what has come, each choice's tokens joined; empty if nothing has.
