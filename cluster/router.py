@@ -51,6 +51,10 @@ from engine.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+SESSION_HEADER = "x-session-id"
+"""Requests that have the same go to the same engine where that is possible."""
+
+_MAX_SESSION_CHARS = 128
 _NO_KEY_NEEDED = ("/health", "/health/ready")
 
 
@@ -81,7 +85,7 @@ def _add_routes(app: FastAPI) -> None:
     async def create_chat_completion(request: Request) -> Response:
         body = parse_body(ChatCompletionRequest, await read_body(request))
         request_id = make_request_id("chatcmpl")
-        parts = _service(request).chat(body, request_id)
+        parts = _service(request).chat(body, request_id, session=_session(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.post(
@@ -92,7 +96,7 @@ def _add_routes(app: FastAPI) -> None:
     async def create_completion(request: Request) -> Response:
         body = parse_body(CompletionRequest, await read_body(request))
         request_id = make_request_id("cmpl")
-        parts = _service(request).complete(body, request_id)
+        parts = _service(request).complete(body, request_id, session=_session(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.get("/v1/models")
@@ -144,6 +148,12 @@ def _add_routes(app: FastAPI) -> None:
 
 def _service(request: Request) -> OpenAIService:
     return request.app.state.service
+
+
+def _session(request: Request) -> str | None:
+    session = request.headers.get(SESSION_HEADER)
+    # Many are remembered, and a header may be long.
+    return session[:_MAX_SESSION_CHARS] if session else None
 
 
 def _answer(

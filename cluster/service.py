@@ -81,9 +81,14 @@ class OpenAIService:
         self._keys.check(authorization)
 
     async def chat(
-        self, body: ChatCompletionRequest, request_id: str
+        self, body: ChatCompletionRequest, request_id: str, *, session: str | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Answer a chat request: the stream's events without its end, or the whole object.
+
+        Args:
+            body: The request.
+            request_id: As the client sees it.
+            session: Requests of one session go to the same engine where that is possible.
 
         Raises:
             RequestError, EngineError: Before the first part, or amid a stream.
@@ -93,7 +98,9 @@ class OpenAIService:
             arrival_s = time.monotonic()
             info = await self._ready_info()
             prompt = await self._in_thread(partial(self._encode_chat, body))
-            request = self._make_request(body, request_id, [prompt], "messages", info, ticket)
+            request = self._make_request(
+                body, request_id, [prompt], "messages", info, ticket, session
+            )
             heading = make_heading(request_id, body.model, info.fingerprint)
             with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
                 generation = self._generation(body, request, watch)
@@ -117,7 +124,7 @@ class OpenAIService:
                     yield completion.model_dump_json().encode()
 
     async def complete(
-        self, body: CompletionRequest, request_id: str
+        self, body: CompletionRequest, request_id: str, *, session: str | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Answer a completion request, as `chat` does."""
         self._check_model(body.model)
@@ -127,7 +134,7 @@ class OpenAIService:
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )
-            request = self._make_request(body, request_id, prompts, "prompt", info, ticket)
+            request = self._make_request(body, request_id, prompts, "prompt", info, ticket, session)
             heading = make_heading(request_id, body.model, info.fingerprint)
             echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
             has_logprobs = body.logprobs is not None
@@ -233,6 +240,7 @@ class OpenAIService:
         prompt_field: str,
         info: EngineInfo,
         ticket: Ticket,
+        session: str | None,
     ) -> GenerateRequest:
         choices = []
         for prompt in prompts:
@@ -256,6 +264,7 @@ class OpenAIService:
             request_id=request_id,
             choices=tuple(choices),
             cache_salt=(body.cache_salt or "").encode(),
+            session=session,
         )
 
     def _generation(

@@ -394,3 +394,11 @@ async def test_a_chat_without_max_tokens_may_fill_the_context(
     await client.chat.completions.create(model=MODEL, messages=HELLO)
     (choice,) = engine.requests[0].choices
     assert choice.sampling.max_tokens == CONTEXT_LENGTH - len(choice.prompt_token_ids)
+
+
+async def test_the_session_of_a_request_travels_with_it(client: Client, engine: FakeEngine) -> None:
+    headers = {"x-session-id": "s" * 500}
+    await client.chat.completions.create(model=MODEL, messages=HELLO, extra_headers=headers)
+    await client.completions.create(model=MODEL, prompt="Hello", extra_headers=headers)
+    await client.completions.create(model=MODEL, prompt="Hello")
+    assert [request.session for request in engine.requests] == ["s" * 128, "s" * 128, None]
