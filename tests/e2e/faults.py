@@ -277,6 +277,8 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
                 )
         judge(outcome, clients.streams)
         clients.streams.clear()
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
     await clients.close()
     return outcomes
 
@@ -377,13 +379,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="a checkpoint; default: a tiny one")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures, written after each fault")
     arguments = parser.parse_args()
     with serving(arguments) as base_url:
         outcomes = asyncio.run(inject(arguments, base_url))
     print(table(outcomes))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
     for outcome in outcomes:
         for error in outcome.errors:
             print(f"{outcome.fault}: {error}", file=sys.stderr)
