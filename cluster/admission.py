@@ -7,10 +7,18 @@ hears at once (HTTP 429) instead of waiting for its own time-out.
 import hashlib
 import hmac
 import re
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from engine.errors import AuthenticationError, ConfigError, EngineBusyError
+
+MIN_WAIT_S, UNKNOWN_WAIT_S, MAX_WAIT_S = 1.0, 5.0, 60.0
+"""What a refused client is told to wait: at least, where nothing is known, at most."""
+
+DRAIN_WINDOW_S = 30.0
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -48,14 +56,17 @@ class ApiKeys:
             raise ConfigError(f"--api-key-file={path} has no key. Leave the flag out to need none.")
         return cls(tuple(hashes))
 
-    def check(self, authorization: str | None) -> None:
+    def check(self, authorization: str | None) -> bytes:
         """Check a request's Authorization header.
+
+        Returns:
+            Whose request it is: the key's hash, or nothing where no key is asked for.
 
         Raises:
             AuthenticationError: Keys are asked for, and this is none of them.
         """
         if not self._hashes:
-            return
+            return b""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError(
@@ -66,6 +77,44 @@ class ApiKeys:
         matches = [hmac.compare_digest(digest, known) for known in self._hashes]
         if not any(matches):
             raise AuthenticationError("Incorrect API key provided.")
+        return digest
+
+
+class DrainRate:
+    """How fast a waiting room has emptied lately, and so how long it takes to have room again.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left: deque[tuple[float, int, int]] = deque()
+
+    def leave(self, num_requests: int, num_tokens: int) -> None:
+        """So many sequences, with so many prompt tokens, wait no longer."""
+        self._left.append((self._clock(), num_requests, num_tokens))
+        self._forget()
+
+    def seconds_until(self, *, num_requests: int = 0, num_tokens: int = 0) -> float:
+        """How long it takes until so much has left, within bounds that a client would accept."""
+        self._forget()
+        if not self._left:
+            return UNKNOWN_WAIT_S
+        span_s = max(self._clock() - self._left[0][0], MIN_WAIT_S)
+        waits_s = [
+            wanted * span_s / max(1, sum(amounts))
+            for wanted, amounts in (
+                (num_requests, [requests for _, requests, _ in self._left]),
+                (num_tokens, [tokens for _, _, tokens in self._left]),
+            )
+        ]
+        return min(max(MIN_WAIT_S, *waits_s), MAX_WAIT_S)
+
+    def _forget(self) -> None:
+        oldest_s = self._clock() - DRAIN_WINDOW_S
+        while self._left and self._left[0][0] < oldest_s:
+            self._left.popleft()
 
 
 class Ticket:
@@ -114,9 +163,17 @@ class Admission:
         max_waiting: Sequences (each prompt's n choices count n) that may wait.
         max_waiting_tokens: Prompt tokens that may wait; a request that alone is longer is let in
             when nothing else waits.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:
+    def __init__(
+        self,
+        max_waiting: int,
+        max_waiting_tokens: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._drain_rate = DrainRate(clock)
         self.max_waiting = max_waiting
         self._max_waiting_tokens = max_waiting_tokens
         self.num_waiting = 0
@@ -133,16 +190,21 @@ class Admission:
 
     def add(self, *, num_requests: int = 0, num_tokens: int = 0) -> None:
         """Grow by so much, or raise EngineBusyError and stay as it is."""
-        if self.num_waiting + num_requests > self.max_waiting:
+        excess = self.num_waiting + num_requests - self.max_waiting
+        if excess > 0:
             raise EngineBusyError(
                 f"{self.num_waiting} requests wait, and {self.max_waiting} may "
-                "(--max-queued-requests). Try again later."
+                "(--max-queued-requests). Try again later.",
+                retry_after_s=self._drain_rate.seconds_until(num_requests=excess),
             )
         tokens = self.num_waiting_tokens + num_tokens
         if self.num_waiting_tokens and tokens > self._max_waiting_tokens:
             raise EngineBusyError(
                 f"{self.num_waiting_tokens} prompt tokens wait, and {self._max_waiting_tokens} may "
-                "(--max-queued-tokens). Try again later."
+                "(--max-queued-tokens). Try again later.",
+                retry_after_s=self._drain_rate.seconds_until(
+                    num_tokens=min(tokens - self._max_waiting_tokens, self.num_waiting_tokens)
+                ),
             )
         self.num_waiting += num_requests
         self.num_waiting_tokens = tokens
@@ -150,3 +212,5 @@ class Admission:
     def remove(self, *, num_requests: int, num_tokens: int) -> None:
         self.num_waiting -= num_requests
         self.num_waiting_tokens -= num_tokens
+        if num_requests:
+            self._drain_rate.leave(num_requests, num_tokens)

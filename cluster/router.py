@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.engine_link import EngineLink
 from cluster.openai.body import parse_body
+from cluster.openai.engine_client import Caller
 from cluster.openai.errors import ErrorReply, describe_error, describe_status, internal_error
 from cluster.openai.heading import make_request_id
 from cluster.openai.http import read_body
@@ -85,7 +86,7 @@ def _add_routes(app: FastAPI) -> None:
     async def create_chat_completion(request: Request) -> Response:
         body = parse_body(ChatCompletionRequest, await read_body(request))
         request_id = make_request_id("chatcmpl")
-        parts = _service(request).chat(body, request_id, session=_session(request))
+        parts = _service(request).chat(body, request_id, _caller(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.post(
@@ -96,7 +97,7 @@ def _add_routes(app: FastAPI) -> None:
     async def create_completion(request: Request) -> Response:
         body = parse_body(CompletionRequest, await read_body(request))
         request_id = make_request_id("cmpl")
-        parts = _service(request).complete(body, request_id, session=_session(request))
+        parts = _service(request).complete(body, request_id, _caller(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.get("/v1/models")
@@ -150,10 +151,13 @@ def _service(request: Request) -> OpenAIService:
     return request.app.state.service
 
 
-def _session(request: Request) -> str | None:
+def _caller(request: Request) -> Caller:
     session = request.headers.get(SESSION_HEADER)
-    # Many are remembered, and a header may be long.
-    return session[:_MAX_SESSION_CHARS] if session else None
+    return Caller(
+        tenant=request.state.tenant,
+        # Many are remembered, and a header may be long.
+        session=session[:_MAX_SESSION_CHARS] if session else None,
+    )
 
 
 def _answer(
@@ -177,7 +181,8 @@ class _KeyCheck:
         if scope["type"] == "http" and scope["path"] not in _NO_KEY_NEEDED:
             request = Request(scope)
             try:
-                _service(request).check_key(request.headers.get("authorization"))
+                authorization = request.headers.get("authorization")
+                request.state.tenant = _service(request).check_key(authorization)
             except RequestError as error:
                 await _send_error(request, describe_error(error))(scope, receive, send)
                 return

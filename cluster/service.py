@@ -19,7 +19,13 @@ from cluster.openai.completions import (
     make_echoes,
     stream_completion,
 )
-from cluster.openai.engine_client import ChoiceRequest, EngineClient, EngineInfo, GenerateRequest
+from cluster.openai.engine_client import (
+    Caller,
+    ChoiceRequest,
+    EngineClient,
+    EngineInfo,
+    GenerateRequest,
+)
 from cluster.openai.errors import describe_error, internal_error
 from cluster.openai.generation import Generation
 from cluster.openai.heading import make_heading
@@ -42,6 +48,7 @@ from engine.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_THREADS = 4
+_ANYBODY = Caller()
 
 _T = TypeVar("_T")
 
@@ -76,19 +83,19 @@ class OpenAIService:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def check_key(self, authorization: str | None) -> None:
-        """Check a request's Authorization header. Raises AuthenticationError."""
-        self._keys.check(authorization)
+    def check_key(self, authorization: str | None) -> bytes:
+        """Check a request's Authorization header, and say whose it is; see `ApiKeys.check`."""
+        return self._keys.check(authorization)
 
     async def chat(
-        self, body: ChatCompletionRequest, request_id: str, *, session: str | None = None
+        self, body: ChatCompletionRequest, request_id: str, caller: Caller = _ANYBODY
     ) -> AsyncGenerator[bytes, None]:
         """Answer a chat request: the stream's events without its end, or the whole object.
 
         Args:
             body: The request.
             request_id: As the client sees it.
-            session: Requests of one session go to the same engine where that is possible.
+            caller: Who sends it.
 
         Raises:
             RequestError, EngineError: Before the first part, or amid a stream.
@@ -99,7 +106,7 @@ class OpenAIService:
             info = await self._ready_info()
             prompt = await self._in_thread(partial(self._encode_chat, body))
             request = self._make_request(
-                body, request_id, [prompt], "messages", info, ticket, session
+                body, request_id, [prompt], "messages", info, ticket, caller
             )
             heading = make_heading(request_id, body.model, info.fingerprint)
             with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
@@ -124,7 +131,7 @@ class OpenAIService:
                     yield completion.model_dump_json().encode()
 
     async def complete(
-        self, body: CompletionRequest, request_id: str, *, session: str | None = None
+        self, body: CompletionRequest, request_id: str, caller: Caller = _ANYBODY
     ) -> AsyncGenerator[bytes, None]:
         """Answer a completion request, as `chat` does."""
         self._check_model(body.model)
@@ -134,7 +141,7 @@ class OpenAIService:
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )
-            request = self._make_request(body, request_id, prompts, "prompt", info, ticket, session)
+            request = self._make_request(body, request_id, prompts, "prompt", info, ticket, caller)
             heading = make_heading(request_id, body.model, info.fingerprint)
             echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
             has_logprobs = body.logprobs is not None
@@ -240,7 +247,7 @@ class OpenAIService:
         prompt_field: str,
         info: EngineInfo,
         ticket: Ticket,
-        session: str | None,
+        caller: Caller,
     ) -> GenerateRequest:
         choices = []
         for prompt in prompts:
@@ -263,8 +270,8 @@ class OpenAIService:
         return GenerateRequest(
             request_id=request_id,
             choices=tuple(choices),
-            cache_salt=(body.cache_salt or "").encode(),
-            session=session,
+            cache_salt=caller.tenant + (body.cache_salt or "").encode(),
+            session=caller.session,
         )
 
     def _generation(

@@ -93,9 +93,18 @@ class EngineError(QwenOnRayError):
 
 
 class EngineBusyError(EngineError):
-    """Too many requests wait already."""
+    """Too many requests wait already.
+
+    Args:
+        message: What is full.
+        retry_after_s: When there is likely to be room; None if that is not known.
+    """
 
     status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineNotReadyError(EngineError):

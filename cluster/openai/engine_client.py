@@ -31,6 +31,19 @@ class ChoiceRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who sends a request.
+
+    Attributes:
+        tenant: Its API key's hash: what tenants have cached is no other's. Empty without keys.
+        session: Requests of one session go to the same engine where that is possible.
+    """
+
+    tenant: bytes = b""
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """All sequences of one client request: every prompt's n choices.
 

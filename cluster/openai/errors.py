@@ -1,5 +1,6 @@
 """Every error as OpenAI's error object: the one place where exceptions become HTTP."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -38,7 +39,8 @@ def describe_error(error: QwenOnRayError) -> ErrorReply:
                 param=None,
                 code="rate_limit_exceeded",
             ),
-            headers={"Retry-After": str(BUSY_RETRY_AFTER_S)},
+            # Whole seconds, by RFC 9110; less than what is left would only be refused again.
+            headers={"Retry-After": str(math.ceil(error.retry_after_s or BUSY_RETRY_AFTER_S))},
         )
     status = error.status if isinstance(error, EngineError) else 503
     return ErrorReply(

@@ -14,7 +14,13 @@ import pytest
 from fake_engine import FakeEngine, make_service, serve_on_loopback
 from ray.serve._private.http_util import RequestIdMiddleware
 
-from cluster.admission import Admission, ApiKeys
+from cluster.admission import (
+    DRAIN_WINDOW_S,
+    MAX_WAIT_S,
+    UNKNOWN_WAIT_S,
+    Admission,
+    ApiKeys,
+)
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.errors import AuthenticationError, ConfigError, EngineBusyError
@@ -151,6 +157,42 @@ def test_a_request_longer_than_all_may_wait_comes_in_alone() -> None:
         assert admission.num_waiting_tokens == 1000
 
 
+def test_who_is_refused_is_told_when_there_will_be_room() -> None:
+    now_s = 100.0
+    admission = Admission(max_waiting=10, max_waiting_tokens=1000, clock=lambda: now_s)
+
+    def retry_after_s(num_requests: int) -> float:
+        with pytest.raises(EngineBusyError) as raised:
+            admission.add(num_requests=num_requests)
+        assert raised.value.retry_after_s is not None
+        return raised.value.retry_after_s
+
+    admission.add(num_requests=10)
+    assert retry_after_s(1) == UNKNOWN_WAIT_S, "none has left so far"
+    for _ in range(5):
+        admission.remove(num_requests=1, num_tokens=0)
+        admission.add(num_requests=1)
+        now_s += 2.0
+    # One leaves each two seconds.
+    assert retry_after_s(1) == pytest.approx(2.0)
+    assert retry_after_s(8) == pytest.approx(16.0)
+    assert retry_after_s(2000) == MAX_WAIT_S
+    now_s += DRAIN_WINDOW_S
+    assert retry_after_s(1) == UNKNOWN_WAIT_S, "it is too long ago to say anything"
+
+
+def test_waiting_for_tokens_counts_tokens() -> None:
+    now_s = 100.0
+    admission = Admission(max_waiting=10, max_waiting_tokens=1000, clock=lambda: now_s)
+    admission.add(num_requests=2, num_tokens=1000)
+    admission.remove(num_requests=1, num_tokens=100)
+    now_s += 10.0
+    with pytest.raises(EngineBusyError) as raised:
+        admission.add(num_tokens=300)
+    # 200 too many, and 100 left in ten seconds.
+    assert raised.value.retry_after_s == pytest.approx(20.0)
+
+
 def key_file(directory: Path, *keys: str) -> Path:
     path = directory / "keys"
     hashes = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
@@ -176,6 +218,21 @@ async def test_everything_but_health_needs_a_key_if_keys_are_set(tmp_path: Path)
             headers = {"Authorization": f"Bearer {key}"}
             assert (await client.get("/v1/models", headers=headers)).status_code == 200
             assert (await client.post(CHAT, json=chat_body(), headers=headers)).status_code == 200
+
+
+async def test_what_a_key_has_cached_is_no_other_keys(tmp_path: Path) -> None:
+    service, engine = make_service(tmp_path, api_key_file=str(key_file(tmp_path, "alpha", "beta")))
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        for key in ("alpha", "alpha", "beta"):
+            for salt in ({}, {"cache_salt": "mine"}):
+                headers = {"Authorization": f"Bearer {key}"}
+                response = await client.post(CHAT, json=chat_body(**salt), headers=headers)
+                assert response.status_code == 200
+    salts = [request.cache_salt for request in engine.requests]
+    assert salts[:2] == salts[2:4]
+    assert len(set(salts)) == 4
+    assert b"" not in salts
 
 
 @pytest.mark.parametrize(
