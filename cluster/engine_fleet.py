@@ -81,6 +81,9 @@ class EngineFleet:
         watches: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
+                for watch in watches.values():
+                    if watch.done():
+                        watch.result()  # Its fault ends this task, too, and is heard of.
                 self._statuses = await asyncio.to_thread(self._read_statuses)
                 serving = {
                     name for name, status in self._statuses.items() if status["phase"] == "ready"
