@@ -211,7 +211,9 @@ class Scheduler:
         request.pages, request.num_published_pages = pages, len(pages)
         request.num_computed_tokens = num_cached
         if not request.num_preemptions:
-            request.num_cached_tokens = num_cached
+            # What an earlier attempt generated is no part of the prompt that the client sent.
+            output_start = len(request.prompt_token_ids) - request.num_prompt_output_tokens
+            request.num_cached_tokens = min(num_cached, output_start)
         self.running.append(request)
         builder.admit(request)
         return request

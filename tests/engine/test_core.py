@@ -313,6 +313,21 @@ async def test_a_request_continued_elsewhere_counts_its_earlier_output():
     assert engine.tokens["r"] == expected_output(prompt, 10)
 
 
+async def test_no_more_of_a_continued_request_is_cached_than_its_prompt_has():
+    engine = Engine()
+    prompt = [9, 8, 7]
+    before = expected_output(prompt, 20)
+    engine.core.add(make_request("first", prompt, max_tokens=21))
+    await engine.run_until_done()
+    request = make_request("second", prompt + before, max_tokens=22)
+    request.num_prompt_output_tokens = len(before)
+    engine._all_done.clear()
+    engine.core.add(request)
+    engine.tokens["second"] = list(before)
+    await engine.run_until_done()
+    assert engine.finished["second"].num_cached_tokens == len(prompt)
+
+
 async def test_overlapped_and_serial_loops_give_the_same_tokens():
     outputs = []
     for serial in (False, True):
