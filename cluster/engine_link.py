@@ -172,7 +172,7 @@ class EngineLink:
         """Have one engine generate what is left of a request.
 
         Raises:
-            _AttemptError: The engine died, or could not be reached.
+            _AttemptError: The engine died, could not be reached, or is not ready where another is.
             RequestError, EngineError: As `generate`.
         """
         order = tuple(self._chooser.order(demand, avoided))
@@ -204,8 +204,11 @@ class EngineLink:
                 for tokens in received:
                     journal.take(tokens)
                     yield tokens.choice, _delta(tokens)
-        except EngineDiedError as error:
+        except (EngineDiedError, EngineNotReadyError) as error:
             response.cancel()
+            others = set(self._chooser.ready) - {visit.engine_id}
+            if isinstance(error, EngineNotReadyError) and not others:
+                raise
             was_computed = end.done() and not end.cancelled() and end.result().was_computed
             raise _AttemptError(error, visit.engine_id, was_computed) from error
         except BaseException:
@@ -273,7 +276,7 @@ class _AttemptError(Exception):
         was_computed: Its hosts were at work on the request when they died.
     """
 
-    def __init__(self, error: EngineDiedError, engine_id: str, was_computed: bool) -> None:
+    def __init__(self, error: EngineError, engine_id: str, was_computed: bool) -> None:
         super().__init__(str(error))
         self.error = error
         self.engine_id = engine_id

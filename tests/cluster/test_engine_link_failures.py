@@ -44,8 +44,8 @@ class Engines:
     """A Serve handle before two engines.
 
     Attributes:
-        ends: What becomes of each call, in order: (tokens that it gives, "died", "killed" or
-            "frozen"); calls beyond these go to their ends.
+        ends: What becomes of each call, in order: (tokens that it gives, "died", "killed",
+            "frozen" or "rebuilding"); calls beyond these go to their ends.
         calls: (engine, call) of each.
     """
 
@@ -92,7 +92,11 @@ class Engines:
         if end == "frozen":
             table.disconnect()
             await asyncio.get_running_loop().create_future()
-        error = CallError("EngineDiedError", "a host died") if end == "died" else None
+        errors = {
+            "died": CallError("EngineDiedError", "a host died"),
+            "rebuilding": CallError("EngineNotReadyError", "its hosts were not back in time"),
+        }
+        error = errors.get(end)
         ended = GenerateEnd(running.num_tokens, error, self.was_computed)
         return msgspec.msgpack.encode(ended)
 
@@ -161,7 +165,7 @@ def whole(*prompts: list[int]) -> dict[int, list[int]]:
     }
 
 
-@pytest.mark.parametrize("end", ["died", "killed", "frozen"])
+@pytest.mark.parametrize("end", ["died", "killed", "frozen", "rebuilding"])
 async def test_a_request_goes_on_with_another_engine(
     end: str, engines: Engines, link: EngineLink
 ) -> None:
