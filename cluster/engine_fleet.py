@@ -128,9 +128,7 @@ class EngineFleet:
         self._chooser.forget(name)
         info = self._engines.pop(name, None)
         if info is not None:
-            self._departed += replace(
-                info.stats, num_running=0, num_waiting=0, num_pages_used=0, num_pages=0
-            )
+            self._departed += info.stats.counters()
 
     def _publish(self) -> None:
         infos = [self._engines[name] for name in sorted(self._engines)]

@@ -68,6 +68,8 @@ class Engine:
         )
         self._tasks = WatchedTasks()
         self._limits: EngineLimits | None = None
+        # Of earlier epochs: counters that fell would count twice.
+        self._past_stats = EngineStats()
         self._has_served = False
         self._context_length = 0
         try:
@@ -123,7 +125,7 @@ class Engine:
             generation_defaults=self._generation_defaults,
             fingerprint=limits.model_fingerprint if limits else "",
             ranks=ranks,
-            stats=self._core.stats if self._core else EngineStats(),
+            stats=self._past_stats + self._core.stats if self._core else self._past_stats,
         )
         return msgspec.msgpack.encode(info)
 
@@ -289,7 +291,10 @@ class Engine:
             run.cancel()
             failed.cancel()
             await asyncio.gather(run, failed, return_exceptions=True)
-        computed = self._core.running_request_ids if self._core else frozenset()
+        computed: frozenset[str] = frozenset()
+        if self._core is not None:
+            computed = self._core.running_request_ids
+            self._past_stats += self._core.stats.counters()
         self._core = None
         self._core_ready.clear()
         logger.error(

@@ -1,6 +1,6 @@
 """What an engine has done and is doing, in numbers. Knows nothing of where they are shown."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(slots=True)
@@ -32,6 +32,10 @@ class EngineStats:
     host_ms_total: float = 0.0
     wait_ms_total: float = 0.0
     device_ms_total: float = 0.0
+
+    def counters(self) -> "EngineStats":
+        """What stays true of an engine that is gone: its counters, without its state."""
+        return replace(self, num_running=0, num_waiting=0, num_pages_used=0, num_pages=0)
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
         """Both engines' figures as one's."""

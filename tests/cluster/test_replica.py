@@ -112,6 +112,18 @@ async def test_a_replica_that_served_leaves_no_status(hosts: Hosts) -> None:
     assert read_all("app") == {}
 
 
+async def test_counters_go_on_when_the_hosts_are_rebuilt(hosts: Hosts) -> None:
+    async with leader(skip_server_warmup=True) as engine, asyncio.timeout(TIMEOUT_S):
+        assert engine._core is not None
+        engine._core.stats.steps_total, engine._core.stats.num_running = 7, 3
+        hosts.may_start.clear()
+        hosts.is_starting.clear()
+        hosts.failure.set_result(EngineDiedError("a host died"))
+        await hosts.is_starting.wait()
+        stats = (await describe(engine)).stats
+        assert (stats.steps_total, stats.num_running, stats.num_pages) == (7, 0, 0)
+
+
 async def test_the_context_is_known_while_the_hosts_are_rebuilt(hosts: Hosts) -> None:
     async with leader(skip_server_warmup=True) as engine, asyncio.timeout(TIMEOUT_S):
         assert (await describe(engine)).context_length == LIMITS.context_length
