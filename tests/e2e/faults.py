@@ -133,8 +133,16 @@ def processes_named(start: str, part: str = "") -> list[psutil.Process]:
     return [
         process
         for process, name in titles(descendants())
-        if name.startswith(start) and part in name
+        if name.startswith(start) and part in name and is_running(process)
     ]
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Not frozen by an earlier fault, and about to be replaced."""
+    try:
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def titles(processes: dict[psutil.Process, str]) -> Iterator[tuple[psutil.Process, str]]:
