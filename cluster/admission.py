@@ -83,6 +83,8 @@ class ApiKeys:
 class DrainRate:
     """How fast a waiting room has emptied lately, and so how long it takes to have room again.
 
+    Invariant: `_num_requests` and `_num_tokens` are the sums over `_left`.
+
     Args:
         clock: Monotonic seconds.
     """
@@ -90,10 +92,14 @@ class DrainRate:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._left: deque[tuple[float, int, int]] = deque()
+        self._num_requests = 0
+        self._num_tokens = 0
 
     def leave(self, num_requests: int, num_tokens: int) -> None:
         """So many sequences, with so many prompt tokens, wait no longer."""
         self._left.append((self._clock(), num_requests, num_tokens))
+        self._num_requests += num_requests
+        self._num_tokens += num_tokens
         self._forget()
 
     def seconds_until(self, *, num_requests: int = 0, num_tokens: int = 0) -> float:
@@ -102,19 +108,16 @@ class DrainRate:
         if not self._left:
             return UNKNOWN_WAIT_S
         span_s = max(self._clock() - self._left[0][0], MIN_WAIT_S)
-        waits_s = [
-            wanted * span_s / max(1, sum(amounts))
-            for wanted, amounts in (
-                (num_requests, [requests for _, requests, _ in self._left]),
-                (num_tokens, [tokens for _, _, tokens in self._left]),
-            )
-        ]
-        return min(max(MIN_WAIT_S, *waits_s), MAX_WAIT_S)
+        requests_s = num_requests * span_s / max(1, self._num_requests)
+        tokens_s = num_tokens * span_s / max(1, self._num_tokens)
+        return min(max(MIN_WAIT_S, requests_s, tokens_s), MAX_WAIT_S)
 
     def _forget(self) -> None:
         oldest_s = self._clock() - DRAIN_WINDOW_S
         while self._left and self._left[0][0] < oldest_s:
-            self._left.popleft()
+            _, num_requests, num_tokens = self._left.popleft()
+            self._num_requests -= num_requests
+            self._num_tokens -= num_tokens
 
 
 class Ticket:

@@ -135,7 +135,11 @@ class EngineLink:
         self, request: GenerateRequest
     ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         journal = Journal(self._with_seeds(request))
-        demand = Demand.of(journal.prompts(), salt=request.cache_salt, session=request.session)
+        demand = Demand.of(
+            [choice.prompt_token_ids for choice in request.choices],
+            salt=request.cache_salt,
+            session=request.session,
+        )
         failures = Failures()
         try:
             for attempt in count():

@@ -43,10 +43,6 @@ class Journal:
         """What is still to be generated."""
         return [self._call(index) for index in sorted(self.unfinished)]
 
-    def prompts(self) -> list[tuple[int, ...]]:
-        """Of the choices that are unfinished, without what was generated."""
-        return [self._choices[index].prompt_token_ids for index in sorted(self.unfinished)]
-
     def _call(self, index: int) -> ChoiceCall:
         choice = self._choices[index]
         return ChoiceCall(

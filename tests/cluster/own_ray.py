@@ -22,11 +22,16 @@ _START_TIMEOUT_S = 150
 
 
 @contextmanager
-def own_ray() -> Iterator[None]:
-    """Join a new Ray with two CPUs, as a laptop has, and a temporary folder of its own."""
+def own_ray(num_cpus: int = 2) -> Iterator[None]:
+    """Join a new Ray with a temporary folder of its own, and two CPUs, as a laptop has.
+
+    Args:
+        num_cpus: That Ray counts, whatever the machine has.
+    """
     host = ray.util.get_node_ip_address()
     port = free_port(host)
-    arguments = ["--head", "--node-ip-address", host, "--port", str(port), "--num-cpus", "2"]
+    arguments = ["--head", "--node-ip-address", host, "--port", str(port)]
+    arguments += ["--num-cpus", str(num_cpus)]
     arguments += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
     arguments += ["--ray-client-server-port", str(free_port(host))]
     deadline_s = time.monotonic() + _START_TIMEOUT_S

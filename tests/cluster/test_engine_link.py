@@ -2,14 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from typing import Any, cast
+from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
+from fake_handle import READY, Method, open_link
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
 
 from cluster.engine_link import EngineLink
 from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest
@@ -20,38 +20,8 @@ from engine.stats import EngineStats
 TIMEOUT_S = 20
 
 NAME = "one"
-READY = {"phase": "ready", "done": 0, "total": 0, "note": "", "time": 1.0, "ranks": []}
 UNAVAILABLE = DeploymentUnavailableError(DeploymentID(name="Engine", app_name="qwen"))
 REPLACED = ReplicaUnavailableError("Engine#1")
-
-
-class Response:
-    """What a Serve handle returns for a call, which here may be awaited but once."""
-
-    def __init__(self, answer: Awaitable[bytes]) -> None:
-        self._answer = answer
-
-    def __await__(self) -> Generator[Any, None, bytes]:
-        return self._answer.__await__()
-
-    def cancel(self) -> None:
-        pass
-
-
-class Method:
-    """A deployment's method: each call takes what `answer` gives at that time, or raises it."""
-
-    def __init__(self, answer: Callable[[], bytes | Exception]) -> None:
-        self._answer = answer
-
-    def remote(self, *_: object, **__: object) -> Response:
-        return Response(self._call())
-
-    async def _call(self) -> bytes:
-        answer = self._answer()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
 
 class Engine:
@@ -68,10 +38,15 @@ class Engine:
         self.num_calls = asyncio.Semaphore(0)
         self.statuses: dict[str, dict[str, Any]] = {NAME: READY}
         self.describe = Method(self._describe)
-        self.generate = Method(lambda: self.answer)
+        self.generate = Method(self._generate)
 
-    def _describe(self) -> bytes | Exception:
+    async def _describe(self, **_: object) -> bytes:
         self.num_calls.release()
+        return await self._generate()
+
+    async def _generate(self, *_: object, **__: object) -> bytes:
+        if isinstance(self.answer, Exception):
+            raise self.answer
         return self.answer
 
 
@@ -83,13 +58,11 @@ def engine() -> Engine:
 @pytest.fixture
 async def link(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineLink]:
     monkeypatch.setattr("cluster.engine_fleet.INFO_PERIOD_S", 0.001)
-    link = EngineLink(
-        cast("DeploymentHandle", engine),
-        bind_host="127.0.0.1",
+    link = open_link(
+        engine,
+        lambda: engine.statuses,
         silence_timeout_s=TIMEOUT_S,
         hold_timeout_s=TIMEOUT_S,
-        random_seed=0,
-        read_statuses=lambda: engine.statuses,
     )
     yield link
     await link.close()

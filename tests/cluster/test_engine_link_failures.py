@@ -1,13 +1,12 @@
 """Requests whose engine dies, over the real token socket; the engines do as a test says."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Generator
-from typing import Any, cast
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
 import ray.exceptions
-from ray.serve.handle import DeploymentHandle
+from fake_handle import READY, Method, open_link
 
 from cluster.calls import CallTable
 from cluster.engine_choice import Route
@@ -19,25 +18,11 @@ from engine.request import RequestOutput, SamplingParams
 
 TIMEOUT_S = 20
 NUM_TOKENS = 12
-READY = {"phase": "ready", "done": 0, "total": 0, "note": "", "time": 1.0, "ranks": []}
 
 
 def token(prompt: list[int], index: int) -> int:
     """What every engine says in that place."""
     return (31 * sum(prompt) + 7 * index) % 1000
-
-
-class Response:
-    """What a Serve handle returns for a call."""
-
-    def __init__(self, work: Coroutine[Any, Any, bytes]) -> None:
-        self._task = asyncio.ensure_future(work)
-
-    def __await__(self) -> Generator[Any, None, bytes]:
-        return self._task.__await__()
-
-    def cancel(self) -> None:
-        self._task.cancel()
 
 
 class Engines:
@@ -60,8 +45,8 @@ class Engines:
             )
             for name in ("one", "two")
         }
-        self.describe = _Method(self._describe)
-        self.generate = _Method(self._generate)
+        self.describe = Method(self._describe)
+        self.generate = Method(self._generate)
 
     async def _describe(self, *, route: Route) -> bytes:
         return msgspec.msgpack.encode(EngineInfo(is_ready=True, engine_id=route.order[0]))
@@ -101,14 +86,6 @@ class Engines:
         return msgspec.msgpack.encode(ended)
 
 
-class _Method:
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def remote(self, *args: object, **kwargs: object) -> Response:
-        return Response(self._function(*args, **kwargs))
-
-
 @pytest.fixture
 async def engines() -> AsyncIterator[Engines]:
     engines = Engines()
@@ -120,13 +97,11 @@ async def engines() -> AsyncIterator[Engines]:
 @pytest.fixture
 async def link(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineLink]:
     monkeypatch.setattr("cluster.engine_fleet.INFO_PERIOD_S", 0.01)
-    link = EngineLink(
-        cast("DeploymentHandle", engines),
-        bind_host="127.0.0.1",
+    link = open_link(
+        engines,
+        lambda: {"one": READY, "two": READY},
         silence_timeout_s=1.0,
         hold_timeout_s=TIMEOUT_S,
-        random_seed=0,
-        read_statuses=lambda: {"one": READY, "two": READY},
     )
     await link.wait_until_ready(TIMEOUT_S)
     yield link

@@ -15,7 +15,6 @@ import asyncio
 import json
 import os
 import random
-import secrets
 import shutil
 import signal
 import statistics
@@ -27,17 +26,14 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# Ray reads these once, when imported; without a token it would write one into the user's home.
-os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import httpx
 import openai
 import psutil
-import ray
+from own_ray import own_ray  # before Ray, whose environment it sets
 from processes import descendants
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -46,7 +42,6 @@ from tiny_tokenizer import write_tiny_tokenizer
 
 import serve_app
 from cluster.addresses import free_port
-from cluster.ray_node import start_node
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -54,7 +49,7 @@ MODEL = "fault-test"
 START_TIMEOUT_S = 400
 RECOVERY_TIMEOUT_S = 240
 REQUEST_TIMEOUT_S = 400
-DETECTION_S = 6.0
+NOTICE_TIMEOUT_S = 30
 BETWEEN_FAULTS_S = (1.0, 3.0)
 PROMPTS = (
     "Why is the sky blue?",
@@ -239,14 +234,16 @@ class Clients:
         await self._client.close()
 
 
-async def all_serve(base_url: str, num_ranks: int, timeout_s: float) -> None:
-    """Wait until every rank of every engine answers."""
+async def wait_until(base_url: str, num_ranks: int, *, all_serve: bool, timeout_s: float) -> None:
+    """Wait until every rank of every engine answers, or until some do not."""
     async with httpx.AsyncClient(base_url=base_url, timeout=30) as client:
         async with asyncio.timeout(timeout_s):
             while True:
-                state = (await client.get("/health/ready")).json()
-                ranks = state["ranks"]
-                if len(ranks) == num_ranks and all(rank["state"] == "ready" for rank in ranks):
+                ranks = (await client.get("/health/ready")).json()["ranks"]
+                do_serve = len(ranks) == num_ranks and all(
+                    rank["state"] == "ready" for rank in ranks
+                )
+                if do_serve == all_serve:
                     return
                 await asyncio.sleep(0.1)
 
@@ -262,7 +259,7 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
     clients = Clients(base_url, works)
     num_ranks = arguments.engines * arguments.hosts
     outcomes = []
-    await all_serve(base_url, num_ranks, START_TIMEOUT_S)
+    await wait_until(base_url, num_ranks, all_serve=True, timeout_s=START_TIMEOUT_S)
     await clients.learn_answers()
     for name in arguments.faults:
         outcome = Outcome(name)
@@ -273,9 +270,8 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
                 hit_s = time.monotonic()
                 FAULTS[name]()
                 outcome.injections += 1
-                # Until the routers have heard of it, all seem to serve.
-                await asyncio.sleep(DETECTION_S)
-                await all_serve(base_url, num_ranks, RECOVERY_TIMEOUT_S)
+                await wait_until(base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S)
+                await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
                 outcome.recoveries_s.append(time.monotonic() - hit_s)
                 print(
                     f"{name} {number + 1} of {arguments.injections}: all serve again after "
@@ -306,21 +302,7 @@ def judge(outcome: Outcome, streams: Sequence[Stream]) -> None:
 @contextmanager
 def serving(arguments: argparse.Namespace) -> Iterator[str]:
     """Serve with a Ray of our own; yields the URL."""
-    address = ray.util.get_node_ip_address()
-    port = free_port(address)
-    flags = ["--head", "--node-ip-address", address, "--port", str(port), "--num-cpus", "8"]
-    flags += ["--object-store-memory", "100000000", "--include-dashboard", "false"]
-    flags += ["--ray-client-server-port", str(free_port(address))]
-    folder = tempfile.mkdtemp()
-    node = start_node(
-        flags, labels={}, what="Ray did not start", deadline_s=time.monotonic() + START_TIMEOUT_S
-    )
-    try:
-        ray.init(
-            address=f"{address}:{port}",
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-        )
+    with tempfile.TemporaryDirectory() as folder, own_ray(num_cpus=8):
         http_port = free_port(HOST)
         quiet = LoggingConfig(enable_access_log=False)
         serve.start(http_options=HTTPOptions(host=HOST, port=http_port), logging_config=quiet)
@@ -343,10 +325,6 @@ def serving(arguments: argparse.Namespace) -> Iterator[str]:
         serve.run(application, name=MODEL, route_prefix="/")
         yield f"http://{HOST}:{http_port}"
         serve.shutdown()
-    finally:
-        ray.shutdown()
-        node.stop()
-        shutil.rmtree(folder)
 
 
 def tiny_checkpoint(folder: Path) -> Path:
