@@ -132,5 +132,6 @@ class HostGroup:
                 ),
                 timeout_s=self._config.start_timeout_s,
             )
-        on_progress(StartProgress(phase="placement", done=num_hosts, total=num_hosts))
+        note = f"slice {self._claim.slice}" if self._claim.slice else ""
+        on_progress(StartProgress(phase="placement", done=num_hosts, total=num_hosts, note=note))
         return self._claim

@@ -26,6 +26,8 @@ from engine.config import EngineConfig
 from engine.errors import CapacityError, EngineError
 
 _POLL_S = 0.25
+_KEEP_ANSWER_S = 2.0
+"""A host that a gang has just failed on is left sooner than an engine's host counts as dead."""
 _GRANT_POLL_S = 0.05
 _GRANT_PATIENCE_S = 2.0
 """A slice that is free is granted within milliseconds, unless someone else was quicker."""
@@ -88,7 +90,7 @@ async def can_keep(claim: Claim, config: EngineConfig) -> bool:
         return False
     own = set(await asyncio.to_thread(claim.node_ids))
     hosts = [node for node in cluster.nodes if node.node_id in own]
-    if await silent_nodes(hosts, timeout_s=config.host_timeout_s):
+    if await silent_nodes(hosts, timeout_s=min(_KEEP_ANSWER_S, config.host_timeout_s)):
         return False
     if claim.slice is None:
         return True

@@ -61,15 +61,20 @@ def name_of(claim: Claim) -> str:
     return claim.slice.name
 
 
+def node_ids(name: str) -> list[str]:
+    return [
+        node.node_id for node in read_cluster().nodes if node.labels.get(TPU_SLICE_LABEL) == name
+    ]
+
+
 @contextmanager
 def frozen(name: str) -> Iterator[None]:
     """A host whose raylet stands still; Ray notices after more than ten seconds."""
-    nodes = read_cluster().nodes
-    (node,) = (node for node in nodes if node.labels.get(TPU_SLICE_LABEL) == name)
+    (node_id,) = node_ids(name)
     (raylet,) = (
         process
         for process in psutil.Process().children(recursive=True)
-        if process.name() == "raylet" and any(node.node_id in word for word in process.cmdline())
+        if process.name() == "raylet" and any(node_id in word for word in process.cmdline())
     )
     raylet.suspend()
     try:
@@ -108,6 +113,9 @@ async def test_slice_with_a_host_that_does_not_answer_is_passed_over() -> None:
             "Ray takes it for alive"
         )
         notes: list[str] = []
+        on_cpus = await claim(tpu=None, device="cpu", host_timeout_s=1.0)
+        assert on_cpus.avoided == frozenset(node_ids("a"))
+        on_cpus.release()
         second = asyncio.create_task(claim(notes, host_timeout_s=1.0))
         await until(lambda: notes)
         assert "slice a has silent hosts: " in notes[0]
