@@ -14,7 +14,7 @@ from ray.util.placement_group import (
 
 from cluster.needs import Need
 from cluster.nodes import NODE_ID_LABEL, Cluster
-from cluster.slices import TpuSlice, has_such_heads, head_of
+from cluster.slices import TpuSlice, new_host_bundles
 
 
 class Claim:
@@ -74,11 +74,7 @@ class Claim:
         there = frozenset(
             node.node_id for node in cluster.nodes if node.resources.get("TPU", 0) > 0
         )
-        bundles = [dict(need.bundle) for _ in range(need.num_hosts)]
-        head = head_of(need)
-        if head is not None and head in cluster.maxima and has_such_heads(need, cluster.maxima):
-            # By its head an autoscaler tells the right kind of slice from others.
-            bundles[0][head] = 1.0
+        bundles = new_host_bundles(need, cluster.maxima)
         return cls(need, bundles, _all_but(need, there), avoided=there)
 
     def is_granted(self) -> bool:

@@ -160,10 +160,26 @@ def may_grow(need: Need, cluster: Cluster) -> bool:
 def has_such_heads(need: Need, maxima: Mapping[str, float]) -> bool:
     """Whether an autoscaler knows slices of the wanted kind; yes where it does not say."""
     heads = set(filter(_HEAD_RESOURCE.fullmatch, maxima))
-    return need.tpu is None or not heads or head_of(need) in heads
+    return need.tpu is None or not heads or _head_of(need) in heads
 
 
-def head_of(need: Need) -> str | None:
+def new_host_bundles(need: Need, maxima: Mapping[str, float]) -> list[dict[str, float]]:
+    """What to ask an autoscaler for, so that it starts one slice, and of the right kind.
+
+    To an autoscaler every host of a kind has the head that only worker 0 will have. With one kind
+    of slice, one head is asked for, as there will be. With several kinds, whose hosts are alike in
+    all else, one head would have it start some hosts of each: then every host is asked for a head.
+    """
+    heads = set(filter(_HEAD_RESOURCE.fullmatch, maxima))
+    bundles = [dict(need.bundle) for _ in range(need.num_hosts)]
+    head = _head_of(need)
+    if head is not None and head in heads:
+        for bundle in bundles[: 1 if len(heads) == 1 else None]:
+            bundle[head] = 1.0
+    return bundles
+
+
+def _head_of(need: Need) -> str | None:
     """The resource of worker 0 of the wanted slice, if it is known which that is."""
     return None if need.tpu is None else f"TPU-{need.tpu.pod_type}-head"
 

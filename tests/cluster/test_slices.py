@@ -1,12 +1,19 @@
 """Which slice a gang takes, over clusters that are values."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from fake_slices import cluster_of, slice_of, tpu_host
+from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated import autoscaler_pb2, common_pb2
 
 from cluster.needs import Need, need_of
-from cluster.slices import SliceState, tpu_slices, view_slices
+from cluster.slices import SliceState, new_host_bundles, tpu_slices, view_slices
 from engine.config import EngineConfig
 
 
@@ -14,6 +21,8 @@ def need(**fields: Any) -> Need:
     return need_of(EngineConfig.model_validate({"model_path": "m", "device": "tpu", **fields}))
 
 
+autoscaler: Any = autoscaler_pb2
+common: Any = common_pb2
 TWO_HOSTS = need(nnodes=2, tp_size=8)
 FOUR_CHIPS = need(tp_size=4)
 
@@ -116,6 +125,41 @@ def test_engine_of_one_chip_takes_a_part_of_a_host_without_its_head() -> None:
     assert view.state is SliceState.IDLE
     assert view.slice.bundles(need(tp_size=1)) == [{"TPU": 1, "CPU": 1}]
     assert view.slice.bundles(FOUR_CHIPS) == [{"TPU": 4, "CPU": 1, "TPU-v6e-4-head": 1}]
+
+
+@pytest.mark.parametrize("sizes", [(16,), (8, 16)], ids=["one kind", "two kinds"])
+def test_rays_autoscaler_starts_one_slice_of_the_right_kind(sizes: tuple[int, ...]) -> None:
+    wanted = need(tpu="v6e:4x4")
+    kinds = {
+        f"v6e-{size}": NodeTypeConfig(
+            name=f"v6e-{size}",
+            min_worker_nodes=0,
+            max_worker_nodes=8,
+            resources={"TPU": 4, "CPU": 100, f"TPU-v6e-{size}-head": 1},
+        )
+        for size in sizes
+    }
+    head = NodeTypeConfig(name="head", min_worker_nodes=0, max_worker_nodes=0)
+    maxima = {name: 32.0 for kind in kinds.values() for name in kind.resources}
+    distinct = (ResourceRequestUtil.PlacementConstraintType.ANTI_AFFINITY, "group", "")
+    not_in = common.LABEL_OPERATOR_NOT_IN
+    demand = autoscaler.GangResourceRequest(
+        requests=[
+            ResourceRequestUtil.make(bundle, [distinct], [[("ray.io/node-id", not_in, ["there"])]])
+            for bundle in new_host_bundles(wanted, maxima)
+        ]
+    )
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs={**kinds, "head": head},
+        max_num_nodes=16,
+        gang_resource_requests=[demand],
+    )
+    events: Any = logging.getLogger(__name__)
+    log = AutoscalerEventLogger(events)
+    reply = ResourceDemandScheduler(log).schedule(request)
+    started = {launch.instance_type: launch.count for launch in reply.to_launch}
+    assert started == {"v6e-16": 4}
 
 
 def test_quarantined_slice_is_left_alone_while_another_may_be_had() -> None:
