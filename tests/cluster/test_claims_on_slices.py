@@ -73,8 +73,9 @@ def frozen(name: str) -> Iterator[None]:
     (node_id,) = node_ids(name)
     (raylet,) = (
         process
-        for process in psutil.Process().children(recursive=True)
-        if process.name() == "raylet" and any(node_id in word for word in process.cmdline())
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet"
+        and any(node_id in word for word in process.info["cmdline"] or ())
     )
     raylet.suspend()
     try:
