@@ -18,7 +18,9 @@ from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
-from cluster.placement import Cluster, check_capacity, need_of, read_cluster, resolve_device
+from cluster.needs import need_of, resolve_device
+from cluster.nodes import Cluster, read_cluster
+from cluster.placement import check_capacity
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
 from cluster.router import Router

@@ -35,7 +35,8 @@ from engine.config import EngineConfig, parse_config
 from engine.kernels.tpu.kv_rows import LANES, RowLayout
 from engine.kernels.tpu.static_profile import ChunkProfile, DecodeProfile, profile
 from engine.step import Bucket
-from engine.topology import Slice, chip_kind, chip_of
+from engine.topology import chip_of
+from engine.tpu_slice import Slice, chip_kind
 
 GENERATION = "v6e"
 CLOCK_HZ = chip_kind(GENERATION).clock_hz

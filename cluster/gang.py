@@ -17,13 +17,25 @@ import ray
 import ray.exceptions
 
 from cluster.addresses import bracketed
+from cluster.claim import Claim
 from cluster.gang_socket import HostMessage, LeaderSocket, MessageKind
-from cluster.host_processes import HostProcess, cause_of_death, end_processes, start_processes
+from cluster.host_processes import (
+    HostProcess,
+    ProcessStartError,
+    cause_of_death,
+    end_processes,
+    start_processes,
+)
 from cluster.host_worker import BEAT_PERIOD_S, HostFacts, HostFailure, HostTask
-from cluster.placement import Claim
 from engine import errors
 from engine.config import EngineConfig
-from engine.errors import CapacityError, EngineDiedError, EngineError, QwenOnRayError
+from engine.errors import (
+    CapacityError,
+    EngineDiedError,
+    EngineError,
+    HostError,
+    QwenOnRayError,
+)
 from engine.step import (
     EngineLimits,
     ProgressCallback,
@@ -58,13 +70,21 @@ class HostStatus:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} on {self.facts.hostname} ({self.facts.address})"
+        return f"rank {self.rank} on {self.place}"
+
+    @property
+    def place(self) -> str:
+        return f"{self.facts.hostname} ({self.facts.address})"
 
 
 class Gang:
     """One epoch: from fresh processes to the first failure, then over.
 
     `failure` resolves once, to the reason; from then on every pending and later step fails with it.
+
+    Attributes:
+        failed_hosts: What to call the hosts at fault, by node id; empty where the fault is no
+            host's, such as a checkpoint that is missing.
     """
 
     def __init__(self, config: EngineConfig, claim: Claim, epoch: int, program: str) -> None:
@@ -86,11 +106,16 @@ class Gang:
         self._failures: dict[int, HostFailure] = {}
         self._lost: set[int] = set()
         self.hosts: list[HostStatus] = []
+        self.failed_hosts: dict[str, str] = {}
         self.failure: asyncio.Future[QwenOnRayError] = asyncio.get_running_loop().create_future()
 
     async def start(self, on_progress: ProgressCallback) -> EngineLimits:
         self._on_progress = on_progress
-        self._processes = await start_processes(self._claim, self._config.nnodes)
+        try:
+            self._processes = await start_processes(self._claim, self._config.nnodes)
+        except ProcessStartError as error:
+            self.failed_hosts = {node_id: f"node {node_id}" for node_id in error.node_ids}
+            raise
         self.hosts = [
             HostStatus(rank=rank, facts=process.facts, progress=StartProgress(phase="rendezvous"))
             for rank, process in enumerate(self._processes)
@@ -178,10 +203,12 @@ class Gang:
             self._socket.close()
             self._socket = None
 
-    def _fail(self, error: QwenOnRayError) -> None:
+    def _fail(self, error: QwenOnRayError, *ranks_at_fault: int) -> None:
         if self.failure.done():
             return
         self.failure.set_result(error)
+        at_fault = [self.hosts[rank] for rank in ranks_at_fault]
+        self.failed_hosts = {host.facts.node_id: host.place for host in at_fault}
         while self._pending:
             _, _, future = self._pending.popleft()
             if not future.done():
@@ -239,7 +266,7 @@ class Gang:
             self._failures[rank] = failure
             if len(self._failures) + len(self._deaths) < len(self.hosts):
                 await asyncio.sleep(_BLAME_WINDOW_S)
-        self._fail(self._explain())
+        self._fail(self._explain(), *self._ranks_at_fault())
 
     def _broadcast(self, socket: LeaderSocket, kind: MessageKind, payload: bytes = b"") -> None:
         for rank, reason in socket.broadcast(kind, payload).items():
@@ -250,7 +277,7 @@ class Gang:
     async def _fail_unless_explained(self, rank: int, reason: str) -> None:
         """A process that dies loses its connection first; whoever watches it can say more."""
         await asyncio.sleep(_BLAME_WINDOW_S)
-        self._fail(EngineDiedError(f"{self.hosts[rank].name} died or is cut off: {reason}."))
+        self._fail(EngineDiedError(f"{self.hosts[rank].name} died or is cut off: {reason}."), rank)
 
     def _explain(self) -> QwenOnRayError:
         """Name the rank at fault: a dead one before those that only lost their connection to it."""
@@ -266,6 +293,18 @@ class Gang:
         if failure.is_own:
             return getattr(errors, failure.kind, EngineError)(f"{name}: {failure.message}")
         return EngineDiedError(f"{name} failed:\n{failure.traceback}")
+
+    def _ranks_at_fault(self) -> list[int]:
+        """Ranks whose hosts are to be mistrusted, by the same order as in `_explain`.
+
+        Not where all fail alike, nor for what a user has to mend: memory, flags, checkpoints.
+        """
+        if self._deaths:
+            unexplained = [rank for rank in self._deaths if not cause_of_death(self._deaths[rank])]
+            is_all = len(unexplained) == len(self.hosts) > 1
+            return [] if is_all else unexplained
+        rank, failure = next(iter(self._failures.items()))
+        return [rank] if not failure.is_own or failure.kind == HostError.__name__ else []
 
     async def _watch_silence(self) -> None:
         """Beat to the hosts, and fail when one of them has not been heard of for too long."""
@@ -287,7 +326,8 @@ class Gang:
                         EngineDiedError(
                             f"{host.name} has been silent for {woke_s - host.heard_s:.1f} s "
                             f"(--host-timeout-s={self._config.host_timeout_s:g})."
-                        )
+                        ),
+                        host.rank,
                     )
             if self._pending and woke_s - self._pending[0][1] > _STEP_TIMEOUT_S:
                 self._fail(EngineDiedError(f"A step took more than {_STEP_TIMEOUT_S:.0f} s."))

@@ -7,8 +7,12 @@ and keeps the claim on the hosts between them. No JAX here.
 import asyncio
 import logging
 
+from cluster.claim import Claim
 from cluster.gang import Gang, HostStatus
-from cluster.placement import Claim, Cluster, claim_hosts, read_cluster, resolve_device
+from cluster.needs import resolve_device
+from cluster.nodes import Cluster, read_cluster
+from cluster.placement import can_keep, claim_hosts
+from cluster.quarantine import record_failure
 from engine.config import EngineConfig
 from engine.errors import EngineDiedError, EngineError, EngineNotReadyError, QwenOnRayError
 from engine.step import (
@@ -105,12 +109,17 @@ class HostGroup:
     async def _end_gang(self) -> None:
         if self._gang is not None:
             gang, self._gang = self._gang, None
+            # Of hosts without TPUs there may be one alone, which has to do whatever befalls it.
+            if self._config.device == "tpu" and gang.failed_hosts:
+                error = gang.failure.result() if gang.failure.done() else "no process started."
+                last_line = str(error).strip().rpartition("\n")[2]
+                await asyncio.to_thread(record_failure, gang.failed_hosts, last_line)
             await gang.stop()
 
     async def _claim_hosts(self, on_progress: ProgressCallback) -> Claim:
         cluster: Cluster = await asyncio.to_thread(read_cluster)
         self._config = resolve_device(self._config, cluster)
-        if self._claim is not None and not self._claim.is_intact(cluster):
+        if self._claim is not None and not await can_keep(self._claim, self._config):
             self._claim.release()
             self._claim = None
         num_hosts = self._config.nnodes
@@ -123,5 +132,6 @@ class HostGroup:
                 ),
                 timeout_s=self._config.start_timeout_s,
             )
-        on_progress(StartProgress(phase="placement", done=num_hosts, total=num_hosts))
+        note = f"slice {self._claim.slice}" if self._claim.slice else ""
+        on_progress(StartProgress(phase="placement", done=num_hosts, total=num_hosts, note=note))
         return self._claim

@@ -5,6 +5,7 @@ Knows Ray's actors and the machine's processes, and not what they run. No JAX he
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -19,8 +20,9 @@ import ray.exceptions
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.claim import Claim
 from cluster.host_worker import HostFacts, HostFailure, HostTask, HostWorker
-from cluster.placement import Claim, read_cluster
+from cluster.nodes import read_cluster
 from engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,18 @@ _START_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 30.0
 _KILL_PATIENCE_S = 2.0
 _POLL_S = 0.02
+
+
+class ProcessStartError(EngineError):
+    """Some hosts did not start a process, or did not answer.
+
+    Attributes:
+        node_ids: Of those hosts.
+    """
+
+    def __init__(self, message: str, node_ids: Sequence[str]) -> None:
+        super().__init__(message)
+        self.node_ids = node_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +68,7 @@ async def start_processes(claim: Claim, num_hosts: int) -> list[HostProcess]:
         By rank, not by bundle: TPUs have an order of their own.
 
     Raises:
-        EngineError: A process did not start or did not answer.
+        ProcessStartError: A process did not start or did not answer.
     """
     bundle = claim.need.bundle
     worker: Any = ray.remote(HostWorker)
@@ -72,7 +86,7 @@ async def start_processes(claim: Claim, num_hosts: int) -> list[HostProcess]:
         for index in range(num_hosts)
     ]
     try:
-        facts = await _facts_of(actors)
+        facts = await _facts_of(actors, await asyncio.to_thread(claim.node_ids))
         cluster = await asyncio.to_thread(read_cluster)
     except BaseException:
         await _kill(actors)
@@ -117,17 +131,19 @@ def rank_order(node_ranks: Sequence[int | None], is_local: Sequence[bool]) -> li
     return sorted(range(len(node_ranks)), key=lambda index: not is_local[index])
 
 
-async def _facts_of(actors: Sequence[ActorHandle]) -> list[HostFacts]:
+async def _facts_of(actors: Sequence[ActorHandle], node_ids: Sequence[str]) -> list[HostFacts]:
     questions = [asyncio.ensure_future(_answer(actor.facts.remote())) for actor in actors]
     done, silent = await asyncio.wait(questions, timeout=_START_TIMEOUT_S)
     for question in silent:
         question.cancel()
     died = [error for question in done if (error := question.exception())]
     if silent or died:
-        raise EngineError(
+        failed = [question in silent or question.exception() is not None for question in questions]
+        raise ProcessStartError(
             f"{len(silent) + len(died)} of {len(actors)} hosts did not start a process within "
             f"{_START_TIMEOUT_S:.0f} s. "
-            + " ".join(cause_of_death(error) or str(error) for error in died)
+            + " ".join(cause_of_death(error) or str(error) for error in died),
+            list(itertools.compress(node_ids, failed)),
         )
     return [question.result() for question in questions]
 

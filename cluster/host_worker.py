@@ -24,6 +24,7 @@ import ray
 from cluster.addresses import free_port
 from cluster.gang_socket import GangInvitation, HostSocket, MessageKind
 from cluster.jax_rendezvous import join_jax_distributed
+from cluster.tpu_host import check_device, leave_other_slices
 from engine.config import EngineConfig
 from engine.errors import EngineError, QwenOnRayError
 from engine.step import (
@@ -172,6 +173,11 @@ def start_model_runner(task: HostTask, on_progress: ProgressCallback) -> Runner:
     from engine.runner.platform import configure_jax
 
     on_progress(StartProgress(phase="rendezvous", total=task.num_hosts))
+    if task.config.device == "tpu":
+        check_device(
+            task.config.chips_per_host,
+            on_wait=lambda note: on_progress(StartProgress(phase="rendezvous", note=note)),
+        )
     configure_jax(task.config)
     join_jax_distributed(
         task.config,
@@ -190,6 +196,8 @@ def _start(task: HostTask, link: HostSocket) -> Runner:
         link.send(MessageKind.PROGRESS, msgspec.msgpack.encode(progress))
 
     started_s = time.monotonic()
+    if task.config.device == "tpu":
+        leave_other_slices(os.environ)
     program: HostProgram = pkgutil.resolve_name(task.program)
     runner = program(task, on_progress)
     limits = runner.start(on_progress)

@@ -24,7 +24,7 @@ from engine.compile_ahead import Progress, compile_ahead, compile_here
 from engine.config import EngineConfig, parse_config
 from engine.errors import ConfigError, QwenOnRayError
 from engine.planner import ServingPlan, Workload, make_plan
-from engine.topology import GENERATIONS, Slice
+from engine.tpu_slice import GENERATIONS, Slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +139,8 @@ def _make_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         metavar="SHAPE",
-        help="The slice, as in 2x4 or v6e:2x4; sets --tp-size. Default: the usual one "
-        "with --tp-size devices.",
+        help="The slice, as in 2x4 or v6e:2x4; sets --tp-size. Default: --tpu, else the usual "
+        "one with --tp-size devices.",
     )
     add_engine_flags(parser.add_argument_group("flags of the engine, as for serving"))
     return parser
@@ -157,26 +157,19 @@ def _read_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Comma
         given = {**read_arguments(Path(values.file), values.application), **given}
     if given.get("device") in ("cpu", "gpu"):
         return Command(config=parse_config(given), tpu=None, values=values)
-    tpu = None
     if values.topology:
         is_whole = ":" in values.topology
         tpu = Slice.parse(values.topology if is_whole else f"{values.chip}:{values.topology}")
         given = on_slice(given, tpu)
     config = parse_config({**given, "device": "tpu"})
-    return Command(
-        config=config, tpu=tpu or Slice.of_devices(values.chip, config.tp_size), values=values
-    )
+    tpu = config.tpu_slice or Slice.of_devices(values.chip, config.tp_size)
+    return Command(config=config, tpu=tpu, values=values)
 
 
 def on_slice(given: Mapping[str, Any], tpu: Slice) -> dict[str, Any]:
     """The same engine over all devices of a slice."""
-    return {
-        **given,
-        "tp_size": tpu.num_devices,
-        "nnodes": tpu.num_hosts,
-        "node_rank": 0,
-        "dist_init_addr": None,
-    }
+    others = {name: given[name] for name in given if name not in ("tp_size", "nnodes")}
+    return {**others, "tpu": str(tpu), "node_rank": 0, "dist_init_addr": None}
 
 
 def read_arguments(path: Path, application: str | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ray._private.authentication.authentication_token_setup import (
 from ray._raylet import Config as RayCoreConfig  # pyright: ignore[reportAttributeAccessIssue]
 
 from cluster.addresses import bracketed, family_of, free_port
-from cluster.placement import NODE_RANK_LABEL, TPU_WORKER_LABEL, Node, read_cluster
+from cluster.nodes import NODE_RANK_LABEL, TPU_WORKER_LABEL, Node, read_cluster
 from cluster.ray_node import HeadWatch, RayNode, start_node
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError

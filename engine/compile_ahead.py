@@ -33,7 +33,8 @@ from engine.errors import (
 from engine.runner.model_runner import ModelRunner
 from engine.runner.program_store import describe_store
 from engine.step import Bucket, StartProgress
-from engine.topology import Slice, compile_environment
+from engine.topology import compile_environment
+from engine.tpu_slice import Slice
 
 WORKER_BYTES = 3 * 2**30
 """Memory that a process which compiles takes."""

@@ -26,7 +26,8 @@ from engine.runner.kv_cache import bytes_per_device
 from engine.runner.programs import EnginePrograms, describe_program
 from engine.sharding import make_mesh
 from engine.step import Bucket
-from engine.topology import Slice, chip_kind, chip_of, topology_devices
+from engine.topology import chip_of, topology_devices
+from engine.tpu_slice import Slice
 
 
 class _Message(BaseModel):
@@ -157,7 +158,7 @@ class Worker:
         tpu = Slice.parse(job.tpu)
         devices = topology_devices(tpu, num_hosts=config.nnodes)
         mesh = make_mesh(config.tp_size, devices)
-        self._capacity = chip_kind(tpu.generation).hbm_bytes
+        self._capacity = tpu.kind.hbm_bytes
         self._programs = EnginePrograms(
             config, self._model_config, mesh, chip=chip_of(tpu.generation)
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import ConfigError
+from engine.tpu_slice import Slice
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -58,6 +59,11 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "tpu", "cpu", "gpu"] = Field(
         default="auto", description="auto: tpu where the cluster has one, else gpu, else cpu."
     )
+    tpu: str | None = Field(
+        default=None,
+        description="TPU slice that each engine takes, as in v6e:4x4 (in YAML also {generation: "
+        "v6e, topology: 4x4}); sets --device, --tp-size and --nnodes, or is checked against them.",
+    )
     tp_size: int = Field(
         default=1,
         ge=1,
@@ -80,6 +86,12 @@ class EngineConfig(BaseModel):
     )
     host_timeout_s: float = Field(
         default=4.0, gt=0, description="Seconds of silence after which a host counts as dead."
+    )
+    host_quarantine_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="Seconds for which a TPU host that failed twice is left alone, where there is "
+        "another to take or to wait for. 0: never.",
     )
 
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
@@ -194,6 +206,32 @@ class EngineConfig(BaseModel):
     def _one_padding_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, int) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_slice_says_the_rest(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("tpu") is None:
+            return values
+        tpu = values["tpu"]
+        try:
+            tpu = Slice.of_fields(tpu) if isinstance(tpu, Mapping) else Slice.parse(str(tpu))
+        except ConfigError as error:
+            raise ValueError(f"--tpu: {error}") from None
+        hosts = " or ".join(map(str, tpu.host_counts))
+        expected: dict[str, tuple[tuple[Any, ...], str]] = {
+            "device": (("tpu", "auto"), "is for TPUs"),
+            "tp_size": ((tpu.num_devices,), f"has {tpu.num_devices} devices"),
+            "nnodes": (tpu.host_counts, f"has {hosts} {'host' if hosts == '1' else 'hosts'}"),
+        }
+        for name, (allowed, what) in expected.items():
+            if name in values and str(values[name]) not in map(str, allowed):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{flag}={values[name]} does not go with --tpu={tpu}, which {what}. Leave "
+                    f"{flag} out, or name another slice."
+                )
+        known = {"tp_size": tpu.num_devices, "nnodes": tpu.num_hosts}
+        return {**known, **values, "device": "tpu", "tpu": str(tpu)}
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.node_rank >= self.nnodes:
@@ -235,6 +273,17 @@ class EngineConfig(BaseModel):
     @property
     def devices_per_host(self) -> int:
         return self.tp_size // self.nnodes
+
+    @property
+    def tpu_slice(self) -> Slice | None:
+        """The slice that `tpu` names."""
+        return None if self.tpu is None else Slice.parse(self.tpu)
+
+    @property
+    def chips_per_host(self) -> int:
+        """TPU chips that a host needs; a chip is one device where no slice says otherwise."""
+        tpu = self.tpu_slice
+        return self.devices_per_host if tpu is None else tpu.num_chips // self.nnodes
 
     @property
     def prefill_chunk_tokens(self) -> int:

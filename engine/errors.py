@@ -12,7 +12,8 @@
     └── EngineError                the engine cannot serve this request at present (HTTP 503)
         ├── EngineBusyError        too many requests wait already (HTTP 429)
         ├── EngineNotReadyError    still starting, or rebuilding its gang
-        └── EngineDiedError        a host died while the request ran
+        ├── EngineDiedError        a host died while the request ran
+        └── HostError              a host that cannot run the model, though others might
 
 Messages say what was got, what is allowed and what to do, with the real flag.
 """
@@ -113,3 +114,7 @@ class EngineNotReadyError(EngineError):
 
 class EngineDiedError(EngineError):
     """A host of the engine died while the request ran."""
+
+
+class HostError(EngineError):
+    """A host's device is missing or held by someone else: it cannot run its part of the model."""

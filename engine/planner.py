@@ -15,7 +15,7 @@ from typing import Any
 from engine.compile_ahead import CompiledEngine
 from engine.compile_worker import ProgramFacts, ProgramShape
 from engine.config import EngineConfig
-from engine.topology import chip_kind, chip_of
+from engine.topology import chip_of
 
 READING_EFFICIENCY = 0.7
 """Of the memory's rate, what the kernel for decodes reaches at worst with pages of 16 or more."""
@@ -196,7 +196,7 @@ class _Clock:
 
     def __init__(self, config: EngineConfig, compiled: CompiledEngine, workload: Workload) -> None:
         self._chip = chip_of(compiled.tpu.generation)
-        self._kind = chip_kind(compiled.tpu.generation)
+        self._kind = compiled.tpu.kind
         self._engine = compiled.engine
         self._tp_size = config.tp_size
         self._page_size = config.page_size

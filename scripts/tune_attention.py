@@ -26,7 +26,8 @@ from engine.kernels.tpu.chunks import ChunkBlocks
 from engine.kernels.tpu.decode import DecodeBlocks
 from engine.kernels.tpu.kv_rows import LANES, RowLayout
 from engine.kernels.tpu.static_profile import ChunkProfile, DecodeProfile, profile
-from engine.topology import GENERATIONS, chip_kind, chip_of
+from engine.topology import chip_of
+from engine.tpu_slice import GENERATIONS, chip_kind
 
 HEADS = [(8, 8, 128), (7, 1, 128), (8, 2, 128), (4, 4, 128), (8, 1, 128), (14, 2, 64)]
 """Query heads, kv heads and head_dim of one chip's share of Qwen's models."""

@@ -4,7 +4,7 @@ from engine.compile_ahead import CompiledEngine
 from engine.compile_worker import EngineFacts, ProgramFacts, ProgramShape
 from engine.config import EngineConfig
 from engine.planner import ServingPlan, Workload, make_plan
-from engine.topology import Slice
+from engine.tpu_slice import Slice
 
 GIB = 2**30
 PAGE_SIZE = 16

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from engine.config import EngineConfig
 from engine.errors import CapacityError
-from engine.topology import known_capacity
+from engine.tpu_slice import known_capacity
 
 logger = logging.getLogger(__name__)
 

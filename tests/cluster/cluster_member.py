@@ -7,7 +7,7 @@ import threading
 
 import ray
 
-from cluster.placement import read_cluster
+from cluster.nodes import read_cluster
 from cluster.rendezvous import form_cluster
 from engine.config import EngineConfig
 

@@ -77,6 +77,13 @@ def start(task: HostTask, on_progress: ProgressCallback) -> Runner:
     return NullRunner(task)
 
 
+def start_and_tell_environment(task: HostTask, on_progress: ProgressCallback) -> Runner:
+    """Write the names of this process's variables to `<model_path>/environment-<rank>`."""
+    names = Path(task.config.model_path) / f"environment-{task.rank}"
+    names.write_text("\n".join(sorted(os.environ)))
+    return NullRunner(task)
+
+
 def start_with_uneven_memory(task: HostTask, on_progress: ProgressCallback) -> Runner:
     return NullRunner(task, EngineLimits(**{**_fields(LIMITS), "num_pages": 8 + task.rank}))
 

@@ -5,19 +5,13 @@ from typing import Any
 
 import pytest
 import ray
+from fake_slices import cluster_of, slice_of, tpu_host
 
-from cluster.placement import (
-    NODE_RANK_LABEL,
-    Claim,
-    Cluster,
-    Node,
-    check_capacity,
-    claim_hosts,
-    intact_slices,
-    need_of,
-    read_cluster,
-    resolve_device,
-)
+from cluster.claim import Claim
+from cluster.needs import need_of, resolve_device
+from cluster.nodes import NODE_RANK_LABEL, Cluster, Node, read_cluster
+from cluster.placement import check_capacity, claim_hosts
+from cluster.slices import tpu_slices
 from engine.config import EngineConfig
 from engine.errors import CapacityError, EngineError
 
@@ -32,22 +26,6 @@ def cluster(*resources: dict[str, float], maxima: dict[str, float] | None = None
         for index, each in enumerate(resources)
     )
     return Cluster(nodes=nodes, maxima=maxima or {})
-
-
-def slice_host(name: str, worker_id: int, topology: str | None = None) -> Node:
-    labels = {"ray.io/tpu-slice-name": name, "ray.io/tpu-worker-id": str(worker_id)}
-    if topology is not None:
-        labels["ray.io/tpu-topology"] = topology
-    return Node(
-        node_id=f"{name}-{worker_id}",
-        address="10.0.0.1",
-        resources={"TPU": 4, "CPU": 8},
-        labels=labels,
-    )
-
-
-def slice_of(name: str, topology: str, *worker_ids: int) -> list[Node]:
-    return [slice_host(name, worker_id, topology) for worker_id in worker_ids]
 
 
 TWO_TPU_HOSTS = need_of(config(device="tpu", nnodes=2, tp_size=8))
@@ -99,17 +77,6 @@ def test_device_auto_is_the_best_that_the_cluster_has_or_may_get(
     assert resolve_device(config(device="cpu"), found).device == "cpu"
 
 
-def test_slice_with_a_dead_host_is_not_intact() -> None:
-    whole = [slice_host("b", 0), slice_host("b", 1)]
-    broken = [slice_host("a", 1)]
-    assert intact_slices(TWO_TPU_HOSTS, Cluster(nodes=(*whole, *broken), maxima={})) == ["b"]
-
-
-def test_part_of_a_larger_slice_is_not_an_intact_slice() -> None:
-    nodes = slice_of("a", "4x4", 0, 1)
-    assert intact_slices(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={})) == []
-
-
 @pytest.mark.parametrize(
     ("nodes", "has"),
     [
@@ -130,13 +97,12 @@ def test_slices_of_another_size_are_named_at_once(nodes: list[Node], has: str) -
 def test_slice_of_the_right_size_that_lacks_a_host_is_waited_for() -> None:
     nodes = [*slice_of("a", "2x4", 0), *slice_of("b", "2x4", 1)]
     check_capacity(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={}))
-    assert intact_slices(TWO_TPU_HOSTS, Cluster(nodes=tuple(nodes), maxima={})) == []
 
 
 def test_rank_of_a_node_is_its_tpu_worker_or_what_the_command_line_said() -> None:
     labels = {NODE_RANK_LABEL: "3"}
     assert Node(node_id="", address="", resources={}, labels=labels).rank == 3
-    assert slice_host("a", 2).rank == 2
+    assert tpu_host("a", 2).rank == 2
     assert Node(node_id="", address="", resources={}, labels={}).rank is None
 
 
@@ -149,7 +115,7 @@ class TestClaims:
         notes: list[str] = []
         first = await claim_hosts(everything, on_wait=notes.append, timeout_s=20)
         assert first.is_intact(read_cluster())
-        with pytest.raises(EngineError, match=r"within 1 s: they are in use by others"):
+        with pytest.raises(EngineError, match=r"within 1 s: in use by others"):
             await claim_hosts(everything, on_wait=notes.append, timeout_s=1)
         assert any("in use by others, or not started yet" in note for note in notes)
         waiting = asyncio.create_task(claim_hosts(everything, on_wait=notes.append, timeout_s=30))
@@ -166,7 +132,17 @@ class TestClaims:
         claim.release()
         assert not claim.is_intact(found)
 
-    async def test_claim_on_a_slice_that_does_not_exist_is_not_granted(self) -> None:
-        claim = Claim(need_of(config(device="cpu")), slice_name="nowhere")
+    async def test_claim_on_a_node_that_does_not_exist_is_not_granted(self) -> None:
+        (nowhere,) = tpu_slices(cluster_of(tpu_host("nowhere", topology="2x2")))
+        claim = Claim.on_slice(need_of(config(device="tpu", tp_size=4)), nowhere)
         assert not claim.is_granted()
+        assert claim.node_ids() == []
         claim.release()
+
+    async def test_claim_avoids_nodes_and_breaks_when_it_is_released(self) -> None:
+        everywhere = frozenset(node.node_id for node in read_cluster().nodes)
+        claim = Claim.anywhere(need_of(config(device="cpu")), avoided=everywhere)
+        assert not claim.is_granted()
+        assert not claim.is_broken()
+        claim.release()
+        assert claim.is_broken()

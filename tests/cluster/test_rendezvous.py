@@ -18,7 +18,7 @@ from processes import descendants
 
 from cluster.addresses import free_port
 from cluster.jax_rendezvous import check_own_hostname
-from cluster.placement import NODE_RANK_LABEL, Node
+from cluster.nodes import NODE_RANK_LABEL, Node
 from cluster.ray_node import HeadWatch
 from cluster.rendezvous import check_tpu_worker_id, form_cluster, missing_ranks
 from engine.config import EngineConfig

@@ -17,7 +17,7 @@ from ray.serve.schema import (
 )
 
 import serve_app
-from cluster.placement import Cluster, Node
+from cluster.nodes import Cluster, Node
 from engine.config import parse_config
 from engine.errors import CapacityError, ConfigError, EngineError
 
@@ -36,13 +36,14 @@ def test_a_config_for_chips_that_the_cluster_lacks_says_so_before_anything_is_de
     path: Path,
 ) -> None:
     args = read_args(path)
-    if args["device"] == "cpu":
+    config = parse_config(args)
+    if config.device == "cpu":
         assert serve_app.build(args)
         return
     with pytest.raises(CapacityError) as refusal:
         serve_app.build(args)
     message = str(refusal.value)
-    assert f"{args['tp_size'] // args.get('nnodes', 1)} TPU chips" in message
+    assert f"{config.tp_size // config.nnodes} TPU chips" in message
     assert "this cluster has 0 TPU chips on 1 node" in message
     assert "`ray up`" in message
     assert "--device=cpu" in message

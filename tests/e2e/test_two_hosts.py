@@ -14,7 +14,7 @@ import pytest
 import yaml
 from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
 
-from cluster.placement import NODE_RANK_LABEL
+from cluster.nodes import NODE_RANK_LABEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(900)]
 

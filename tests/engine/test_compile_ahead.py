@@ -12,7 +12,7 @@ from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.runner.model_runner import ModelRunner
 from engine.runner.program_store import ProgramStore
 from engine.sharding import make_mesh
-from engine.topology import Slice
+from engine.tpu_slice import Slice
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen3"
 

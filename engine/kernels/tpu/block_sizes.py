@@ -16,7 +16,7 @@ from engine.errors import CapacityError
 from engine.kernels.tpu.chunks import ChunkBlocks
 from engine.kernels.tpu.decode import DecodeBlocks
 from engine.kernels.tpu.kv_rows import LANES, RowLayout
-from engine.topology import GENERATIONS
+from engine.tpu_slice import GENERATIONS
 
 BLOCK_SIZES = Path(__file__).with_name("block_sizes.json")
 
@@ -149,7 +149,9 @@ def _rows_by_distance(layout: RowLayout, page_size: int, chip: pltpu.TpuInfo) ->
     """The rows for such heads on such a chip, that of the most similar page size first."""
     if layout.is_float32 or not BLOCK_SIZES.exists():
         return []
-    names: dict[Any, str] = {kind.version: name for name, kind in GENERATIONS.items()}
+    names: dict[Any, str] = {
+        pltpu.ChipVersion[kind.version]: name for name, kind in GENERATIONS.items()
+    }
     key = (
         *(names.get(chip.chip_version), layout.num_heads, layout.num_kv_heads),
         layout.head_dim,

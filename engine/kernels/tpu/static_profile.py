@@ -27,7 +27,8 @@ from engine.kernels.tpu.block_sizes import choose_blocks
 from engine.kernels.tpu.chunks import ChunkBlocks, ConstantChunk, attend_chunks
 from engine.kernels.tpu.decode import DecodeBlocks, attend_decodes
 from engine.kernels.tpu.kv_rows import LANES, RowLayout
-from engine.topology import GENERATIONS, Slice, chip_of, compile_environment, topology_devices
+from engine.topology import chip_of, compile_environment, topology_devices
+from engine.tpu_slice import GENERATIONS, Slice
 
 TIMEOUT_S = 900
 MAX_LEN = 8192

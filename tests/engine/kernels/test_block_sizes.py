@@ -9,7 +9,8 @@ from engine.errors import CapacityError
 from engine.kernels.tpu import block_sizes
 from engine.kernels.tpu.block_sizes import TunedRow, choose_blocks, choose_by_rule
 from engine.kernels.tpu.kv_rows import RowLayout
-from engine.topology import GENERATIONS, chip_of
+from engine.topology import chip_of
+from engine.tpu_slice import GENERATIONS
 
 
 def layout_of(num_heads: int, num_kv_heads: int, head_dim: int = 128) -> RowLayout:

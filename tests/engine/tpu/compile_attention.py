@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.kernels.attention_pallas import PallasAttention
 from engine.kernels.metadata import AttentionMetadata
-from engine.topology import Slice, chip_of, topology_devices
+from engine.topology import chip_of, topology_devices
+from engine.tpu_slice import Slice
 
 generation = sys.argv[1]
 num_kv_heads, num_seqs, max_len, page_size = map(int, sys.argv[2:])

@@ -12,7 +12,8 @@ from engine.compile_ahead import compile_some
 from engine.config import EngineConfig
 from engine.errors import CapacityError
 from engine.step import Bucket
-from engine.topology import Slice, compile_environment
+from engine.topology import compile_environment
+from engine.tpu_slice import Slice
 
 HERE = Path(__file__).parent
 CACHED_TOKENS = 65536
