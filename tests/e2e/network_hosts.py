@@ -5,7 +5,7 @@
       └── eth0 of the second, 10.213.77.3
 
 Nothing is added to the machine's own network. The file system is the machine's, but for /dev/shm,
-/tmp/ray and /etc/hosts. Needs root and iproute2.
+/tmp/ray, /etc/hosts and the folder in which who logs in finds himself. Needs root and iproute2.
 """
 
 import contextlib
@@ -29,11 +29,16 @@ class HostsUnavailableError(Exception):
 
 
 class NetworkHost:
-    """One host; `end` is its power cut."""
+    """One host; `end` is its power cut.
+
+    Attributes:
+        home: Root's home for who logs in; `run` and `start` keep the caller's HOME.
+    """
 
     def __init__(self, index: int, folder: Path) -> None:
         self.name = f"{_PREFIX}-{index}"
         self.address = f"{_SUBNET}.{index + 2}"
+        self.home = folder / f"{self.name}-home"
         self._folder = folder
         self._init: subprocess.Popen[bytes] | None = None
         self._init_pid = 0
@@ -53,11 +58,15 @@ class NetworkHost:
     def boot(self, hosts_file: Path) -> None:
         """Start the host's first process, to which all its others are children."""
         booted = self._folder / f"{self.name}-booted"
+        self.home.mkdir()
+        users = self._folder / f"{self.name}-passwd"
+        root, _, others = Path("/etc/passwd").read_text().partition("\n")
+        users.write_text(f"{root.replace(':/root:', f':{self.home}:')}\n{others}")
         # A shell, because the first process must collect children that lost their parent.
         setup = (
-            f"mount --bind {hosts_file} /etc/hosts && mount -t tmpfs tmpfs /dev/shm && "
-            f"mount -t tmpfs tmpfs {_RAY_FOLDER} && hostname {self.name} && touch {booted} && "
-            "{ sleep infinity & wait; }"
+            f"mount --bind {hosts_file} /etc/hosts && mount --bind {users} /etc/passwd && "
+            f"mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs {_RAY_FOLDER} && "
+            f"hostname {self.name} && touch {booted} && {{ sleep infinity & wait; }}"
         )
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         self._init = subprocess.Popen(
