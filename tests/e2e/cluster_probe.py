@@ -1,4 +1,4 @@
-"""What a cluster's head sees of it: living nodes, whose code they run, and who is let in.
+"""What a cluster's head sees of it: living nodes, whether they have the code, and who is let in.
 
 Run on the head, as a user would by `ray exec`; prints one line of JSON.
 
@@ -12,31 +12,33 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import ray
-
-import serve_app
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _PATIENCE_S = 150
 _JOIN_WITHOUT_TOKEN = "import ray; ray.init(address='auto', logging_level='ERROR')"
 
 
-def wait_for_nodes(count: int) -> list[str]:
+def wait_for_nodes(count: int) -> dict[str, str]:
+    """Ids of the living nodes by address, once there are so many or patience has ended."""
     deadline_s = time.monotonic() + _PATIENCE_S
-    while len(living := [node for node in ray.nodes() if node["Alive"]]) < count:
-        if time.monotonic() > deadline_s:
-            break
+    while True:
+        nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if len(nodes) >= count or time.monotonic() > deadline_s:
+            return nodes
         time.sleep(0.5)
-    return sorted(node["NodeManagerAddress"] for node in living)
 
 
 @ray.remote(num_cpus=0.1)
-def look_around() -> dict[str, str | None]:
-    """Where this node has the code from, and what Serve's processes on it are told."""
+def describe_node() -> dict[str, bool]:
+    """Whether this node has its own copy of the code, and tells Serve of HAProxy."""
+    checkout = Path.home() / "qwen-on-ray"
     return {
-        "code": serve_app.__file__,
-        "has_haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY"),
+        "has_code": (checkout / "serve_app.py").is_file()
+        and os.environ["PYTHONPATH"].startswith(str(checkout)),
+        "has_haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1",
     }
 
 
@@ -51,38 +53,36 @@ def ask_dashboard(token: str | None) -> int:
         return error.code
 
 
-def main() -> None:
-    ray.init(address="auto", logging_level="ERROR")
-    addresses = wait_for_nodes(int(sys.argv[1]))
-    on_each = {
-        node["NodeManagerAddress"]: ray.get(
-            look_around.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote(),
-            timeout=60,
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    with open(os.path.expanduser("~/.ray/auth_token")) as file:
-        token = file.read().strip()
+def stranger_error() -> str:
+    """What who joins without a token is told; empty if he is let in."""
     stranger = subprocess.run(
         [sys.executable, "-c", _JOIN_WITHOUT_TOKEN],
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
         timeout=60,
+        check=False,
     )
-    print(
-        json.dumps(
-            {
-                "addresses": addresses,
-                "on_each": on_each,
-                "dashboard_without_token": ask_dashboard(None),
-                "dashboard_with_wrong_token": ask_dashboard("0" * len(token)),
-                "dashboard_with_token": ask_dashboard(token),
-                "stranger": stranger.returncode,
-                "stranger_says": stranger.stderr[-1500:],
-            }
+    return stranger.stderr if stranger.returncode else ""
+
+
+def main() -> None:
+    ray.init(address="auto", logging_level="ERROR")
+    nodes = wait_for_nodes(int(sys.argv[1]))
+    seen = {
+        address: ray.get(
+            describe_node.options(label_selector={"ray.io/node-id": node_id}).remote(), timeout=60
         )
+        for address, node_id in nodes.items()
+    }
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    answers = {
+        "none": ask_dashboard(None),
+        "wrong": ask_dashboard("0" * len(token)),
+        "right": ask_dashboard(token),
+    }
+    print(
+        json.dumps({"nodes": seen, "dashboard": answers, "stranger": stranger_error()}), flush=True
     )
 
 

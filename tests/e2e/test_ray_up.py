@@ -8,17 +8,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
+from tiny_tokenizer import write_tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(600)]
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "configs/ray/local.yaml"
+CLUSTER = "configs/ray/local.yaml"
+CLIENT = Path(__file__).with_name("chat_client.py")
+MODEL = "smollm2-135m-instruct"
+SERVE_TIMEOUT_S = 200
 SSHD = Path("/usr/sbin/sshd")
 NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
@@ -59,7 +64,36 @@ def listen_to_ssh(host: NetworkHost, host_key: Path, user_key: Path) -> None:
     host.start(str(SSHD), "-D", "-e", "-f", "/dev/null", *words, log="sshd.log")
 
 
-def test_local_cluster_comes_up_by_ssh_and_keeps_strangers_out(
+def make_checkout(folder: Path, head: NetworkHost, worker: NetworkHost, key: Path) -> Path:
+    """A copy of the project with the lines of the cluster file changed that say so, and a model."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    cluster = yaml.safe_load((folder / CLUSTER).read_text())
+    cluster["provider"] |= {"head_ip": head.address, "worker_ips": [worker.address]}
+    cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(key)}
+    (folder / CLUSTER).write_text(yaml.safe_dump(cluster, sort_keys=False))
+
+    shutil.copytree(ROOT / "tests" / "data" / "tiny-qwen2", folder / "tiny")
+    write_tiny_tokenizer(folder / "tiny")
+    model = yaml.safe_load((folder / "configs" / "demo-cpu.yaml").read_text())
+    model["http_options"]["host"] = "0.0.0.0"
+    model["applications"][0]["args"] = {
+        "model_path": "~/qwen-on-ray/tiny",
+        "served_model_name": MODEL,
+        "device": "cpu",
+        "nnodes": 2,
+        "tp_size": 2,
+        "context_length": 256,
+        "max_total_tokens": 1024,
+        "max_running_requests": 2,
+        "chunked_prefill_size": 64,
+        # Two hosts share this machine's few cores, so beats may come late.
+        "host_timeout_s": 15.0,
+    }
+    (folder / "configs" / "tiny.yaml").write_text(yaml.safe_dump(model))
+    return folder
+
+
+def test_local_cluster_comes_up_by_ssh_serves_and_keeps_strangers_out(
     hosts: list[NetworkHost], tmp_path: Path
 ) -> None:
     laptop, head, worker = hosts
@@ -68,31 +102,47 @@ def test_local_cluster_comes_up_by_ssh_and_keeps_strangers_out(
         listen_to_ssh(host, host_key, user_key)
         # These machines have an image with the packages in; `scripts/setup` may not download here.
         (host.home / ".bashrc").write_text(f"export UV_PROJECT_ENVIRONMENT={sys.prefix}\n")
+    checkout = make_checkout(tmp_path / "checkout", head, worker, user_key)
+    environment = {
+        "HOME": str(laptop.home),
+        "PATH": f"{sys.prefix}/bin:/usr/bin:/bin",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
 
-    checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    config = yaml.safe_load((checkout / CONFIG).read_text())
-    config["provider"] |= {"head_ip": head.address, "worker_ips": [worker.address]}
-    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(user_key)}
-    (checkout / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    def on_laptop(command: str) -> str:
+        words = ["bash", "-c", f"cd {checkout} && {command}"]
+        return laptop.run(*words, environment=environment, timeout_s=240)
 
-    def on_laptop(command: str, timeout_s: float = 240) -> str:
-        return laptop.run(
-            "bash",
-            "-c",
-            f"cd {checkout} && {command}",
-            environment={
-                "HOME": str(laptop.home),
-                "PATH": f"{sys.prefix}/bin:/usr/bin:/bin",
-                "RAY_USAGE_STATS_ENABLED": "0",
-            },
-            timeout_s=timeout_s,
-        )
-
-    on_laptop("ray get-auth-token --generate")
     started_s = time.monotonic()
-    printed = on_laptop(f"ray up --yes --no-config-cache {CONFIG}")
-    logger.info("`ray up` took %.1f s", time.monotonic() - started_s)
-    logger.debug("%s", printed)
-    seen = on_laptop(f"ray exec {CONFIG} 'python tests/e2e/cluster_probe.py 2'")
-    logger.info("two nodes after %.1f s:\n%s", time.monotonic() - started_s, seen)
+    on_laptop("ray get-auth-token --generate")
+    on_laptop(f"ray up --yes --no-config-cache {CLUSTER}")
+    printed = on_laptop(f"ray exec {CLUSTER} 'python tests/e2e/cluster_probe.py 2'")
+    logger.info("a head and a worker %.1f s after `ray up`", time.monotonic() - started_s)
+    seen = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    whole = {"has_code": True, "has_haproxy": True}
+    assert seen["nodes"] == {head.address: whole, worker.address: whole}
+    assert seen["dashboard"] == {"none": 401, "wrong": 403, "right": 200}
+    assert "InvalidAuthToken" in seen["stranger"]
+
+    serving = laptop.start(
+        "bash",
+        "-c",
+        f"cd {checkout} && ray exec {CLUSTER} 'serve run configs/tiny.yaml'",
+        environment=environment,
+        log="serve.log",
+    )
+    answer: dict[str, Any] = {"error": "not asked"}
+    deadline_s = time.monotonic() + SERVE_TIMEOUT_S
+    url = f"http://{head.address}:8000/v1"
+    while answer["error"]:
+        is_serving = serving.poll() is None and time.monotonic() < deadline_s
+        assert is_serving, f"{answer}\n{laptop.log('serve.log')[-6000:]}"
+        printed = laptop.run(sys.executable, str(CLIENT), url, "Why?", "8", environment=environment)
+        answer = json.loads(printed.splitlines()[-1])
+    logger.info("first answer %.1f s after `ray up`", time.monotonic() - started_s)
+    assert answer["text"]
+    assert answer["num_compiles"] == 0
+    assert [len(host.pids("^ray::HostWorker")) for host in (head, worker)] == [1, 1]
+    for host in (head, worker):
+        logger.info("%s", host.run("ss", "-tlnp"))
+    logger.info("%s", head.run("cat", "/proc/1/limits"))
