@@ -1,6 +1,8 @@
 """The quickstart as a newcomer runs it: an answer on the terminal, and nothing left behind."""
 
+import ipaddress
 import os
+import re
 import secrets
 import signal
 import socket
@@ -13,7 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
+from cluster.ray_node import has_haproxy
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "scripts" / "quickstart.py"
+SECURITY_PAGE = ROOT / "docs" / "security.md"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -54,17 +60,39 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2])
+def open_ports(pid: int) -> dict[int, str]:
+    """What a process and all below it listen on beyond loopback, by port: the process's name."""
+    found = {}
+    process = psutil.Process(pid)
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            words, connections = each.cmdline(), each.net_connections("tcp")
+        except psutil.NoSuchProcess:
+            continue
+        script = next((word for word in words if word.endswith(".py")), words[0])
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN and not is_loopback(connection.laddr.ip):
+                found[connection.laddr.port] = Path(script).name
+    return found
+
+
+def is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def documented_listeners() -> tuple[str, ...]:
+    """What the names of listening processes may begin with: the first column of the table."""
+    rows = [line for line in SECURITY_PAGE.read_text().splitlines() if line.startswith("| `")]
+    return tuple(name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0]))
+
+
 def test_quickstart_prints_an_answer_and_leaves_no_process(
-    demo_checkpoint: Path, short_folder: Path, num_hosts: int
+    demo_checkpoint: Path, short_folder: Path
 ):
     quickstart = start_quickstart(
-        short_folder,
-        "--exit",
-        "--hosts",
-        str(num_hosts),
-        "--prompt",
-        "What is the capital of France?",
+        short_folder, "--exit", "--prompt", "What is the capital of France?"
     )
     output, _ = quickstart.communicate(timeout=800)
 
@@ -72,6 +100,38 @@ def test_quickstart_prints_an_answer_and_leaves_no_process(
     assert "Paris" in output.partition("What is the capital of France?")[2], output
     assert processes_of(short_folder) == []
     assert list(short_folder.iterdir()) == []
+
+
+def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
+    demo_checkpoint: Path, short_folder: Path
+):
+    quickstart = start_quickstart(
+        short_folder, "--hosts", "2", "--prompt", "What is the capital of France?"
+    )
+    assert quickstart.stdout is not None
+    output = ""
+    for line in quickstart.stdout:
+        output += line
+        if "Serving until Ctrl-C" in line:
+            break
+    else:
+        pytest.fail(output)
+    opened = open_ports(quickstart.pid)
+    quickstart.send_signal(signal.SIGINT)
+    output += quickstart.communicate(timeout=60)[0]
+
+    assert quickstart.returncode == 0, output
+    assert "Paris" in output.partition("What is the capital of France?")[2], output
+    assert processes_of(short_folder) == []
+    assert list(short_folder.iterdir()) == []
+    documented = documented_listeners()
+    assert [name for name in opened.values() if not name.startswith(documented)] == []
+    expected = {"gcs_server", "raylet", *(["haproxy"] if has_haproxy() else [])}
+    assert expected <= set(opened.values()), "not all of them were seen"
+    # What people and programs are told to use is for this machine alone.
+    told = {int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", output)}
+    assert len(told) == 2
+    assert told.isdisjoint(opened), opened
 
 
 def test_interrupted_start_leaves_no_process_and_fails(demo_checkpoint: Path, short_folder: Path):
