@@ -1,4 +1,4 @@
-"""The files in configs/ray/: what Ray, Google Cloud and Kubernetes say of them, without any of them."""
+"""The files in configs/ray/: what Ray, Google Cloud and Kubernetes would say of them."""
 
 import itertools
 import json
@@ -215,7 +215,7 @@ def test_cluster_holds_the_model_that_its_commands_serve(
 
 
 def source_environment(settings: Mapping[str, str], files: int) -> dict[str, str]:
-    """The variables that a shell has after scripts/node-environment, and how many files it may open."""
+    """A shell's variables after scripts/node-environment, its folder and its limit on files."""
     command = f"ulimit -n {files} && . {ROOT}/scripts/node-environment && ulimit -Sn && pwd && env"
     printed = subprocess.run(
         ["bash", "-c", command],

@@ -6,6 +6,7 @@ Run on the head, as a user would by `ray exec`; prints one line of JSON.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,7 +26,9 @@ def wait_for_nodes(count: int) -> dict[str, str]:
     """Ids of the living nodes by address, once there are so many or patience has ended."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while True:
-        nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        nodes = {
+            node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]
+        }
         if len(nodes) >= count or time.monotonic() > deadline_s:
             return nodes
         time.sleep(0.5)
@@ -67,7 +70,7 @@ def stranger_error() -> str:
 
 
 def main() -> None:
-    ray.init(address="auto", logging_level="ERROR")
+    ray.init(address="auto", logging_level=logging.ERROR)
     nodes = wait_for_nodes(int(sys.argv[1]))
     seen = {
         address: ray.get(
