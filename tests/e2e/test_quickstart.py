@@ -1,6 +1,5 @@
 """The quickstart as a newcomer runs it: an answer on the terminal, and nothing left behind."""
 
-import ipaddress
 import os
 import re
 import secrets
@@ -14,12 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from listeners import open_ports, undocumented
 
 from cluster.ray_node import has_haproxy
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICKSTART = ROOT / "scripts" / "quickstart.py"
-SECURITY_PAGE = ROOT / "docs" / "security.md"
+QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -60,34 +58,6 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def open_ports(pid: int) -> dict[int, str]:
-    """What a process and all below it listen on beyond loopback, by port: the process's name."""
-    found = {}
-    process = psutil.Process(pid)
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            words, connections = each.cmdline(), each.net_connections("tcp")
-        except psutil.NoSuchProcess:
-            continue
-        script = next((word for word in words if word.endswith(".py")), words[0])
-        for connection in connections:
-            if connection.status == psutil.CONN_LISTEN and not is_loopback(connection.laddr.ip):
-                found[connection.laddr.port] = Path(script).name
-    return found
-
-
-def is_loopback(text: str) -> bool:
-    address = ipaddress.ip_address(text)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
-
-
-def documented_listeners() -> tuple[str, ...]:
-    """What the names of listening processes may begin with: the first column of the table."""
-    rows = [line for line in SECURITY_PAGE.read_text().splitlines() if line.startswith("| `")]
-    return tuple(name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0]))
-
-
 def test_quickstart_prints_an_answer_and_leaves_no_process(
     demo_checkpoint: Path, short_folder: Path
 ):
@@ -116,7 +86,8 @@ def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
             break
     else:
         pytest.fail(output)
-    opened = open_ports(quickstart.pid)
+    started = psutil.Process(quickstart.pid)
+    opened = open_ports([started, *started.children(recursive=True)])
     quickstart.send_signal(signal.SIGINT)
     output += quickstart.communicate(timeout=60)[0]
 
@@ -124,8 +95,7 @@ def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
     assert "Paris" in output.partition("What is the capital of France?")[2], output
     assert processes_of(short_folder) == []
     assert list(short_folder.iterdir()) == []
-    documented = documented_listeners()
-    assert [name for name in opened.values() if not name.startswith(documented)] == []
+    assert undocumented(opened.values()) == []
     expected = {"gcs_server", "raylet", *(["haproxy"] if has_haproxy() else [])}
     assert expected <= set(opened.values()), "not all of them were seen"
     # What people and programs are told to use is for this machine alone.

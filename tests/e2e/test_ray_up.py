@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from listeners import undocumented
 from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
 from tiny_tokenizer import write_tiny_tokenizer
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = "configs/ray/local.yaml"
 CLIENT = Path(__file__).with_name("chat_client.py")
+LISTENERS = Path(__file__).with_name("listeners.py")
 MODEL = "smollm2-135m-instruct"
 SERVE_TIMEOUT_S = 300
 SSHD = Path("/usr/sbin/sshd")
@@ -124,14 +126,7 @@ def test_local_cluster_comes_up_by_ssh_serves_and_keeps_strangers_out(
     started_s = time.monotonic()
     on_laptop("ray get-auth-token --generate")
     on_laptop(f"ray up --yes --no-config-cache {CLUSTER}")
-    printed = on_laptop(f"ray exec {CLUSTER} 'python tests/e2e/cluster_probe.py 2'")
-    logger.info("a head and a worker %.1f s after `ray up`", time.monotonic() - started_s)
-    seen = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
-    whole = {"has_code": True, "has_haproxy": True}
-    assert seen["nodes"] == {head.address: whole, worker.address: whole}
-    assert seen["dashboard"] == {"none": 401, "wrong": 403, "right": 200}
-    assert "InvalidAuthToken" in seen["stranger"]
-
+    # The model starts while the worker joins.
     serving = laptop.start(
         "bash",
         "-c",
@@ -139,12 +134,28 @@ def test_local_cluster_comes_up_by_ssh_serves_and_keeps_strangers_out(
         environment=environment,
         log="serve.log",
     )
+    printed = on_laptop(f"ray exec {CLUSTER} 'python tests/e2e/cluster_probe.py 2'")
+    logger.info("a head and a worker %.1f s after `ray up`", time.monotonic() - started_s)
+    seen = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    whole = {"has_code": True, "has_haproxy": True}
+    assert seen["nodes"] == {head.address: whole, worker.address: whole}
+    assert seen["dashboard"] == {"none": 401, "wrong": 403, "right": 200}
+    assert "InvalidAuthToken" in seen["stranger"]
+    # What leads to the dashboard is ssh alone; GCS answers, which shows that the way is open.
+    laptop.run("bash", "-c", f": </dev/tcp/{head.address}/6379")
+    laptop.run("bash", "-c", f"! : </dev/tcp/{head.address}/8265")
+
     deadline_s = time.monotonic() + SERVE_TIMEOUT_S
     while not is_ready(laptop, head):
         is_serving = serving.poll() is None and time.monotonic() < deadline_s
         assert is_serving, laptop.log("serve.log")[-6000:]
         time.sleep(0.5)
     logger.info("ready %.1f s after `ray up`", time.monotonic() - started_s)
+    for host in (head, worker):
+        opened = json.loads(host.run(sys.executable, str(LISTENERS)))
+        assert opened.pop("22")
+        assert undocumented(opened.values()) == []
+        assert "raylet" in opened.values(), "not all of them were seen"
     url = f"http://{head.address}:8000/v1"
     printed = laptop.run(sys.executable, str(CLIENT), url, "Why?", "8", environment=environment)
     answer = json.loads(printed.splitlines()[-1])
