@@ -97,7 +97,9 @@ def raise_file_limit() -> None:
     A router has one for each stream, and many machines allow 1024 unless they are asked.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # macOS names a limit that it does not grant.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def warn_of_missing_haproxy() -> None:

@@ -167,3 +167,15 @@ def test_who_cannot_have_haproxy_is_not_told_of_it(
     monkeypatch.setattr(ray_node, "has_haproxy", lambda: False)
     warn_of_missing_haproxy()
     assert caplog.messages == []
+
+
+def test_files_that_the_machine_allows_may_be_opened_by_who_is_started_next() -> None:
+    program = (
+        "import resource; from cluster.ray_node import raise_file_limit; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 900)); raise_file_limit(); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    assert printed.strip() == "(900, 900)"
