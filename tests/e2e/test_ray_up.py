@@ -27,6 +27,8 @@ LISTENERS = Path(__file__).with_name("listeners.py")
 MODEL = "smollm2-135m-instruct"
 SERVE_TIMEOUT_S = 300
 SSHD = Path("/usr/sbin/sshd")
+SSH_SOCKETS = "ray_ssh_*/*/*"
+"""Of `ray up`'s connections, which do not end in order when a host loses its power."""
 NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
 
 
@@ -36,11 +38,15 @@ def hosts(tmp_path: Path) -> Iterator[list[NetworkHost]]:
     for tool in ("ssh", "ssh-keygen", "rsync", str(SSHD)):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool} (openssh-server, rsync)")
+    before = set(Path("/tmp").glob(SSH_SOCKETS))
     try:
         with network_hosts(3, tmp_path) as made:
             yield made
     except HostsUnavailableError as error:
         pytest.skip(str(error))
+    finally:
+        for left in set(Path("/tmp").glob(SSH_SOCKETS)) - before:
+            left.unlink()
 
 
 def make_key(path: Path) -> Path:
