@@ -6,6 +6,7 @@ Knows the `ray start` command and no gang. A node that was there before is never
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -38,12 +39,16 @@ _SHOWN_LINES = 15
 _STARTED = "Ray runtime started."
 _TIMED_OUT = "timed out during startup"
 _LONGEST_STREAM_S = 3600
+_MAX_CONNECTIONS = 20_000
+_FILES_PER_CONNECTION = 2.5
+_OTHER_FILES = 500
 
 
 def proxy_environment(folder: Path) -> dict[str, str]:
     """Variables that make Serve on a Ray node put HAProxy in front, where Ray brings it along.
 
     They have to be the same on all nodes, ports and folder aside. What is set already stays.
+    scripts/node-environment sets those for nodes that others start.
 
     Args:
         folder: For HAProxy's files; short, because a Unix socket will lie in it.
@@ -66,12 +71,47 @@ def proxy_environment(folder: Path) -> dict[str, str]:
             # Routers get ports from here; the default begins at 30000, where we serve by default.
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31000",
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "32000",
+            "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
             # A change of routers starts HAProxy anew; the old one may finish its streams.
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_S),
             # How long a router that is to end waits for HAProxy to hear of it: 30 s by default.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         }
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
+
+
+def _max_connections() -> int:
+    """How many connections HAProxy may take here; it does not start if it may not open their files.
+
+    Each takes one file to either side, and a share of the pipes between them.
+    """
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if files == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    return min(_MAX_CONNECTIONS, int((files - _OTHER_FILES) / _FILES_PER_CONNECTION))
+
+
+def raise_file_limit() -> None:
+    """Let this process and those that it starts open as many files as the machine allows.
+
+    A router has one for each stream, and many machines allow 1024 unless they are asked.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # macOS names a limit that it does not grant.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def warn_of_missing_haproxy() -> None:
+    """Say, in a process of Serve, that nobody chose between HAProxy and Serve's own proxy."""
+    if "RAY_SERVE_ENABLE_HA_PROXY" in os.environ or not has_haproxy():
+        return
+    logger.warning(
+        "RAY_SERVE_ENABLE_HA_PROXY was not set when this node's Ray started, so Serve's own proxy "
+        "stands in front, which takes about ten times HAProxy's CPU per streamed token. Source "
+        "scripts/node-environment before `ray start` on every node; with "
+        "RAY_SERVE_ENABLE_HA_PROXY=0 Serve's own stays, without this line."
+    )
 
 
 def has_haproxy() -> bool:
@@ -106,6 +146,7 @@ class RayNode:
         self._proxy_folder = self._folder / "haproxy"
         environment = proxy_environment(self._proxy_folder)
         logger.debug("starting %s", command)
+        raise_file_limit()
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command,

@@ -148,7 +148,7 @@ def missing_ranks(nodes: tuple[Node, ...], num_hosts: int) -> list[int]:
 @contextlib.contextmanager
 def _lead(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMembership]:
     host, port = _head_address(config)
-    _agree_on_authentication(config.nnodes)
+    agree_on_authentication(config.nnodes)
     address = f"{bracketed(host)}:{port}"
     arguments = ["--head", "--node-ip-address", host, "--port", str(port)]
     arguments += ["--ray-client-server-port", str(free_port(host))]
@@ -169,7 +169,7 @@ def _lead(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
 def _join(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMembership]:
     assert config.dist_init_addr is not None
     host, port = _split(config.dist_init_addr)
-    _agree_on_authentication(config.nnodes)
+    agree_on_authentication(config.nnodes)
     deadline_s = time.monotonic() + config.dist_timeout_s
     logger.info("Rank %d waits for rank 0 at %s.", config.node_rank, config.dist_init_addr)
     with contextlib.closing(HeadWatch(host, port)) as head:
@@ -239,7 +239,7 @@ def _head_address(config: EngineConfig) -> tuple[str, int]:
     return (ray.util.get_node_ip_address() if host == "0.0.0.0" else host), port
 
 
-def _agree_on_authentication(num_hosts: int) -> None:
+def agree_on_authentication(num_hosts: int) -> None:
     """Choose how this cluster's members know each other, where the user has not.
 
     One node has a token of its own. Several can share one only if the user gives it to all of them,

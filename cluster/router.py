@@ -41,6 +41,7 @@ from cluster.openai.schema import (
     ProfileStatus,
 )
 from cluster.openai.sse import AnswerResponse
+from cluster.ray_node import warn_of_missing_haproxy
 from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
 from cluster.status import read_all
@@ -290,6 +291,7 @@ class Router:
     async def __init__(self, config: Mapping[str, Any], engine: DeploymentHandle) -> None:
         parsed = parse_config(config)
         log_into_serve(parsed.log_level)
+        warn_of_missing_haproxy()
         self._link = EngineLink(
             engine,
             bind_host=ray.util.get_node_ip_address(),

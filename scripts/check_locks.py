@@ -20,6 +20,7 @@ LOCKS = {
     "requirements-dev.lock": (("demo",), ("build", "dev")),
     "requirements-tpu.lock": (("demo", "tpu"), ("build",)),
     "requirements-gpu.lock": (("demo", "gpu"), ("build",)),
+    "requirements-gcp.lock": (("demo", "gcp"), ("build",)),
 }
 
 

@@ -29,7 +29,7 @@ import yaml
 from demo_model import DemoModelError, demo_model_directory, ensure_demo_model
 from terminal import StepLines, WrappedText
 
-from cluster.ray_node import proxy_environment
+from cluster.ray_node import proxy_environment, raise_file_limit
 from cluster.status import read_all, reason_of
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo-cpu.yaml"
@@ -71,6 +71,7 @@ def main() -> int:
     # Unix sockets lie in it, whose paths end at 107 characters.
     proxy_folder = Path(tempfile.mkdtemp(prefix="qor-", dir="/tmp"))
     os.environ.update(proxy_environment(proxy_folder))
+    raise_file_limit()
     failure = ""
     print(file=terminal)
     with (folder / "quickstart.log").open("w") as log:

@@ -50,8 +50,8 @@ def test_every_symptom_in_the_troubleshooting_page_is_one_that_the_system_shows(
 
 def test_flags_in_the_troubleshooting_page_exist():
     known = set(re.findall(r"`(--[a-z-]+)`", (ROOT / "docs" / "flags.md").read_text()))
-    scripts = {"--tpu", "--gpu"}
-    assert set(re.findall(r"(--[a-z][a-z-]+[a-z])", PAGE)) - known - scripts == set()
+    others = {"--tpu", "--gpu", "--generate"}
+    assert set(re.findall(r"(--[a-z][a-z-]+[a-z])", PAGE)) - known - others == set()
 
 
 def test_flags_page_is_what_the_config_says():

@@ -16,7 +16,7 @@ from processes import descendants
 
 from cluster import ray_node
 from cluster.addresses import free_port
-from cluster.ray_node import RayNode, proxy_environment, start_node
+from cluster.ray_node import RayNode, proxy_environment, start_node, warn_of_missing_haproxy
 
 FOLDER = Path("/tmp/qor-12345678/haproxy")
 
@@ -143,3 +143,39 @@ def test_start_that_neither_ends_nor_succeeds_is_ended_and_tried_again(
         assert node.has_started()
     finally:
         node.stop()
+
+
+@pytest.mark.parametrize(("choice", "num_lines"), [(None, 1), ("0", 0), ("1", 0)])
+def test_who_never_chose_a_proxy_reads_what_it_costs(
+    choice: str | None,
+    num_lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if choice is not None:
+        monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", choice)
+    monkeypatch.setattr(ray_node, "has_haproxy", lambda: True)
+    warn_of_missing_haproxy()
+    assert len(caplog.messages) == num_lines
+    for message in caplog.messages:
+        assert "scripts/node-environment before `ray start`" in message
+
+
+def test_who_cannot_have_haproxy_is_not_told_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_node, "has_haproxy", lambda: False)
+    warn_of_missing_haproxy()
+    assert caplog.messages == []
+
+
+def test_files_that_the_machine_allows_may_be_opened_by_who_is_started_next() -> None:
+    program = (
+        "import resource; from cluster.ray_node import raise_file_limit; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 900)); raise_file_limit(); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    assert printed.strip() == "(900, 900)"

@@ -26,6 +26,17 @@ from engine.errors import ConfigError, EngineError
 
 MEMBER = Path(__file__).with_name("cluster_member.py")
 
+# Ray reads its environment when it is imported, so each choice is made in a process of its own.
+CHOOSER = """
+import logging, os, sys
+from cluster.rendezvous import agree_on_authentication
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+logging.basicConfig(format="%(message)s")
+agree_on_authentication(int(sys.argv[1]))
+print(is_token_auth_enabled(), os.environ["RAY_AUTH_MODE"])
+"""
+
 
 def config(**fields: Any) -> EngineConfig:
     return EngineConfig.model_validate({"model_path": "m", "nnodes": 2, "tp_size": 2, **fields})
@@ -57,6 +68,30 @@ def test_rank_that_is_not_the_tpu_workers_number_is_refused_naming_both() -> Non
     check_tpu_worker_id("1", config(device="tpu", node_rank=1))
     check_tpu_worker_id("1", config(device="cpu", node_rank=0))
     check_tpu_worker_id(None, config(device="tpu", node_rank=0))
+
+
+@pytest.mark.parametrize(
+    ("num_hosts", "settings", "mode", "is_warned"),
+    [
+        (2, {"RAY_AUTH_TOKEN": "0" * 64}, "True token", False),
+        (2, {}, "False disabled", True),
+    ],
+)
+def test_cluster_asks_for_a_token_wherever_all_hosts_can_have_it(
+    num_hosts: int, settings: dict[str, str], mode: str, is_warned: bool, tmp_path: Path
+) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", CHOOSER, str(num_hosts)],
+        # Ray may write a token into the user's home.
+        env=kept | {"HOME": str(tmp_path)} | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.strip() == mode, done.stderr
+    assert ("runs without authentication: whoever reaches it" in done.stderr) == is_warned
 
 
 def test_ranks_that_have_not_joined_are_listed() -> None:

@@ -4,8 +4,8 @@
       ├── eth0 of the first host, 10.213.77.2
       └── eth0 of the second, 10.213.77.3
 
-Nothing is added to the machine's own network. The file system is the machine's, but for /dev/shm,
-/tmp/ray and /etc/hosts. Needs root and iproute2.
+Nothing is added to the machine's own network. The file system is the machine's, but for the folders
+below, /etc/hosts and the folder in which who logs in finds himself. Needs root and iproute2.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 _PREFIX = f"qor{os.getpid()}"
 _SWITCH = f"{_PREFIX}-switch"
 _SUBNET = "10.213.77"
-_RAY_FOLDER = Path("/tmp/ray")
+_OWN_FOLDERS = (Path("/dev/shm"), Path("/tmp/ray"), Path("/tmp/haproxy-serve"))
 
 
 class HostsUnavailableError(Exception):
@@ -29,11 +29,16 @@ class HostsUnavailableError(Exception):
 
 
 class NetworkHost:
-    """One host; `end` is its power cut."""
+    """One host; `end` is its power cut.
+
+    Attributes:
+        home: Root's home for who logs in; `run` and `start` keep the caller's HOME.
+    """
 
     def __init__(self, index: int, folder: Path) -> None:
         self.name = f"{_PREFIX}-{index}"
         self.address = f"{_SUBNET}.{index + 2}"
+        self.home = folder / f"{self.name}-home"
         self._folder = folder
         self._init: subprocess.Popen[bytes] | None = None
         self._init_pid = 0
@@ -53,11 +58,17 @@ class NetworkHost:
     def boot(self, hosts_file: Path) -> None:
         """Start the host's first process, to which all its others are children."""
         booted = self._folder / f"{self.name}-booted"
+        self.home.mkdir()
+        users = self._folder / f"{self.name}-passwd"
+        root, _, others = Path("/etc/passwd").read_text().partition("\n")
+        fields = root.split(":")
+        fields[5] = str(self.home)
+        users.write_text(f"{':'.join(fields)}\n{others}")
+        mounts = " && ".join(f"mount -t tmpfs tmpfs {folder}" for folder in _OWN_FOLDERS)
         # A shell, because the first process must collect children that lost their parent.
         setup = (
-            f"mount --bind {hosts_file} /etc/hosts && mount -t tmpfs tmpfs /dev/shm && "
-            f"mount -t tmpfs tmpfs {_RAY_FOLDER} && hostname {self.name} && touch {booted} && "
-            "{ sleep infinity & wait; }"
+            f"mount --bind {hosts_file} /etc/hosts && mount --bind {users} /etc/passwd && "
+            f"{mounts} && hostname {self.name} && touch {booted} && {{ sleep infinity & wait; }}"
         )
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         self._init = subprocess.Popen(
@@ -157,7 +168,8 @@ def network_hosts(count: int, folder: Path) -> Iterator[list[NetworkHost]]:
     for tool in ("ip", "unshare", "nsenter", "mount", "pgrep"):
         if shutil.which(tool) is None:
             raise HostsUnavailableError(f"needs the command {tool} (iproute2, util-linux, procps)")
-    _RAY_FOLDER.mkdir(exist_ok=True)
+    for each in _OWN_FOLDERS:
+        each.mkdir(exist_ok=True)
     hosts = [NetworkHost(index, folder) for index in range(count)]
     hosts_file = folder / "hosts"
     lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in hosts)]

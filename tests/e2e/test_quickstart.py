@@ -1,6 +1,7 @@
 """The quickstart as a newcomer runs it: an answer on the terminal, and nothing left behind."""
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from listeners import open_ports, undocumented
+
+from cluster.ray_node import has_haproxy
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
 
@@ -54,17 +58,11 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2])
 def test_quickstart_prints_an_answer_and_leaves_no_process(
-    demo_checkpoint: Path, short_folder: Path, num_hosts: int
+    demo_checkpoint: Path, short_folder: Path
 ):
     quickstart = start_quickstart(
-        short_folder,
-        "--exit",
-        "--hosts",
-        str(num_hosts),
-        "--prompt",
-        "What is the capital of France?",
+        short_folder, "--exit", "--prompt", "What is the capital of France?"
     )
     output, _ = quickstart.communicate(timeout=800)
 
@@ -72,6 +70,38 @@ def test_quickstart_prints_an_answer_and_leaves_no_process(
     assert "Paris" in output.partition("What is the capital of France?")[2], output
     assert processes_of(short_folder) == []
     assert list(short_folder.iterdir()) == []
+
+
+def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
+    demo_checkpoint: Path, short_folder: Path
+):
+    quickstart = start_quickstart(
+        short_folder, "--hosts", "2", "--prompt", "What is the capital of France?"
+    )
+    assert quickstart.stdout is not None
+    output = ""
+    for line in quickstart.stdout:
+        output += line
+        if "Serving until Ctrl-C" in line:
+            break
+    else:
+        pytest.fail(output)
+    started = psutil.Process(quickstart.pid)
+    opened = open_ports([started, *started.children(recursive=True)])
+    quickstart.send_signal(signal.SIGINT)
+    output += quickstart.communicate(timeout=60)[0]
+
+    assert quickstart.returncode == 0, output
+    assert "Paris" in output.partition("What is the capital of France?")[2], output
+    assert processes_of(short_folder) == []
+    assert list(short_folder.iterdir()) == []
+    assert undocumented(opened.values()) == []
+    expected = {"gcs_server", "raylet", *(["haproxy"] if has_haproxy() else [])}
+    assert expected <= set(opened.values()), "not all of them were seen"
+    # What people and programs are told to use is for this machine alone.
+    told = {int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", output)}
+    assert len(told) == 2
+    assert told.isdisjoint(opened), opened
 
 
 def test_interrupted_start_leaves_no_process_and_fails(demo_checkpoint: Path, short_folder: Path):
