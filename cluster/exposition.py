@@ -8,7 +8,7 @@ have not. What is a router's own has the label `router`.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client import metrics_core as families
 from prometheus_client.registry import Collector
 
@@ -17,7 +17,17 @@ from cluster.openai.engine_client import EngineInfo
 from cluster.router_stats import RouterStats
 
 
-class Exposition(Collector):
+class _Collected(Collector):
+    """What was collected before, as prometheus_client wants it."""
+
+    def __init__(self, collected: Iterable[families.Metric]) -> None:
+        self._collected = collected
+
+    def collect(self) -> Iterable[families.Metric]:
+        return self._collected
+
+
+class Exposition:
     """What one router shows.
 
     Args:
@@ -28,9 +38,6 @@ class Exposition(Collector):
     def __init__(self, model_name: str, router_id: str) -> None:
         self._model_name = model_name
         self._router_id = router_id
-        self._families: list[families.Metric] = []
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
 
     def text(self, fleet: EngineInfo, engines: Sequence[EngineInfo], router: RouterStats) -> bytes:
         """Put figures in Prometheus' text format.
@@ -43,16 +50,12 @@ class Exposition(Collector):
         model = {"model_name": self._model_name}
         by_engine = [({**model, "engine": info.engine_id}, info) for info in engines]
         own = {**model, "router": self._router_id}
-        self._families = [
+        collected = [
             _family(metric, [(model, fleet)] if metric.is_of_fleet else by_engine)
             for metric in ENGINE_METRICS
         ]
-        self._families += [_family(metric, [(own, router)]) for metric in ROUTER_METRICS]
-        return generate_latest(self._registry)
-
-    def collect(self) -> Iterable[families.Metric]:
-        """What `text` has put together, for the registry."""
-        return self._families
+        collected += [_family(metric, [(own, router)]) for metric in ROUTER_METRICS]
+        return generate_latest(_Collected(collected))
 
 
 def _family(metric: Metric[S], sources: Sequence[tuple[Mapping[str, str], S]]) -> families.Metric:

@@ -9,7 +9,7 @@ until they leave 0. PromQL reads names, not kinds.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic
 
 import ray.util.metrics
@@ -24,12 +24,12 @@ class RayMetrics(Generic[S]):
 
     Args:
         metrics: The list.
-        model_name: A label of every series.
+        labels: Of every series; Ray's dashboard asks for `model_name`.
     """
 
-    def __init__(self, metrics: Sequence[Metric[S]], model_name: str) -> None:
+    def __init__(self, metrics: Sequence[Metric[S]], labels: Mapping[str, str]) -> None:
         self._metrics = metrics
-        self._model = {"model_name": model_name}
+        self._labels = dict(labels)
         self._gauges: dict[str, ray.util.metrics.Gauge] = {}
 
     async def publish_for_ever(self, read: Callable[[], S]) -> None:
@@ -47,6 +47,6 @@ class RayMetrics(Generic[S]):
                     gauge = self._gauges[series] = ray.util.metrics.Gauge(
                         ray_name(series).removeprefix("ray_"),
                         metric.help_text,
-                        tag_keys=("model_name", *labels),
+                        tag_keys=(*self._labels, *labels),
                     )
-                gauge.set(value, {**self._model, **labels})
+                gauge.set(value, {**self._labels, **labels})

@@ -84,7 +84,8 @@ class Engine:
             raise
         self._tasks.start("bring the hosts back when one dies", self._supervise())
         self._tasks.start("watch over the routers", self._calls.watch_routers())
-        metrics = RayMetrics(ENGINE_METRICS, self._config.model_names[0])
+        labels = {"model_name": self._config.model_names[0], "engine": self._engine_id}
+        metrics = RayMetrics(ENGINE_METRICS, labels)
         self._tasks.start("publish the metrics", metrics.publish_for_ever(self._info))
 
     async def __del__(self) -> None:

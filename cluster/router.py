@@ -314,7 +314,8 @@ class Router:
             await self._link.close()
             raise
         self._tasks = WatchedTasks()
-        metrics = RayMetrics(ROUTER_METRICS, parsed.model_names[0])
+        labels = {"model_name": parsed.model_names[0], "router": router_id}
+        metrics = RayMetrics(ROUTER_METRICS, labels)
         self._tasks.start("publish the metrics", metrics.publish_for_ever(self.service.stats))
         logger.info("Router takes requests for %s.", ", ".join(parsed.model_names))
 

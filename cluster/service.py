@@ -326,8 +326,9 @@ class OpenAIService:
 
     async def exposition(self) -> bytes:
         """The engines' metrics and this router's in Prometheus' text format."""
-        fleet = await self.engine.engine_info()
-        return self._exposition.text(fleet, await self.engine.engines(), self.stats())
+        fleet, engines = await self.engine.engine_info(), await self.engine.engines()
+        # Some milliseconds an engine, which streams should not stand still for.
+        return await self._in_thread(partial(self._exposition.text, fleet, engines, self.stats()))
 
 
 def _includes_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:

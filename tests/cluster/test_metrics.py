@@ -95,8 +95,8 @@ def test_ray_gets_every_series_under_names_that_it_takes(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray.util.metrics.Gauge, "set", record)
     info = engine_info("e", steps_total=4)
     info.stats.restarts_total["silent"] = 2
-    RayMetrics(ENGINE_METRICS, "tiny").publish(info)
-    RayMetrics(ROUTER_METRICS, "tiny").publish(RouterStats())
+    RayMetrics(ENGINE_METRICS, {"model_name": "tiny", "engine": "e"}).publish(info)
+    RayMetrics(ROUTER_METRICS, {"model_name": "tiny", "router": "r"}).publish(RouterStats())
     listed = {series for metric in (*ENGINE_METRICS, *ROUTER_METRICS) for series in metric.series}
     assert {name for name, _ in given} == {series.replace(":", "_") for series in listed}
     assert given["qwen_on_ray_engine_steps_total", ""] == 4
