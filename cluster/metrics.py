@@ -318,7 +318,7 @@ ROUTER_METRICS: tuple[Metric[RouterStats], ...] = (
     Metric(
         name="qwen_on_ray:router_requests",
         kind="counter",
-        help_text="Requests that were answered or refused, by HTTP status.",
+        help_text="Requests that ended, by HTTP status; 499 where the client left before.",
         read=lambda stats: {"200": 0} | stats.requests_total,
         label="status",
     ),

@@ -1,5 +1,6 @@
 """What a request's updates mean for the waiting room, for the metrics and for its timeline."""
 
+import asyncio
 import time
 from types import TracebackType
 from typing import Self
@@ -7,7 +8,7 @@ from typing import Self
 from cluster.admission import Ticket
 from cluster.openai.engine_client import GenerateRequest
 from cluster.openai.generation import ChoiceUpdate
-from cluster.router_stats import RouterStats
+from cluster.router_stats import CLIENT_LEFT, RouterStats
 from cluster.timeline import Timeline
 from engine.stats import count
 
@@ -66,9 +67,11 @@ class RequestWatch:
         if error is None:
             stats.latency_s.observe(time.monotonic() - self._arrival_s)
             stats.count_request(200)
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            stats.count_request(CLIENT_LEFT)
         for index in self._unfinished:
             count(stats.finished_total, "abort")
             if index in self._last_token_s:
                 stats.num_running -= 1
-        self._stats.moved_total += self._timeline.num_moves
+        stats.moved_total += self._timeline.num_moves
         self._timeline.end(error)

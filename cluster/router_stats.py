@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from engine.stats import LATENCY_BOUNDS_S, Histogram, count
 
+CLIENT_LEFT = 499
+"""In the place of an HTTP status, for requests whose client did not wait for their end."""
+
 
 def _latencies() -> Histogram:
     return Histogram.of(LATENCY_BOUNDS_S)
@@ -20,7 +23,8 @@ class RouterStats:
         num_running: Choices that have begun and not ended.
         num_waiting: Choices without a token so far, whether an engine has them or not.
         requests_total: Requests that were answered or refused, by HTTP status. A stream that
-            breaks counts under the status that its error would have had.
+            breaks counts under the status that its error would have had, one whose client left
+            under `CLIENT_LEFT`.
         finished_total: Choices that ended, by how: stop, length or abort (the client left).
         moved_total: Choices that went on in another attempt, because their engine had died.
         special_tokens_in_messages_total: Chat requests whose messages spell out a control token.

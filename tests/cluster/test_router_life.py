@@ -80,6 +80,10 @@ async def test_a_client_that_leaves_amid_a_stream_aborts_its_request(
             await anext(response.aiter_lines())
         await engine.has_closed.wait()
     assert engine.closed_early == [engine.requests[0].request_id]
+    shown = series((await client.get("/metrics")).text)
+    label = f'model_name="{MODEL}",router="router-1"'
+    assert shown[f'qwen_on_ray:router_requests_total{{{label},status="499"}}'] == 1
+    assert shown[f'qwen_on_ray:router_requests_total{{{label},status="200"}}'] == 0
 
 
 async def test_a_request_is_held_until_the_engine_is_ready(

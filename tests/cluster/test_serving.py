@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -334,10 +335,11 @@ async def test_every_panel_has_data_in_a_prometheus_that_scrapes_this(
         router=base_url.removeprefix("http://"),
     ) as prometheus:
         missing = [*panels, *rays]
-        async with asyncio.timeout(TIMEOUT_S):
-            while missing := prometheus.without_data(missing):
-                # Rates need what changes between two scrapes.
-                await complete(client, 20)
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while missing := prometheus.without_data(missing):
+            assert time.monotonic() < deadline_s, missing
+            # Rates need what changes between two scrapes.
+            await complete(client, 20)
         assert prometheus.health_of_targets() == {"ray": ["up"] * len(nodes), "qwen-on-ray": ["up"]}
         assert set(prometheus.alerts().values()) == {"inactive"}
         assert prometheus.query("sum(vllm:generation_tokens_total)")[0] > 0
@@ -388,12 +390,37 @@ def test_the_leader_and_the_routers_hold_no_jax(base_url):
 async def test_nothing_was_compiled_while_all_this_was_served(base_url):
     async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT_S) as client:
         async with asyncio.timeout(TIMEOUT_S):
-            while True:
-                text = (await client.get("/metrics")).text
-                steps = re.search(r"qwen_on_ray:engine_steps_total\{.*\} (\S+)", text)
-                assert steps is not None
-                if float(steps[1]) > 0:
-                    break  # Routers ask the engine each second: this is after its last start.
-    assert re.findall(r"qwen_on_ray:engine_compiles_total\{.*\} (\S+)", text) == ["0.0"]
-    restarts = re.findall(r'qwen_on_ray:engine_restarts_total\{cause="died",.*\} (\S+)', text)
-    assert restarts == ["1.0"]
+            # Routers ask the engine each second: this is after its last start.
+            while (await shown(client, "engine_up")) != 1:
+                await asyncio.sleep(0.1)
+        assert await shown(client, "engine_steps_total") > 0
+        assert await shown(client, "engine_compiles_total") == 0
+
+
+async def test_what_a_killed_rank_has_cost_is_told(base_url, logs: Path):
+    async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT_S) as client:
+        assert await shown(client, "engine_epoch") == 2
+        assert await shown(client, "engine_restarts_total", 'cause="died",') == 1
+        # The stream and the whole answer; they may have been turned away while it restarted.
+        assert await shown(client, "engine_requests_moved_total") >= 2
+        assert await shown(client, "router_choices_moved_total") >= 2
+    router_logs = [path.read_text() for path in logs.glob("serve/replica_*_Router_*.log")]
+    moved = [line for text in router_logs for line in text.splitlines() if "timeline {" in line]
+    visits = [
+        choice["visits"]
+        for line in moved
+        for choice in json.loads(line[line.index("{") :])["choices"]
+        if len(choice["visits"]) > 1
+    ]
+    assert visits
+    for first, last in visits:
+        assert first["attempt"] < last["attempt"]
+        assert (first["epoch"], last["epoch"]) == (1, 2)
+
+
+async def shown(client: httpx.AsyncClient, name: str, labels: str = "") -> float:
+    """The value of a series of this project's own, which has one, at /metrics."""
+    text = (await client.get("/metrics")).text
+    values = re.findall(rf"^qwen_on_ray:{name}\{{{labels}.*\}} (\S+)", text, re.M)
+    assert len(values) == 1, f"{name}: {values}"
+    return float(values[0])
