@@ -108,7 +108,8 @@ class OpenAIService:
         with self._admit(body, num_prompts=1) as ticket:
             arrival_s = time.monotonic()
             info = await self._ready_info()
-            prompt = await self._in_thread(partial(self._encode_chat, body))
+            prompt, has_special = await self._in_thread(partial(self._encode_chat, body))
+            self._stats.special_tokens_in_messages_total += has_special
             request = self._make_request(
                 body, request_id, [prompt], "messages", info, ticket, caller
             )
@@ -235,13 +236,13 @@ class OpenAIService:
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _encode_chat(self, body: ChatCompletionRequest) -> list[int]:
+    def _encode_chat(self, body: ChatCompletionRequest) -> tuple[list[int], bool]:
+        """The prompt, and whether a message spells out a control token; runs in a thread."""
         prompt = self._tokenizer.encode(render_messages(body, self._template))
-        if any(self._tokenizer.find_special(message.content or "") for message in body.messages):
-            self._stats.special_tokens_in_messages_total += 1
         if not prompt:
             raise RequestError("The chat template made an empty prompt.", param="messages")
-        return prompt
+        contents = (message.content or "" for message in body.messages)
+        return prompt, any(self._tokenizer.find_special(content) for content in contents)
 
     def _make_request(
         self,
