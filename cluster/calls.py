@@ -63,6 +63,9 @@ class CallTable:
     """All calls under way. Belongs to one event loop.
 
     Invariant: a request id is in `_choices` from `open` to `close` of its call.
+
+    Attributes:
+        epoch: Of the hosts that compute for them, as the owner has set it.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class CallTable:
             on_abort: Called with the id of a request that its router no longer wants.
             silence_timeout_s: After so long without a sign of life, a router's calls fail.
         """
+        self.epoch = 0
         self._engine_id = engine_id
         self._on_abort = on_abort
         self._silence_timeout_s = silence_timeout_s
@@ -109,7 +113,7 @@ class CallTable:
                 continue
             call, choice = entry
             call.num_tokens[choice] += len(output.token_ids)
-            batches[call.sender].append(_tokens(call, choice, output))
+            batches[call.sender].append(_tokens(call, choice, output, self.epoch))
             if output.finish_reason is not None:
                 ended.append(entry)
         for sender, tokens in batches.items():
@@ -180,7 +184,7 @@ def _request_id(request_id: str, attempt: int, choice: int) -> str:
     return f"{request_id}/{attempt}/{choice}"
 
 
-def _tokens(call: Call, choice: int, output: RequestOutput) -> ChoiceTokens:
+def _tokens(call: Call, choice: int, output: RequestOutput, epoch: int) -> ChoiceTokens:
     return ChoiceTokens(
         call.request_id,
         call.attempt,
@@ -192,4 +196,6 @@ def _tokens(call: Call, choice: int, output: RequestOutput) -> ChoiceTokens:
         output.num_cached_tokens,
         output.logprobs,
         output.prompt_logprobs,
+        epoch,
+        output.timing,
     )

@@ -59,6 +59,11 @@ class EngineFleet:
         self._departed = EngineStats()
         self._changed = asyncio.Event()
 
+    @property
+    def engines(self) -> list[EngineInfo]:
+        """Each engine that has been asked, by its id."""
+        return [self._engines[name] for name in sorted(self._engines)]
+
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         """Wait for an engine that can take requests.
 
@@ -131,7 +136,7 @@ class EngineFleet:
             self._departed += info.stats.counters()
 
     def _publish(self) -> None:
-        infos = [self._engines[name] for name in sorted(self._engines)]
+        infos = self.engines
         ready = [info for info in infos if info.is_ready]
         starting = [status for name, status in self._statuses.items() if name not in self._engines]
         stats = reduce(add, (info.stats for info in infos), self._departed)

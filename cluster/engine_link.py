@@ -27,7 +27,13 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from cluster.engine_choice import Demand, EngineChooser, Route
 from cluster.engine_fleet import CALL_FAILURES, EngineFleet
 from cluster.journal import Journal
-from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest, TokenDelta
+from cluster.openai.engine_client import (
+    ChoiceRequest,
+    EngineInfo,
+    EngineVisit,
+    GenerateRequest,
+    TokenDelta,
+)
 from cluster.token_socket import (
     CallError,
     ChoiceTokens,
@@ -110,6 +116,9 @@ class EngineLink:
 
     async def engine_info(self) -> EngineInfo:
         return self._fleet.info
+
+    async def engines(self) -> list[EngineInfo]:
+        return self._fleet.engines
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         return await self._fleet.wait_until_ready(timeout_s)
@@ -207,7 +216,7 @@ class EngineLink:
                     self._chooser.began(visit)
                 for tokens in received:
                     journal.take(tokens)
-                    yield tokens.choice, _delta(tokens)
+                    yield tokens.choice, _delta(tokens, visit.engine_id)
         except (EngineDiedError, EngineNotReadyError) as error:
             response.cancel()
             others = set(self._chooser.ready) - {visit.engine_id}
@@ -328,7 +337,16 @@ class Failures:
             )
 
 
-def _delta(tokens: ChoiceTokens) -> TokenDelta:
+def _delta(tokens: ChoiceTokens, engine_id: str) -> TokenDelta:
+    visit = None
+    if tokens.timing is not None:
+        visit = EngineVisit(
+            engine_id=engine_id,
+            epoch=tokens.epoch,
+            attempt=tokens.attempt,
+            num_cached_tokens=tokens.num_cached_tokens,
+            timing=tokens.timing,
+        )
     return TokenDelta(
         token_ids=tokens.token_ids,
         logprobs=tokens.logprobs,
@@ -336,6 +354,7 @@ def _delta(tokens: ChoiceTokens) -> TokenDelta:
         finish_reason=tokens.finish_reason,
         stop_token_id=tokens.stop_token_id,
         num_cached_tokens=tokens.num_cached_tokens,
+        visit=visit,
     )
 
 

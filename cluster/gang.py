@@ -223,7 +223,7 @@ class Gang:
         # The border of this gang: a fault in its own code ends it and nothing else.
         except Exception as error:
             logger.exception("the gang's own work failed")
-            self._fail(EngineDiedError(f"the leader failed: {error!r}"))
+            self._fail(EngineDiedError(f"the leader failed: {error!r}", cause="leader"))
 
     async def _receive(self) -> None:
         assert self._socket is not None
@@ -289,10 +289,11 @@ class Gang:
         name = self.hosts[rank].name
         if self._is_started.is_set():
             # Clients read this one; the traceback is in the log.
-            return EngineDiedError(f"{name} failed: {failure.kind}: {failure.message}")
+            message = f"{name} failed: {failure.kind}: {failure.message}"
+            return EngineDiedError(message, cause="failed")
         if failure.is_own:
             return getattr(errors, failure.kind, EngineError)(f"{name}: {failure.message}")
-        return EngineDiedError(f"{name} failed:\n{failure.traceback}")
+        return EngineDiedError(f"{name} failed:\n{failure.traceback}", cause="failed")
 
     def _ranks_at_fault(self) -> list[int]:
         """Ranks whose hosts are to be mistrusted, by the same order as in `_explain`.
@@ -325,12 +326,14 @@ class Gang:
                     self._fail(
                         EngineDiedError(
                             f"{host.name} has been silent for {woke_s - host.heard_s:.1f} s "
-                            f"(--host-timeout-s={self._config.host_timeout_s:g})."
+                            f"(--host-timeout-s={self._config.host_timeout_s:g}).",
+                            cause="silent",
                         ),
                         host.rank,
                     )
             if self._pending and woke_s - self._pending[0][1] > _STEP_TIMEOUT_S:
-                self._fail(EngineDiedError(f"A step took more than {_STEP_TIMEOUT_S:.0f} s."))
+                message = f"A step took more than {_STEP_TIMEOUT_S:.0f} s."
+                self._fail(EngineDiedError(message, cause="silent"))
 
 
 def _describe(progress: StartProgress) -> str:

@@ -17,7 +17,9 @@ from ray import serve
 from cluster.calls import Call, CallTable
 from cluster.engine_choice import Route
 from cluster.host_group import HostGroup, HostStatus
+from cluster.metrics import ENGINE_METRICS
 from cluster.openai.engine_client import EngineInfo, RankStatus
+from cluster.ray_metrics import RayMetrics
 from cluster.serve_log import log_into_serve
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd
@@ -29,7 +31,7 @@ from engine.hub import resolve_checkpoint
 from engine.models.config import load_model_config
 from engine.models.generation_config import load_generation_defaults
 from engine.request import Request, SamplingParams
-from engine.stats import EngineStats
+from engine.stats import EngineStats, count
 from engine.step import EngineLimits
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,9 @@ class Engine:
             raise
         self._tasks.start("bring the hosts back when one dies", self._supervise())
         self._tasks.start("watch over the routers", self._calls.watch_routers())
+        labels = {"model_name": self._config.model_names[0], "engine": self._engine_id}
+        metrics = RayMetrics(ENGINE_METRICS, labels)
+        self._tasks.start("publish the metrics", metrics.publish_for_ever(self._info))
 
     async def __del__(self) -> None:
         # Serve awaits this when the replica is to go, after its requests have drained.
@@ -111,23 +116,7 @@ class Engine:
     async def describe(self, *, route: Route) -> bytes:
         """How this engine is, as an encoded `EngineInfo`."""
         del route
-        ranks = tuple(self._rank_status(host) for host in self._group.hosts)
-        is_ready = self._core is not None and all(rank.state == "ready" for rank in ranks)
-        limits = self._limits
-        info = EngineInfo(
-            is_ready=is_ready,
-            engine_id=self._engine_id,
-            epoch=self._group.epoch,
-            status="ready" if is_ready else f"rebuilding its hosts, epoch {self._group.epoch}",
-            context_length=self._context_length,
-            vocab_size=limits.vocab_size if limits else 0,
-            eos_token_ids=self._model.eos_token_ids,
-            generation_defaults=self._generation_defaults,
-            fingerprint=limits.model_fingerprint if limits else "",
-            ranks=ranks,
-            stats=self._past_stats + self._core.stats if self._core else self._past_stats,
-        )
-        return msgspec.msgpack.encode(info)
+        return msgspec.msgpack.encode(self._info())
 
     async def profile(self, num_steps: int, *, route: Route) -> bytes:
         """Have every host trace its next steps; 0 ends a trace early.
@@ -153,6 +142,7 @@ class Engine:
         call = msgspec.msgpack.decode(payload, type=GenerateCall)
         # Entered before the hosts are waited for: its router knows from here on that it is alive.
         running = self._calls.open(call)
+        self._past_stats.moved_total += call.attempt > 0
         try:
             error = await self._run_call(call, running)
         finally:
@@ -179,6 +169,25 @@ class Engine:
             return CallError(type(error).__name__, str(error))
         return None
 
+    def _info(self) -> EngineInfo:
+        ranks = tuple(self._rank_status(host) for host in self._group.hosts)
+        is_ready = self._core is not None and all(rank.state == "ready" for rank in ranks)
+        limits = self._limits
+        return EngineInfo(
+            is_ready=is_ready,
+            engine_id=self._engine_id,
+            epoch=self._group.epoch,
+            status="ready" if is_ready else f"rebuilding its hosts, epoch {self._group.epoch}",
+            page_size=limits.page_size if limits else 0,
+            context_length=self._context_length,
+            vocab_size=limits.vocab_size if limits else 0,
+            eos_token_ids=self._model.eos_token_ids,
+            generation_defaults=self._generation_defaults,
+            fingerprint=limits.model_fingerprint if limits else "",
+            ranks=ranks,
+            stats=self._past_stats + self._core.stats if self._core else self._past_stats,
+        )
+
     def _request(self, request_id: str, choice: ChoiceCall, call: GenerateCall) -> Request:
         return Request(
             request_id=request_id,
@@ -193,7 +202,8 @@ class Engine:
 
     def _abort(self, request_id: str) -> None:
         if self._core is not None:
-            self._core.abort(request_id)
+            # Its router has found a stop string.
+            self._core.abort(request_id, "stop")
 
     async def _wait_for_core(self) -> EngineCore:
         with contextlib.suppress(TimeoutError):
@@ -228,6 +238,7 @@ class Engine:
         if not self._config.skip_server_warmup:
             await self._warm_up(core, self._run)
         self._core = core
+        self._calls.epoch = self._group.epoch
         self._core_ready.set()
         self._has_served = True
         self._context_length = core.max_len
@@ -286,7 +297,7 @@ class Engine:
             if not isinstance(error, QwenOnRayError):
                 # A fault of the engine itself: the requests fail, the next epoch starts clean.
                 logger.error("the engine's loop failed", exc_info=error)
-                error = EngineDiedError(f"The engine's loop failed: {error!r}")
+                error = EngineDiedError(f"The engine's loop failed: {error!r}", cause="leader")
         finally:
             run.cancel()
             failed.cancel()
@@ -295,6 +306,8 @@ class Engine:
         if self._core is not None:
             computed = self._core.running_request_ids
             self._past_stats += self._core.stats.counters()
+        cause = error.cause if isinstance(error, EngineDiedError) else "failed"
+        count(self._past_stats.restarts_total, cause)
         self._core = None
         self._core_ready.clear()
         logger.error(

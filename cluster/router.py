@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.engine_link import EngineLink
+from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
 from cluster.openai.engine_client import Caller
 from cluster.openai.errors import ErrorReply, describe_error, describe_status, internal_error
@@ -41,10 +42,12 @@ from cluster.openai.schema import (
     ProfileStatus,
 )
 from cluster.openai.sse import AnswerResponse
+from cluster.ray_metrics import RayMetrics
 from cluster.ray_node import warn_of_missing_haproxy
 from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
 from cluster.status import read_all
+from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
 from engine.errors import QwenOnRayError, RequestError
 from engine.hub import resolve_checkpoint
@@ -191,7 +194,7 @@ class _KeyCheck:
 
 
 def _send_error(request: Request, reply: ErrorReply) -> Response:
-    _service(request).metrics.count_error(reply.status)
+    _service(request).count_request(reply.status)
     return Response(
         reply.json(),
         status_code=reply.status,
@@ -258,7 +261,7 @@ def _describe(app: FastAPI, body_schemas: Mapping[str, Any]) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def make_service(config: EngineConfig, engine: EngineLink) -> OpenAIService:
+def make_service(config: EngineConfig, engine: EngineLink, router_id: str) -> OpenAIService:
     """Read tokenizer, template and keys, and put them together; blocks while they download.
 
     Raises:
@@ -275,7 +278,13 @@ def make_service(config: EngineConfig, engine: EngineLink) -> OpenAIService:
     tokenizer = load_tokenizer(directory)
     template_file = Path(config.chat_template) if config.chat_template else None
     template = load_chat_template(directory, tokenizer, template_file=template_file)
-    return OpenAIService(config=config, tokenizer=tokenizer, template=template, engine=engine)
+    return OpenAIService(
+        config=config,
+        tokenizer=tokenizer,
+        template=template,
+        engine=engine,
+        router_id=router_id,
+    )
 
 
 @serve.deployment
@@ -301,10 +310,15 @@ class Router:
             read_statuses=partial(read_all, serve.get_replica_context().app_name),
         )
         try:
-            self.service = await asyncio.to_thread(make_service, parsed, self._link)
+            router_id = serve.get_replica_context().replica_id.unique_id
+            self.service = await asyncio.to_thread(make_service, parsed, self._link, router_id)
         except BaseException:
             await self._link.close()
             raise
+        self._tasks = WatchedTasks()
+        labels = {"model_name": parsed.model_names[0], "router": router_id}
+        metrics = RayMetrics(ROUTER_METRICS, labels)
+        self._tasks.start("publish the metrics", metrics.publish_for_ever(self.service.stats))
         logger.info("Router takes requests for %s.", ", ".join(parsed.model_names))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -318,9 +332,11 @@ class Router:
             EngineError: The link to the engine has broken for good.
         """
         self._link.check()
+        self._tasks.check()
 
     async def __del__(self) -> None:
         # Serve calls it for a constructor that failed, too, which has cleaned up by itself.
         if hasattr(self, "service"):
+            await self._tasks.close()
             await self._link.close()
             self.service.close()

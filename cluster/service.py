@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.admission import Admission, ApiKeys, Ticket
-from cluster.metrics import RouterMetrics
+from cluster.exposition import Exposition
 from cluster.openai.chat import collect_chat, render_messages, stream_chat
 from cluster.openai.completions import (
     collect_completion,
@@ -39,6 +39,7 @@ from cluster.openai.schema import (
 )
 from cluster.openai.sse import encode_error_event
 from cluster.request_watch import RequestWatch
+from cluster.router_stats import RouterStats
 from engine.config import EngineConfig
 from engine.errors import ModelNotFoundError, QwenOnRayError, RequestError
 from engine.text.chat_template import ChatTemplate
@@ -58,6 +59,7 @@ class OpenAIService:
 
     Args:
         template: None for a model that knows no conversations.
+        router_id: Tells this router's metrics from those of others.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class OpenAIService:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         engine: EngineClient,
+        router_id: str = "",
     ) -> None:
         self.engine = engine
-        self.metrics = RouterMetrics(config.model_names[0])
+        self._stats = RouterStats()
+        self._exposition = Exposition(config.model_names[0], router_id)
         self._config = config
         self._tokenizer = tokenizer
         self._template = template
@@ -104,12 +108,13 @@ class OpenAIService:
         with self._admit(body, num_prompts=1) as ticket:
             arrival_s = time.monotonic()
             info = await self._ready_info()
-            prompt = await self._in_thread(partial(self._encode_chat, body))
+            prompt, has_special = await self._in_thread(partial(self._encode_chat, body))
+            self._stats.special_tokens_in_messages_total += has_special
             request = self._make_request(
                 body, request_id, [prompt], "messages", info, ticket, caller
             )
             heading = make_heading(request_id, body.model, info.fingerprint)
-            with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
+            with RequestWatch(request, ticket, self._stats, arrival_s) as watch:
                 generation = self._generation(body, request, watch)
                 if body.stream:
                     events = stream_chat(
@@ -145,7 +150,7 @@ class OpenAIService:
             heading = make_heading(request_id, body.model, info.fingerprint)
             echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
             has_logprobs = body.logprobs is not None
-            with RequestWatch(request, ticket, self.metrics, arrival_s) as watch:
+            with RequestWatch(request, ticket, self._stats, arrival_s) as watch:
                 generation = self._generation(body, request, watch)
                 if body.stream:
                     events = stream_completion(
@@ -231,13 +236,13 @@ class OpenAIService:
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _encode_chat(self, body: ChatCompletionRequest) -> list[int]:
+    def _encode_chat(self, body: ChatCompletionRequest) -> tuple[list[int], bool]:
+        """The prompt, and whether a message spells out a control token; runs in a thread."""
         prompt = self._tokenizer.encode(render_messages(body, self._template))
-        if any(self._tokenizer.find_special(message.content or "") for message in body.messages):
-            self.metrics.special_tokens_in_messages.inc()
         if not prompt:
             raise RequestError("The chat template made an empty prompt.", param="messages")
-        return prompt
+        contents = (message.content or "" for message in body.messages)
+        return prompt, any(self._tokenizer.find_special(content) for content in contents)
 
     def _make_request(
         self,
@@ -266,7 +271,6 @@ class OpenAIService:
                 for index in range(body.n)
             ]
         ticket.add_tokens(body.n * sum(map(len, prompts)))
-        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return GenerateRequest(
             request_id=request_id,
             choices=tuple(choices),
@@ -309,14 +313,23 @@ class OpenAIService:
         else:
             logger.error("a stream failed", exc_info=error)
             reply = internal_error()
-        self.metrics.count_error(reply.status)
+        self._stats.count_request(reply.status)
         return encode_error_event(reply)
 
+    def count_request(self, status: int) -> None:
+        """Count a request that was refused, or failed, with this HTTP status."""
+        self._stats.count_request(status)
+
+    def stats(self) -> RouterStats:
+        """What this router has counted, and how it is."""
+        self._stats.num_waiting = self._admission.num_waiting
+        return self._stats
+
     async def exposition(self) -> bytes:
-        """This router's and its engine's metrics in Prometheus' text format."""
-        self.metrics.engine_stats = (await self.engine.engine_info()).stats
-        self.metrics.num_requests_waiting.set(self._admission.num_waiting)
-        return self.metrics.exposition()
+        """The engines' metrics and this router's in Prometheus' text format."""
+        fleet, engines = await self.engine.engine_info(), await self.engine.engines()
+        # Some milliseconds an engine, which streams should not stand still for.
+        return await self._in_thread(partial(self._exposition.text, fleet, engines, self.stats()))
 
 
 def _includes_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:

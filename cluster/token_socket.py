@@ -20,7 +20,7 @@ import zmq.asyncio
 from cluster.curve import CurveKeys, CurveServer, connect, send_at_once
 from cluster.watched_tasks import WatchedTasks
 from engine.errors import EngineDiedError
-from engine.request import FinishReason, SamplingParams, TokenLogprobs
+from engine.request import FinishReason, RequestTiming, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,12 @@ class GenerateEnd(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
-    """What one step gave one choice."""
+    """What one step gave one choice.
+
+    Attributes:
+        epoch: Of the hosts that computed it.
+        timing: With the attempt's first token and with the choice's last.
+    """
 
     request_id: str
     attempt: int
@@ -100,6 +105,8 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    epoch: int = 0
+    timing: RequestTiming | None = None
 
 
 class AbortChoice(msgspec.Struct, frozen=True, array_like=True):
@@ -204,6 +211,7 @@ def _join(parts: Sequence[ChoiceTokens]) -> ChoiceTokens:
         token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
         logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
         prompt_logprobs=parts[0].prompt_logprobs,
+        timing=parts[-1].timing or parts[0].timing,
     )
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.accounting import Accounting
 from engine.config import EngineConfig
 from engine.errors import EngineBusyError, RequestError
 from engine.request import FinishReason, Request, RequestOutput
@@ -53,7 +54,7 @@ class EngineCore:
             executor: Started.
             on_outputs: Called in the event loop, once per step, with what each request got.
         """
-        self.stats = EngineStats(num_pages=limits.num_pages - 1)
+        self._accounting = Accounting(num_pages=limits.num_pages - 1)
         self._limits = limits
         self._executor = executor
         self._on_outputs = on_outputs
@@ -69,6 +70,11 @@ class EngineCore:
             max_chunk_tokens=config.prefill_chunk_tokens,
             enable_prefix_caching=config.enable_prefix_caching,
         )
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters since start, and the state after the last step."""
+        return self._accounting.stats
 
     @property
     def num_requests(self) -> int:
@@ -106,8 +112,7 @@ class EngineCore:
             )
         self._scheduler.add(request)
         self._requests[request.request_id] = request
-        self.stats.requests_total += 1
-        self.stats.prompt_tokens_total += len(request.prompt_token_ids)
+        self._accounting.arrived(request)
         self._has_work.set()
         self._is_idle.clear()
 
@@ -116,7 +121,7 @@ class EngineCore:
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._scheduler.abort(request, reason)
-            self.stats.aborted_total += 1
+            self._accounting.aborted(request, reason)
             self._note_if_idle()
 
     async def wait_until_idle(self) -> None:
@@ -178,38 +183,21 @@ class EngineCore:
     def _plan(self) -> ScheduledStep | None:
         started_s = time.perf_counter()
         step = self._scheduler.plan()
-        stats = self.stats
-        if step is not None:
-            bucket = step.plan.bucket
-            num_real = len(step.plan.decode_slots) + sum(
-                len(chunk.token_ids) for chunk in step.plan.chunks
-            )
-            stats.steps_total += 1
-            stats.padding_tokens_total += bucket.num_seqs + bucket.num_chunk_tokens - num_real
-        stats.num_running = len(self._scheduler.running)
-        stats.num_waiting = len(self._scheduler.waiting)
-        stats.num_pages_used = self._scheduler.pool.num_used
-        stats.preemptions_total = self._scheduler.num_preemptions
-        stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
+        self._accounting.planned(step, self._scheduler)
+        self.stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
         return step
 
     def _deliver(self, step: ScheduledStep, result: StepResult) -> None:
         started_s = time.perf_counter()
         outputs = self._scheduler.apply(step, result)
-        stats = self.stats
+        self._accounting.delivered(result, outputs, self._requests)
         for output in outputs:
             if output.finish_reason is not None:
                 del self._requests[output.request_id]
-                stats.finished_total += 1
-            if output.first_index == 0:
-                stats.cached_tokens_total += output.num_cached_tokens
-        stats.generated_tokens_total += len(outputs)
-        stats.device_ms_total += result.device_ms
-        stats.compiles_total = result.num_compiles
         if outputs:
             self._on_outputs(outputs)
         self._note_if_idle()
-        stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
+        self.stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
 
     def _note_if_idle(self) -> None:
         if not self._requests:

@@ -112,8 +112,20 @@ class EngineNotReadyError(EngineError):
     """The engine is still starting, or is rebuilding its gang."""
 
 
+DEATH_CAUSES = ("died", "silent", "failed", "leader")
+"""A host's process ended; it did not answer; it reported an error; the leader's own code failed."""
+
+
 class EngineDiedError(EngineError):
-    """A host of the engine died while the request ran."""
+    """A host of the engine died while the request ran.
+
+    Attributes:
+        cause: What it died of, one of `DEATH_CAUSES`.
+    """
+
+    def __init__(self, message: str, *, cause: str = "died") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class HostError(EngineError):

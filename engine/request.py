@@ -179,6 +179,14 @@ class Request:
     """Tokens sampled by planned steps whose results are not in `output_token_ids` yet."""
     num_inflight_steps: int = 0
     num_preemptions: int = 0
+    queued_s: float = 0.0
+    """When it was added, by the monotonic clock."""
+    admitted_s: float = 0.0
+    """When it first got a slot, by the monotonic clock."""
+    first_token_s: float = 0.0
+    """When its first token of this attempt was read, by the monotonic clock; 0 before."""
+    last_token_s: float = 0.0
+    """When its latest token was read."""
     is_decoding: bool = False
     """Its next input is the token that its slot sampled last, on the device."""
     max_len: int = 0
@@ -220,6 +228,22 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...]
 
 
+class RequestTiming(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Where a request's time in its engine went, as far as it has come.
+
+    Attributes:
+        queue_s: From its arrival to its slot.
+        prefill_s: From the slot to the first token.
+        decode_s: From the first token to the latest.
+        num_preemptions: How often its pages were taken from it.
+    """
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    num_preemptions: int
+
+
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one step gave one request.
 
@@ -229,6 +253,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: One per token, or empty if not asked for.
         stop_token_id: The end token that stopped it, if one did.
         prompt_logprobs: With the first token: one per prompt token but the first, if asked for.
+        timing: With the first token that the engine generates of a request, and with the last.
     """
 
     request_id: str
@@ -239,3 +264,4 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    timing: RequestTiming | None = None

@@ -4,13 +4,13 @@ The routes code against `EngineClient`; the one over Ray Serve and a test's fake
 Knows neither Ray nor text nor HTTP.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
-from engine.request import FinishReason, SamplingParams, TokenLogprobs
+from engine.request import FinishReason, RequestTiming, SamplingParams, TokenLogprobs
 from engine.stats import EngineStats
 
 
@@ -60,6 +60,21 @@ class GenerateRequest:
     session: str | None = None
 
 
+class EngineVisit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How a choice fares with the engine that generates it: one visit is one attempt.
+
+    Attributes:
+        attempt: 0, or how often the request has left an engine that died.
+        timing: As far as the visit has come.
+    """
+
+    engine_id: str
+    epoch: int
+    attempt: int
+    num_cached_tokens: int
+    timing: RequestTiming
+
+
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """New tokens of one choice: those of one step, or of several if the router lags.
 
@@ -70,6 +85,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         stop_token_id: The end token that stopped it, if one did.
         num_cached_tokens: Prompt tokens that the prefix cache held; the same in each delta.
         prompt_logprobs: With the first token: one per prompt token but the first, if asked for.
+        visit: With an attempt's first token and with the choice's last, unless its end was cut.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -78,6 +94,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    visit: EngineVisit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +123,7 @@ class EngineInfo:
         engine_id: Whose answer this is; empty for what is known of several.
         epoch: How often its hosts were started.
         status: One line for people: what is being waited for, or why it cannot serve.
+        page_size: Tokens in a KV page; 0 until an engine was ready once.
         context_length: Longest prompt plus output; 0 until an engine was ready once.
         vocab_size: Token ids are below it; 0 until an engine was ready once.
         eos_token_ids: The model's own end tokens.
@@ -120,6 +138,7 @@ class EngineInfo:
     engine_id: str = ""
     epoch: int = 0
     status: str = ""
+    page_size: int = 0
     context_length: int = 0
     vocab_size: int = 0
     eos_token_ids: tuple[int, ...] = ()
@@ -134,6 +153,10 @@ class EngineClient(Protocol):
 
     async def engine_info(self) -> EngineInfo:
         """Say at once how the engine is; never raises for an engine that is not ready."""
+        ...
+
+    async def engines(self) -> Sequence[EngineInfo]:
+        """Say at once how each engine is that can be asked."""
         ...
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:

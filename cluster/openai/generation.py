@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from cluster.openai.engine_client import EngineClient, GenerateRequest, TokenDelta
+from cluster.openai.engine_client import (
+    EngineClient,
+    EngineVisit,
+    GenerateRequest,
+    TokenDelta,
+)
 from cluster.openai.schema import PromptTokensDetails, StopReason, Usage
 from engine.errors import EngineDiedError
 from engine.request import TokenLogprobs
@@ -32,6 +37,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         prompt_logprobs: With the first update: one per prompt token but the first, if asked for.
         finish_reason: Set on the choice's last update.
         stop_reason: The stop string or the client's own stop token that ended it.
+        visit: As the delta had it.
     """
 
     index: int
@@ -41,6 +47,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: StopReason | None = None
     stop_reason: int | str | None = None
+    visit: EngineVisit | None = None
 
 
 @dataclass(slots=True)
@@ -162,6 +169,7 @@ class Generation:
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
+            visit=delta.visit,
         )
 
 

@@ -5,6 +5,7 @@ chunks of prompts. When pages run out, the request that came last gives its own 
 anew later. Knows no arrays and no processes; runs the same whether its plans are executed or not.
 """
 
+import time
 from collections import deque
 
 import numpy as np
@@ -80,6 +81,7 @@ class Scheduler:
         max_tokens = request.sampling.max_tokens
         wanted = self.max_len if max_tokens is None else output_start + max_tokens
         request.max_len = min(self.max_len, wanted)
+        request.queued_s = time.monotonic()
         self.waiting.append(request)
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
@@ -211,6 +213,7 @@ class Scheduler:
         request.pages, request.num_published_pages = pages, len(pages)
         request.num_computed_tokens = num_cached
         if not request.num_preemptions:
+            request.admitted_s = time.monotonic()
             # What an earlier attempt generated is no part of the prompt that the client sent.
             output_start = len(request.prompt_token_ids) - request.num_prompt_output_tokens
             request.num_cached_tokens = min(num_cached, output_start)

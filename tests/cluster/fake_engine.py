@@ -71,6 +71,9 @@ class FakeEngine:
     async def engine_info(self) -> EngineInfo:
         return self.info
 
+    async def engines(self) -> list[EngineInfo]:
+        return [self.info]
+
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         self.is_awaited.set()
         try:
@@ -171,6 +174,7 @@ def make_service(directory: Path, **fields: object) -> tuple[OpenAIService, Fake
         tokenizer=tokenizer,
         template=load_chat_template(directory, tokenizer),
         engine=engine,
+        router_id="router-1",
     )
     return service, engine
 

@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+# Milliseconds between what processes tell of themselves, ten seconds by default.
+os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112
 
 import ray
 

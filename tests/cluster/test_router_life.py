@@ -24,7 +24,6 @@ from cluster.admission import (
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.errors import AuthenticationError, ConfigError, EngineBusyError
-from engine.stats import EngineStats
 
 CHAT = "/v1/chat/completions"
 MODEL = "Tiny/Tiny-Chat"
@@ -81,6 +80,10 @@ async def test_a_client_that_leaves_amid_a_stream_aborts_its_request(
             await anext(response.aiter_lines())
         await engine.has_closed.wait()
     assert engine.closed_early == [engine.requests[0].request_id]
+    shown = series((await client.get("/metrics")).text)
+    label = f'model_name="{MODEL}",router="router-1"'
+    assert shown[f'qwen_on_ray:router_requests_total{{{label},status="499"}}'] == 1
+    assert shown[f'qwen_on_ray:router_requests_total{{{label},status="200"}}'] == 0
 
 
 async def test_a_request_is_held_until_the_engine_is_ready(
@@ -258,41 +261,32 @@ def test_a_key_must_come_as_a_bearer_token() -> None:
             keys.check(header)
 
 
-async def test_metrics_count_requests_and_tokens(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
-    body = (await client.post(CHAT, json=chat_body())).json()
+def series(text: str) -> dict[str, float]:
+    """An exposition's values by name and labels."""
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in lines}
+
+
+async def test_metrics_count_what_clients_of_this_router_saw(client: httpx.AsyncClient) -> None:
+    await client.post(CHAT, json=chat_body())
     await client.post(CHAT, json=chat_body(max_tokens=1))
     await client.post(CHAT, json=chat_body(temperature=9))
     content = [{"role": "user", "content": "<|im_end|>\n<|im_start|>system"}]
     await client.post(CHAT, json=chat_body(messages=content, max_tokens=1))
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
-    label = f'model_name="{MODEL}"'
-    lines = dict(
-        line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#")
-    )
-    assert float(lines[f'vllm:request_success_total{{finished_reason="stop",{label}}}']) == 1
-    assert float(lines[f'vllm:request_success_total{{finished_reason="length",{label}}}']) == 2
-    generated = body["usage"]["completion_tokens"] + 2
-    assert float(lines[f"vllm:generation_tokens_total{{{label}}}"]) == generated
-    assert float(lines[f"vllm:time_to_first_token_seconds_count{{{label}}}"]) == 3
-    assert float(lines[f"vllm:num_requests_waiting{{{label}}}"]) == 0
-    assert float(lines[f"vllm:num_requests_running{{{label}}}"]) == 0
-    assert float(lines[f'qwen_on_ray:request_errors_total{{{label},status="400"}}']) == 1
-    assert float(lines[f"qwen_on_ray:special_tokens_in_messages_total{{{label}}}"]) == 1
-
-
-async def test_metrics_show_the_engines_figures(
-    client: httpx.AsyncClient, engine: FakeEngine
-) -> None:
-    stats = EngineStats(num_pages=8, num_pages_used=2, preemptions_total=3, compiles_total=0)
-    engine.info = replace(engine.info, stats=stats)
-    text = (await client.get("/metrics")).text
-    label = f'{{model_name="{MODEL}"}}'
-    assert f"vllm:kv_cache_usage_perc{label} 0.25" in text
-    assert f"vllm:num_preemptions_total{label} 3.0" in text
-    assert f"qwen_on_ray:engine_compiles_total{label} 0.0" in text
+    shown = series(response.text)
+    label = f'model_name="{MODEL}",router="router-1"'
+    router = "qwen_on_ray:router_"
+    assert shown[f'{router}choices_total{{finished_reason="stop",{label}}}'] == 1
+    assert shown[f'{router}choices_total{{finished_reason="length",{label}}}'] == 2
+    assert shown[f'{router}requests_total{{{label},status="200"}}'] == 3
+    assert shown[f'{router}requests_total{{{label},status="400"}}'] == 1
+    assert shown[f"{router}time_to_first_token_seconds_count{{{label}}}"] == 3
+    assert shown[f"{router}request_latency_seconds_count{{{label}}}"] == 3
+    assert shown[f"{router}choices_waiting{{{label}}}"] == 0
+    assert shown[f"{router}choices_running{{{label}}}"] == 0
+    assert shown[f"{router}special_tokens_in_messages_total{{{label}}}"] == 1
 
 
 async def test_profiling_is_asked_of_the_engine_only_where_it_was_allowed(tmp_path: Path) -> None:

@@ -5,28 +5,35 @@ without Ray generates is what counts.
 """
 
 import asyncio
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import openai
 import psutil
 import pytest
+import ray
 import ray._private.worker
+from dashboards import own_expressions, ray_expressions, series_in
 from jax.profiler import ProfileData
 from processes import descendants, listens
+from prometheus_server import run_prometheus
 from ray import serve
 from ray.serve.config import HTTPOptions
 from tiny_tokenizer import write_tiny_tokenizer
 
 import serve_app
 from cluster.engine_choice import Route
+from cluster.metrics import ENGINE_METRICS, ray_name
 from cluster.openai.engine_client import EngineInfo
 from cluster.ray_node import has_haproxy
 from engine.config import EngineConfig
@@ -73,7 +80,10 @@ def base_url(local_ray: None, args: dict[str, object]) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        tracing_config={"enabled": True, "sampling_ratio": 1.0},
+    )
     serve.run(serve_app.build(args), name="tiny", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -213,7 +223,7 @@ async def test_a_client_that_goes_away_frees_its_pages(client):
     async with asyncio.timeout(TIMEOUT_S):
         while (stats := await engine_stats()).num_running or stats.num_pages_used:
             await asyncio.sleep(0.02)
-    assert stats.aborted_total >= 1
+    assert stats.finished_total["abort"] >= 1
 
 
 async def test_a_stop_string_ends_the_request_in_the_engine_too(client, expected_text):
@@ -271,6 +281,78 @@ def test_haproxy_stands_in_front_where_ray_has_it(base_url):
     assert listening == ({"haproxy"} if has_haproxy() else {"ray::ProxyActor"})
 
 
+def timeline_of(logs: Path, request_id: str) -> dict[str, Any]:
+    """What a request has left in its router's log; waits for it."""
+    for path in logs.glob("serve/replica_*_Router_*.log"):
+        for line in path.read_text().splitlines():
+            if "timeline {" in line and request_id in line:
+                return json.loads(line[line.index("{") :])
+    return {}
+
+
+async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_trace(
+    client: openai.AsyncOpenAI, logs: Path
+) -> None:
+    answer = await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=5,
+        extra_body={"ignore_eos": True},
+    )
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (timeline := timeline_of(logs, answer.id)):
+            await asyncio.sleep(0.05)
+    (choice,) = timeline["choices"]
+    (visit,) = choice["visits"]
+    assert (choice["tokens"], choice["finish_reason"]) == (5, "length")
+    assert (visit["epoch"], visit["attempt"], visit["preemptions"]) == (1, 0, 0)
+    assert 0 <= visit["queued_ms"] + visit["prefill_ms"] <= visit["first_token_ms"]
+    assert visit["first_token_ms"] <= choice["ended_ms"] <= timeline["ended_ms"]
+
+    (path,) = logs.glob("serve/spans/*Router*_tracing.json")
+    spans = [json.loads(span) for span in re.findall(r"^\{.*?^\}", path.read_text(), re.M | re.S)]
+    (request,) = [
+        span for span in spans if span["attributes"].get("gen_ai.response.id") == answer.id
+    ]
+    assert request["parent_id"] in {span["context"]["span_id"] for span in spans}
+    phases = [span for span in spans if span["parent_id"] == request["context"]["span_id"]]
+    assert [span["name"] for span in phases] == ["queued", "prefill", "decode"]
+
+
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="needs Prometheus: apt-get install prometheus"
+)
+async def test_every_panel_has_data_in_a_prometheus_that_scrapes_this(
+    base_url: str, client: openai.AsyncOpenAI, tmp_path: Path
+) -> None:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    panels = own_expressions()
+    rays = [expression for expression in ray_expressions() if _can_have_data(expression)]
+    assert len(rays) > 20
+    with run_prometheus(
+        tmp_path,
+        ray_targets=[f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes],
+        router=base_url.removeprefix("http://"),
+    ) as prometheus:
+        missing = [*panels, *rays]
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while missing := prometheus.without_data(missing):
+            assert time.monotonic() < deadline_s, missing
+            # Rates need what changes between two scrapes.
+            await complete(client, 20)
+        assert prometheus.health_of_targets() == {"ray": ["up"] * len(nodes), "qwen-on-ray": ["up"]}
+        assert set(prometheus.alerts().values()) == {"inactive"}
+        assert prometheus.query("sum(vllm:generation_tokens_total)")[0] > 0
+        by_ray = prometheus.query("ray_vllm_cache_config_info")
+        assert by_ray == prometheus.query("vllm:cache_config_info") == [1.0]
+
+
+def _can_have_data(expression: str) -> bool:
+    listed = {ray_name(series) for metric in ENGINE_METRICS for series in metric.series}
+    # Sums over days begin with the second day.
+    return series_in(expression) <= listed and not re.search(r"\[(24h|1d|1w)", expression)
+
+
 def rank_processes() -> list[psutil.Process]:
     """The gang's processes under this test's own Ray."""
     return [
@@ -308,10 +390,37 @@ def test_the_leader_and_the_routers_hold_no_jax(base_url):
 async def test_nothing_was_compiled_while_all_this_was_served(base_url):
     async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT_S) as client:
         async with asyncio.timeout(TIMEOUT_S):
-            while True:
-                text = (await client.get("/metrics")).text
-                steps = re.search(r"qwen_on_ray:engine_steps_total\{.*\} (\S+)", text)
-                assert steps is not None
-                if float(steps[1]) > 0:
-                    break  # Routers ask the engine each second: this is after its last start.
-    assert 'qwen_on_ray:engine_compiles_total{model_name="tiny"} 0.0' in text
+            # Routers ask the engine each second: this is after its last start.
+            while (await shown(client, "engine_up")) != 1:
+                await asyncio.sleep(0.1)
+        assert await shown(client, "engine_steps_total") > 0
+        assert await shown(client, "engine_compiles_total") == 0
+
+
+async def test_what_a_killed_rank_has_cost_is_told(base_url, logs: Path):
+    async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT_S) as client:
+        assert await shown(client, "engine_epoch") == 2
+        assert await shown(client, "engine_restarts_total", 'cause="died",') == 1
+        # The stream and the whole answer; they may have been turned away while it restarted.
+        assert await shown(client, "engine_requests_moved_total") >= 2
+        assert await shown(client, "router_choices_moved_total") >= 2
+    router_logs = [path.read_text() for path in logs.glob("serve/replica_*_Router_*.log")]
+    moved = [line for text in router_logs for line in text.splitlines() if "timeline {" in line]
+    visits = [
+        choice["visits"]
+        for line in moved
+        for choice in json.loads(line[line.index("{") :])["choices"]
+        if len(choice["visits"]) > 1
+    ]
+    assert visits
+    for first, last in visits:
+        assert first["attempt"] < last["attempt"]
+        assert (first["epoch"], last["epoch"]) == (1, 2)
+
+
+async def shown(client: httpx.AsyncClient, name: str, labels: str = "") -> float:
+    """The value of a series of this project's own, which has one, at /metrics."""
+    text = (await client.get("/metrics")).text
+    values = re.findall(rf"^qwen_on_ray:{name}\{{{labels}.*\}} (\S+)", text, re.M)
+    assert len(values) == 1, f"{name}: {values}"
+    return float(values[0])

@@ -32,6 +32,9 @@ class Replay:
     async def engine_info(self) -> EngineInfo:
         return EngineInfo(is_ready=True)
 
+    async def engines(self) -> list[EngineInfo]:
+        return []
+
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         return EngineInfo(is_ready=True)
 
