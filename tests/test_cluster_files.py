@@ -22,7 +22,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from cluster import ray_node
-from cluster.placement import Cluster, Node, check_capacity, need_of
+from cluster.needs import need_of
+from cluster.nodes import Cluster, Node
+from cluster.placement import check_capacity
 from cluster.ray_node import proxy_environment
 from engine.config import parse_config
 
