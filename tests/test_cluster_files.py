@@ -26,7 +26,7 @@ from cluster.needs import need_of
 from cluster.nodes import Cluster, Node
 from cluster.placement import check_capacity
 from cluster.ray_node import proxy_environment
-from engine.config import parse_config
+from engine.config import EngineConfig, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "ray"
@@ -44,9 +44,9 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def served_args(path: Path) -> dict[str, Any]:
+def served_config(path: Path) -> EngineConfig:
     (application,) = read(path)["applications"]
-    return application["args"]
+    return parse_config(application["args"])
 
 
 def test_all_promised_files_are_there():
@@ -211,7 +211,7 @@ def test_cluster_holds_the_model_that_its_commands_serve(
         )
         for index in range(num_hosts)
     )
-    need = need_of(parse_config(served_args(ROOT / "configs" / model_file)))
+    need = need_of(served_config(ROOT / "configs" / model_file))
     assert need.num_hosts == num_hosts
     check_capacity(need, Cluster(nodes=hosts, maxima={}))
 
@@ -300,16 +300,16 @@ def test_rayservice_serves_the_32b_config_on_slices_of_its_size():
     spec = read(KUBERAY)["spec"]
     served = yaml.safe_load(spec["serveConfigV2"])
     ServeDeploySchema.model_validate(served)
-    config = ROOT / "configs" / "qwen3-32b-v6e-16.yaml"
-    assert served["applications"] == read(config)["applications"]
+    path = ROOT / "configs" / "qwen3-32b-v6e-16.yaml"
+    assert served["applications"] == read(path)["applications"]
 
-    args = served_args(config)
+    config = served_config(path)
     (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     pod = workers["template"]["spec"]
     (container,) = pod["containers"]
-    assert workers["numOfHosts"] == args["nnodes"]
+    assert workers["numOfHosts"] == config.nnodes
     chips = int(container["resources"]["limits"]["google.com/tpu"])
-    assert chips * workers["numOfHosts"] == args["tp_size"]
+    assert chips * workers["numOfHosts"] == config.tp_size
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
     assert workers["minReplicas"] < workers["maxReplicas"]
 
