@@ -130,20 +130,23 @@ class RayNode:
     Args:
         arguments: What follows `ray start`: whether it is a head, addresses, ports.
         labels: The node's, as `ray.nodes()` will show them.
+
+    Attributes:
+        folder: The temporary folder, by which Ray tells nodes of one machine apart.
     """
 
     def __init__(self, arguments: Sequence[str], *, labels: Mapping[str, str]) -> None:
         # Short, because paths of Unix sockets end at 107 characters and Ray appends some 80.
-        self._folder = Path(tempfile.mkdtemp(prefix="qor-", dir="/tmp"))
-        self._output = self._folder / "ray-start.log"
+        self.folder = Path(tempfile.mkdtemp(prefix="qor-", dir="/tmp"))
+        self._output = self.folder / "ray-start.log"
         command = [sys.executable, "-u", "-m", "ray.scripts.scripts", "start", "--block"]
-        command += ["--temp-dir", str(self._folder), "--disable-usage-stats"]
+        command += ["--temp-dir", str(self.folder), "--disable-usage-stats"]
         if labels:
             command += ["--labels", ",".join(f"{name}={value}" for name, value in labels.items())]
         # By default Ray takes 10002 to 19999 for workers, where the cluster's own port may lie.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         command += ["--dashboard-agent-listen-port", "0", *arguments]
-        self._proxy_folder = self._folder / "haproxy"
+        self._proxy_folder = self.folder / "haproxy"
         environment = proxy_environment(self._proxy_folder)
         logger.debug("starting %s", command)
         raise_file_limit()
@@ -168,7 +171,7 @@ class RayNode:
             f"kill -s KILL -- -{self._process.pid}; "
             f"for pid in $(grep -slF {self._proxy_folder}/ /proc/[0-9]*/cmdline | cut -d/ -f3); "
             "do [ $pid = $$ ] || kill -s KILL $pid; done; "
-            f"rm -rf {self._folder}"
+            f"rm -rf {self.folder}"
         )
         self._guard = subprocess.Popen(
             ["sh", "-c", insist],
@@ -222,7 +225,7 @@ class RayNode:
         for process in [*survivors, *self._proxies()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _proxies(self) -> list[psutil.Process]:
         """HAProxies of this node, told by the files that they were given."""

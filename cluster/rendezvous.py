@@ -157,7 +157,7 @@ def _lead(config: EngineConfig, stop: threading.Event) -> Iterator[ClusterMember
     deadline_s = time.monotonic() + config.dist_timeout_s
     node = _start_node(arguments, config, deadline_s, stop)
     try:
-        _connect(address)
+        _connect(address, node)
         _wait_for_ranks(config, address, deadline_s, stop, node)
         yield ClusterMembership(0, address)
     finally:
@@ -220,10 +220,16 @@ def _wait(stop: threading.Event) -> None:
         raise EngineError("Stopped while the cluster formed.")
 
 
-def _connect(address: str | None) -> None:
-    """Connect this process to a cluster, by default the one that RAY_ADDRESS names."""
+def _connect(address: str | None, node: RayNode | None = None) -> None:
+    """Connect this process to a cluster, by default the one that RAY_ADDRESS names.
+
+    Args:
+        node: The node to belong to, where this machine may have others. Ray would take any of
+            them that it finds first, even one that is about to give up.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(address=address, log_to_driver=False)
+    folder = None if node is None else str(node.folder)
+    ray.init(address=address, log_to_driver=False, _temp_dir=folder)
     if threading.current_thread() is threading.main_thread():
         # Ray puts handlers of its own in their place, and its SIGTERM ends in an abort.
         for number, handler in handlers.items():
