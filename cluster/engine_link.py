@@ -44,7 +44,12 @@ from cluster.token_socket import (
 )
 from cluster.watched_tasks import WatchedTasks
 from engine import errors
-from engine.errors import EngineDiedError, EngineError, EngineNotReadyError
+from engine.errors import (
+    EngineDiedError,
+    EngineError,
+    EngineNotReadyError,
+    RequestGivenUpError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +322,8 @@ class Failures:
         """Count a failure.
 
         Raises:
-            EngineDiedError: The request is likely to be the cause, or no engine brings it on.
+            RequestGivenUpError: The request is likely to be the cause.
+            EngineDiedError: No engine brings it on.
         """
         if self._has_progressed:
             self.engines.clear()
@@ -327,7 +333,7 @@ class Failures:
         self._num_failures += 1
         self._num_deaths += failure.was_computed
         if self._num_deaths >= MAX_DEATHS:
-            raise EngineDiedError(
+            raise RequestGivenUpError(
                 f"The engine's hosts died {self._num_deaths} times as they computed this request, "
                 f"which is not tried again. {failure.error}"
             )

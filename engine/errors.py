@@ -13,6 +13,7 @@
         ├── EngineBusyError        too many requests wait already (HTTP 429)
         ├── EngineNotReadyError    still starting, or rebuilding its gang
         ├── EngineDiedError        a host died while the request ran
+        ├── RequestGivenUpError    hosts died of it, it seems, so it is not tried again (HTTP 500)
         └── HostError              a host that cannot run the model, though others might
 
 Messages say what was got, what is allowed and what to do, with the real flag.
@@ -126,6 +127,12 @@ class EngineDiedError(EngineError):
     def __init__(self, message: str, *, cause: str = "died") -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class RequestGivenUpError(EngineError):
+    """Hosts died more than once as they computed a request; one more try may kill the next."""
+
+    status = 500
 
 
 class HostError(EngineError):

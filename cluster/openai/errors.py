@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.openai.schema import ErrorDescription, ErrorResponse
-from engine.errors import EngineBusyError, EngineError, QwenOnRayError, RequestError
+from engine.errors import (
+    EngineBusyError,
+    EngineError,
+    QwenOnRayError,
+    RequestError,
+    RequestGivenUpError,
+)
 
 BUSY_RETRY_AFTER_S = 1
 NOT_READY_RETRY_AFTER_S = 5
@@ -41,6 +47,15 @@ def describe_error(error: QwenOnRayError) -> ErrorReply:
             ),
             # Whole seconds, by RFC 9110; less than what is left would only be refused again.
             headers={"Retry-After": str(math.ceil(error.retry_after_s or BUSY_RETRY_AFTER_S))},
+        )
+    if isinstance(error, RequestGivenUpError):
+        return ErrorReply(
+            status=error.status,
+            error=ErrorDescription(
+                message=str(error), type="server_error", param=None, code="request_given_up"
+            ),
+            # OpenAI's clients send a request again after any status above 499 that does not say so.
+            headers={"x-should-retry": "false"},
         )
     status = error.status if isinstance(error, EngineError) else 503
     return ErrorReply(

@@ -13,7 +13,7 @@ from cluster.engine_choice import Route
 from cluster.engine_link import EngineLink
 from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest
 from cluster.token_socket import CallError, GenerateCall, GenerateEnd
-from engine.errors import EngineDiedError
+from engine.errors import EngineDiedError, RequestGivenUpError
 from engine.request import RequestOutput, SamplingParams
 
 TIMEOUT_S = 20
@@ -177,7 +177,7 @@ async def test_a_request_that_kills_its_engines_is_given_up(
     engines: Engines, link: EngineLink
 ) -> None:
     engines.ends = [(3, "died"), *[(0, "died")] * 9]
-    with pytest.raises(EngineDiedError, match=r"died 2 times .* not tried again"):
+    with pytest.raises(RequestGivenUpError, match=r"died 2 times .* not tried again"):
         await generate(link, [5])
     assert len(engines.calls) == 2
 

@@ -13,7 +13,7 @@ from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service, serve_on_loopb
 from openai import AsyncOpenAI
 
 from cluster.service import OpenAIService
-from engine.errors import EngineDiedError
+from engine.errors import EngineDiedError, RequestGivenUpError
 
 # Its overloads do not take a bool for `stream`.
 Client = Any
@@ -378,6 +378,19 @@ async def test_an_engine_that_dies_before_the_first_token_gives_503(
         await client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
     assert raised.value.status_code == 503
     assert int(raised.value.response.headers["retry-after"]) > 0
+
+
+async def test_clients_do_not_send_again_what_engines_died_of(
+    client: Client, engine: FakeEngine
+) -> None:
+    engine.failure = (0, RequestGivenUpError("The engine's hosts died 2 times."))
+    with pytest.raises(openai.InternalServerError, match="died 2 times") as raised:
+        await client.with_options(max_retries=2).chat.completions.create(
+            model=MODEL, messages=HELLO
+        )
+    assert raised.value.status_code == 500
+    assert "retry-after" not in raised.value.response.headers
+    assert len(engine.requests) == 1
 
 
 @pytest.mark.parametrize(("prompt_len", "max_tokens"), [(1, 16), (CONTEXT_LENGTH - 3, 3)])
