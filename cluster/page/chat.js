@@ -15,6 +15,7 @@ const maxTokens = document.getElementById("max-tokens");
 const empty = log.firstElementChild;
 
 const RETRY_MS = 3000;
+const MAX_TOKENS = 1024;
 
 let conversation = [];
 let underWay = null;
@@ -23,6 +24,10 @@ async function listModels() {
   try {
     const models = await (await request("v1/models")).json();
     model.replaceChildren(...models.data.map((card) => new Option(card.id, card.id)));
+    const contextLength = models.data[0]?.max_model_len;
+    // Known only once an engine was ready; a short context needs room for the conversation.
+    if (contextLength === null) setTimeout(listModels, RETRY_MS);
+    else maxTokens.defaultValue = Math.min(MAX_TOKENS, Math.floor(contextLength / 2));
   } catch (error) {
     // Without a key, the one that is given asks again.
     if (error.status !== 401) setTimeout(listModels, RETRY_MS);

@@ -147,8 +147,10 @@ function engineItem(engine) {
 
 function rankItem(rank) {
   const state = rank.state === "ready" ? "ready" : ["silent", "failed"].includes(rank.state) ? "lost" : "waiting";
-  const item = element("li", "rank", element("span", "", `rank ${rank.rank}`), chip(state, rank.state));
-  if (rank.note) item.append(element("span", "host", rank.note));
+  // Progress begins with the name of its phase, which is the state.
+  const isProgress = rank.note.startsWith(rank.state);
+  const item = element("li", "rank", element("span", "", `rank ${rank.rank}`), chip(state, isProgress ? rank.note : rank.state));
+  if (rank.note && !isProgress) item.append(element("span", "host", rank.note));
   if (state === "lost" && rank.seconds_since_answer !== null) {
     item.append(element("span", "host", `heard ${duration(rank.seconds_since_answer)} ago`));
   }

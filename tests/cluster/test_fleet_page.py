@@ -179,7 +179,7 @@ async def test_in_a_browser_the_page_asks_for_a_key_shows_the_fleet_and_chats(
         await page.get_by_label("Message").fill("Hello")
         await page.keyboard.press("Enter")
         answer = page.locator(".message.assistant")
-        await engine.has_started.wait()
+        await asyncio.wait_for(engine.has_started.wait(), 10)
         for _ in range(8):
             engine.steps.release()
         # A part is there before the whole is made, and is text, not HTML.
