@@ -23,6 +23,8 @@ class FleetEvents:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._known: dict[str, EngineInfo] = {}
+        # In which each engine was ready last.
+        self._served_epochs: dict[str, int] = {}
         self._events: deque[FleetEvent] = deque(maxlen=MAX_EVENTS)
 
     @property
@@ -34,6 +36,7 @@ class FleetEvents:
         """Take in how all engines are, those that start as well, by id."""
         for engine_id in sorted(self._known.keys() - engines.keys()):
             self._add(engine_id, "gone", "gone")
+            self._served_epochs.pop(engine_id, None)
         for engine_id, info in sorted(engines.items()):
             self._compare(engine_id, self._known.get(engine_id), info)
         self._known = dict(engines)
@@ -42,17 +45,19 @@ class FleetEvents:
         if before is None and not after.is_ready:
             self._add(engine_id, "came", f"came: {after.status}")
         was_ready = before is not None and before.is_ready
-        was_rebuilt = before is not None and 0 < before.epoch < after.epoch
-        if was_ready and not after.is_ready:
-            self._add(engine_id, "lost", after.status)
         if before is not None:
             for rank in _gone_silent(before.ranks, after.ranks):
                 host = f" on {rank.note}" if rank.note else ""
                 self._add(engine_id, "lost", f"rank {rank.rank}{host} is silent")
-        if after.is_ready and was_rebuilt:
-            self._add(engine_id, "rebuilt", f"rebuilt, epoch {after.epoch}")
-        elif after.is_ready and not was_ready:
-            self._add(engine_id, "ready", f"ready, epoch {after.epoch}")
+        if was_ready and not after.is_ready:
+            self._add(engine_id, "lost", after.status)
+        if after.is_ready:
+            served_epoch = self._served_epochs.get(engine_id)
+            self._served_epochs[engine_id] = after.epoch
+            if served_epoch is not None and served_epoch != after.epoch:
+                self._add(engine_id, "rebuilt", f"rebuilt, epoch {after.epoch}")
+            elif not was_ready:
+                self._add(engine_id, "ready", f"ready, epoch {after.epoch}")
 
     def _add(self, engine_id: str, kind: FleetEventKind, what: str) -> None:
         self._events.append(

@@ -158,8 +158,8 @@ class FleetEvent:
     Attributes:
         time_s: Seconds since 1970, by the clock of the router that noticed.
         engine_id: Whom it happened to.
-        kind: Came to start; ready for the first time; lost its readiness, or a host; rebuilt,
-            which is ready again with other processes; gone for good.
+        kind: It came to start; is ready; lost a host, or its readiness; was rebuilt, so is ready
+            again with other processes; is gone for good.
         what: The same for people, with what is known of it.
     """
 

@@ -5,7 +5,7 @@ import { drawChart, element } from "./chart.js";
 
 const PERIOD_MS = 1000;
 const TIMEOUT_MS = 5000;
-const HISTORY = 90;
+const HISTORY = 60;
 // Rates are over some seconds: counters are the router's, which asks each engine once a second.
 const RATE_WINDOW_S = 5;
 // Each router dates an event by when it noticed; several may answer in turn.
@@ -106,7 +106,7 @@ function showFigures(fleet) {
   put("tokens", tokens, figure(tokens));
   put("queue", waiting, `${waiting}`, `${running} running`);
   put("kv", use, percent(use), pages ? `${count(pages, "page")}` : "");
-  put("hits", Math.min(1, hits), all ? percent(Math.min(1, hits)) : "–", all ? "of prompt tokens" : "");
+  put("hits", Math.min(1, hits), all ? percent(Math.min(1, hits)) : "–", all ? "of prompts" : "");
 }
 
 function put(name, value, words, note = "") {
