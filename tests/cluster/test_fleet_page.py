@@ -24,6 +24,7 @@ from cluster.service import OpenAIService
 from engine.stats import EngineStats
 
 KEY = "sk-of-the-test"
+TIMEOUT_MS = 20_000
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
@@ -147,6 +148,7 @@ async def page() -> AsyncIterator[Page]:
             args=["--no-sandbox", "--disable-background-networking", "--disable-component-update"],
         )
         page = await browser.new_page()
+        expect.set_options(timeout=TIMEOUT_MS)
         faults: list[Any] = []
         page.on("pageerror", lambda fault: faults.append(fault))
         yield page
