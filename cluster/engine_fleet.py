@@ -18,7 +18,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.engine_choice import EngineChooser, Route
-from cluster.openai.engine_client import EngineInfo, RankStatus
+from cluster.fleet_events import FleetEvents
+from cluster.openai.engine_client import EngineInfo, Fleet, RankStatus
 from cluster.status import describe_progress
 from engine.errors import EngineNotReadyError
 from engine.stats import EngineStats
@@ -57,12 +58,20 @@ class EngineFleet:
         self._engines: dict[str, EngineInfo] = {}
         # Of engines that are gone: counters that fell would count twice.
         self._departed = EngineStats()
+        self._events = FleetEvents()
         self._changed = asyncio.Event()
 
     @property
     def engines(self) -> list[EngineInfo]:
         """Each engine that has been asked, by its id."""
         return [self._engines[name] for name in sorted(self._engines)]
+
+    def view(self) -> Fleet:
+        """Each engine, those that start as well, and what happened to them lately."""
+        engines = self._all_engines()
+        return Fleet(
+            engines=tuple(engines[name] for name in sorted(engines)), events=self._events.latest
+        )
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         """Wait for an engine that can take requests.
@@ -151,7 +160,29 @@ class EngineFleet:
             ranks=ranks,
             stats=stats,
         )
+        self._events.take(self._all_engines())
         self._changed.set()
+
+    def _all_engines(self) -> dict[str, EngineInfo]:
+        starting = {
+            name: EngineInfo(
+                is_ready=False,
+                engine_id=name,
+                status=describe_progress(status),
+                ranks=tuple(map(_rank_of, status["ranks"])),
+            )
+            for name, status in self._statuses.items()
+        }
+        return starting | {
+            name: self._with_progress(name, info) for name, info in self._engines.items()
+        }
+
+    def _with_progress(self, name: str, info: EngineInfo) -> EngineInfo:
+        """Say of an engine that is rebuilt how far that has come."""
+        status = self._statuses.get(name)
+        if info.is_ready or status is None or status["phase"] == "ready":
+            return info
+        return replace(info, status=f"{info.status}: {describe_progress(status)}")
 
     def _describe(self, infos: list[EngineInfo], starting: list[Mapping[str, Any]]) -> str:
         lines = [info.status for info in infos if not info.is_ready]

@@ -31,6 +31,7 @@ from cluster.openai.engine_client import (
     ChoiceRequest,
     EngineInfo,
     EngineVisit,
+    Fleet,
     GenerateRequest,
     TokenDelta,
 )
@@ -124,6 +125,9 @@ class EngineLink:
 
     async def engines(self) -> list[EngineInfo]:
         return self._fleet.engines
+
+    async def fleet(self) -> Fleet:
+        return self._fleet.view()
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         return await self._fleet.wait_until_ready(timeout_s)

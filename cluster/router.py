@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.engine_link import EngineLink
+from cluster.fleet_page import PAGE_PATH, PUBLIC_PATHS, FleetState, PageFiles
 from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
 from cluster.openai.engine_client import Caller
@@ -60,7 +61,8 @@ SESSION_HEADER = "x-session-id"
 """Requests that have the same go to the same engine where that is possible."""
 
 _MAX_SESSION_CHARS = 128
-_NO_KEY_NEEDED = ("/health", "/health/ready")
+# The empty one is that of a route prefix without its slash, which is sent on to the page.
+_NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
 
 
 def create_app(service: OpenAIService) -> FastAPI:
@@ -150,6 +152,24 @@ def _add_routes(app: FastAPI) -> None:
     async def metrics(request: Request) -> Response:
         return Response(await _service(request).exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/fleet")
+    async def fleet(request: Request) -> FleetState:
+        """How each engine is, with what happened to them lately; what the page at / shows."""
+        return await _service(request).fleet()
+
+    page = PageFiles()
+
+    @app.get(PAGE_PATH, include_in_schema=False)
+    async def show_page() -> Response:
+        return page.index()
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        response = page.file(name)
+        if response is None:
+            raise HTTPException(404)
+        return response
+
 
 def _service(request: Request) -> OpenAIService:
     return request.app.state.service
@@ -182,7 +202,7 @@ class _KeyCheck:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _NO_KEY_NEEDED:
+        if scope["type"] == "http" and _path(scope) not in _NO_KEY_NEEDED:
             request = Request(scope)
             try:
                 authorization = request.headers.get("authorization")
@@ -191,6 +211,11 @@ class _KeyCheck:
                 await _send_error(request, describe_error(error))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _path(scope: Scope) -> str:
+    # Serve names an application's route prefix in both.
+    return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
 def _send_error(request: Request, reply: ErrorReply) -> Response:

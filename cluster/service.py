@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from cluster.admission import Admission, ApiKeys, Ticket
 from cluster.exposition import Exposition
+from cluster.fleet_page import FleetState, describe_fleet
 from cluster.openai.chat import collect_chat, render_messages, stream_chat
 from cluster.openai.completions import (
     collect_completion,
@@ -324,6 +325,11 @@ class OpenAIService:
         """What this router has counted, and how it is."""
         self._stats.num_waiting = self._admission.num_waiting
         return self._stats
+
+    async def fleet(self) -> FleetState:
+        """How each engine is, and what happened to them lately."""
+        info, fleet = await self.engine.engine_info(), await self.engine.fleet()
+        return describe_fleet(self._config.model_names[0], info, fleet, self.stats())
 
     async def exposition(self) -> bytes:
         """The engines' metrics and this router's in Prometheus' text format."""

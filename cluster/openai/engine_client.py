@@ -6,7 +6,7 @@ Knows neither Ray nor text nor HTTP.
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -148,6 +148,40 @@ class EngineInfo:
     stats: EngineStats = field(default_factory=EngineStats)
 
 
+FleetEventKind = Literal["came", "ready", "lost", "rebuilt", "gone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEvent:
+    """Something that happened to an engine.
+
+    Attributes:
+        time_s: Seconds since 1970, by the clock of the router that noticed.
+        engine_id: Whom it happened to.
+        kind: It came to start; is ready; lost a host, or its readiness; was rebuilt, so is ready
+            again with other processes; is gone for good.
+        what: The same for people, with what is known of it.
+    """
+
+    time_s: float
+    engine_id: str
+    kind: FleetEventKind
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The engines one by one, for people.
+
+    Attributes:
+        engines: Those that start as well, of which no more than status and ranks is known.
+        events: The latest last.
+    """
+
+    engines: tuple[EngineInfo, ...]
+    events: tuple[FleetEvent, ...]
+
+
 class EngineClient(Protocol):
     """A way to an engine. Used from one event loop."""
 
@@ -157,6 +191,10 @@ class EngineClient(Protocol):
 
     async def engines(self) -> Sequence[EngineInfo]:
         """Say at once how each engine is that can be asked."""
+        ...
+
+    async def fleet(self) -> Fleet:
+        """Say at once how each engine is, and what happened to them lately."""
         ...
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:

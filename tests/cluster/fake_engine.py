@@ -15,6 +15,8 @@ from tiny_tokenizer import write_tiny_tokenizer
 from cluster.openai.engine_client import (
     ChoiceRequest,
     EngineInfo,
+    Fleet,
+    FleetEvent,
     GenerateRequest,
     RankStatus,
     TokenDelta,
@@ -38,6 +40,8 @@ class FakeEngine:
         failure: (number of deltas before it, error to raise), or None.
         steps: If set, each delta waits for a permit.
         requests: What was asked, in order.
+        others: Engines that `fleet` tells of beside this one.
+        events: What `fleet` tells that happened.
         aborted_choices: What `abort_choice` was called with.
         is_awaited: A request is held until the engine is ready.
         becomes_ready: Ends that wait.
@@ -51,6 +55,8 @@ class FakeEngine:
         self.failure: tuple[int, Exception] | None = None
         self.steps: asyncio.Semaphore | None = None
         self.requests: list[GenerateRequest] = []
+        self.others: tuple[EngineInfo, ...] = ()
+        self.events: tuple[FleetEvent, ...] = ()
         self.aborted_choices: list[tuple[str, int]] = []
         self.profiled: list[int] = []
         self.closed_early: list[str] = []
@@ -73,6 +79,9 @@ class FakeEngine:
 
     async def engines(self) -> list[EngineInfo]:
         return [self.info]
+
+    async def fleet(self) -> Fleet:
+        return Fleet(engines=(self.info, *self.others), events=self.events)
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         self.is_awaited.set()

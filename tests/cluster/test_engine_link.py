@@ -107,6 +107,26 @@ async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_fo
         await link.wait_until_ready(0.0)
 
 
+async def test_the_fleet_has_engines_that_start_and_how_far_they_are(
+    engine: Engine, link: EngineLink
+) -> None:
+    progress = {"phase": "weights", "done": 40, "total": 100, "note": "layer 3"}
+    engine.statuses["two"] = {**READY, **progress, "ranks": [{"rank": 0, **progress}]}
+    engine.answer = msgspec.msgpack.encode(EngineInfo(is_ready=True, engine_id=NAME, epoch=3))
+    await link.wait_until_ready(TIMEOUT_S)
+    await calls(engine, 3)
+    fleet = await link.fleet()
+    assert [(info.engine_id, info.is_ready) for info in fleet.engines] == [
+        (NAME, True),
+        ("two", False),
+    ]
+    assert fleet.engines[1].status == "weights 40 of 100: layer 3"
+    assert [rank.state for rank in fleet.engines[1].ranks] == ["weights"]
+    told = {(event.engine_id, event.what) for event in fleet.events}
+    assert (NAME, "ready, epoch 3") in told
+    assert ("two", "came: weights 40 of 100: layer 3") in told
+
+
 @pytest.mark.parametrize("failure", [TimeoutError(), UNAVAILABLE])
 async def test_what_is_known_of_an_engine_outlives_a_call_that_fails(
     failure: Exception, engine: Engine, link: EngineLink

@@ -12,6 +12,7 @@ from tiny_tokenizer import write_tiny_tokenizer
 from cluster.openai.engine_client import (
     ChoiceRequest,
     EngineInfo,
+    Fleet,
     GenerateRequest,
     TokenDelta,
 )
@@ -34,6 +35,9 @@ class Replay:
 
     async def engines(self) -> list[EngineInfo]:
         return []
+
+    async def fleet(self) -> Fleet:
+        raise NotImplementedError
 
     async def wait_until_ready(self, timeout_s: float) -> EngineInfo:
         return EngineInfo(is_ready=True)
