@@ -103,7 +103,7 @@ async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_fo
     engine: Engine, link: EngineLink
 ) -> None:
     await calls(engine, 3)
-    with pytest.raises(EngineNotReadyError, match=r"leader to answer$"):
+    with pytest.raises(EngineNotReadyError, match=r"leader to answer\."):
         await link.wait_until_ready(0.0)
 
 
