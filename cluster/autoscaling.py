@@ -145,7 +145,6 @@ def read_load(
         queue_delay_s=sum(delays_s) / len(delays_s) if delays_s else 0.0,
         pages_used=sum(latest("page_use")),
         arrivals_per_s=sum(count / passed_s for count, passed_s in arrivals),
-        served_per_s=sum(count / passed_s for count, passed_s in served),
         service_s=sum(each for each, _ in service_s) / num_served if num_served else None,
         num_possible=num_possible,
     )

@@ -15,7 +15,7 @@ ARRIVALS_SHARE = 0.75
 requests of an engine that died, is forgotten again before it can start engines."""
 
 _SERVICE_MEMORY_S = 60.0
-_QUEUE_MAY_LAST_S = 300.0
+_QUEUE_WATCH_S = 30.0
 _STEP_SHARE = 4
 
 
@@ -54,8 +54,8 @@ class FleetLoad:
         queue_delay_s: How long the first request in an engine's queue has waited, on average.
         pages_used: Sum over engines of the share of their KV pages that running requests hold.
         arrivals_per_s: Requests that came, over the last `arrivals_s` of the rules.
-        served_per_s: Requests that ended, over the same time.
-        service_s: Mean time of these in their slots; None if none ended.
+        service_s: Mean time in their slots of the requests that ended in that time; None if none
+            did.
         num_possible: Engines that the cluster's hosts can hold, those included that its own
             autoscaler may still start.
     """
@@ -68,7 +68,6 @@ class FleetLoad:
     queue_delay_s: float = 0.0
     pages_used: float = 0.0
     arrivals_per_s: float = 0.0
-    served_per_s: float = 0.0
     service_s: float | None = None
     num_possible: int = 2**31
 
@@ -76,15 +75,15 @@ class FleetLoad:
 class EngineDemand:
     """Decides how many engines there should be, again and again.
 
-    The load is counted in requests that want a slot at the same time: those that have one, or by
-    Little's law arrivals per second times the time that a request holds its slot, whichever is
-    more. A queue that has grown is not counted: while engines start, which takes minutes, it grows
-    with every second, and the engines that it then seems to need would be idle soon after.
+    The load is counted in requests that want a slot at the same time: those that have one, or where
+    others wait, by Little's law, arrivals per second times the time that a request holds its slot.
+    How long the queue is does not count: while engines start, which takes minutes, it grows with
+    every second, and the engines that it then seems to need would be idle soon after.
 
     ```
-    load of n engines   0 ─────── keep ───────── target ─────────────── 1
-                        n - 1 would do │  stays   │ too much: more engines
-                        for downscale_delay_s     for upscale_delay_s
+    load  0 ──────────────── 0.6 ──────────── 0.8 ──────────── 0.9 ──────────── 1
+           fewer, if n - 1 would be here        target          more, up to the target
+           for all of downscale_delay_s                         after upscale_delay_s
     ```
 
     Invariant: `_lows` holds (time, engines enough then) since the number last changed, with times
@@ -96,6 +95,7 @@ class EngineDemand:
         self._service_s: float | None = None
         self._time_s: float | None = None
         self._over_since_s: float | None = None
+        self._queue_before: tuple[float, float] | None = None
         self._lows: deque[tuple[float, int]] = deque()
         self._watched_since_s: float | None = None
         self._num_asked = -1
@@ -116,7 +116,7 @@ class EngineDemand:
     def _remember(self, load: FleetLoad) -> None:
         if load.num_asked != self._num_asked:
             self._num_asked = load.num_asked
-            self._over_since_s = self._watched_since_s = None
+            self._over_since_s = self._watched_since_s = self._queue_before = None
             self._lows.clear()
         passed_s = 0.0 if self._time_s is None else load.time_s - self._time_s
         self._time_s = load.time_s
@@ -127,22 +127,27 @@ class EngineDemand:
         weight = 1 - math.exp(-passed_s / _SERVICE_MEMORY_S)
         self._service_s += weight * (load.service_s - self._service_s)
 
-    def _full_engines(self, load: FleetLoad) -> float:
-        """The load, as engines of which every slot, or every page, would be in use."""
+    def _offered(self, load: FleetLoad) -> float:
+        """Requests that would have a slot, if there were one for each."""
+        if not load.num_waiting:
+            return load.num_running
         if self._service_s is None:
-            slots = load.num_running + load.num_waiting
-        else:
-            slots = max(load.num_running, load.arrivals_per_s * self._service_s)
-        engines = slots / self._rules.num_slots
-        if load.num_running:
-            engines = max(engines, load.pages_used * max(1.0, slots / load.num_running))
-        return engines
+            return load.num_running + load.num_waiting
+        return load.arrivals_per_s * self._service_s
+
+    def _full_engines(self, load: FleetLoad, num_requests: float) -> float:
+        """Engines of which so many requests would use every slot, or every page."""
+        pages = load.pages_used / load.num_running if load.num_running else 0.0
+        return num_requests * max(1 / self._rules.num_slots, pages)
 
     def _more(self, load: FleetLoad) -> int:
         """Engines that are needed, once the load has been too much for long enough."""
         rules = self._rules
-        needed = _ceil(self._full_engines(load) / rules.target_load)
+        full = self._full_engines(load, self._offered(load))
+        has_room = full <= load.num_asked * (1 + rules.target_load) / 2
+        needed = load.num_asked if has_room else _ceil(full / rules.target_load)
         is_late = load.queue_delay_s > rules.target_queue_delay_s
+        queue_persists = self._queue_persists(load, is_late)
         if needed <= load.num_asked and not is_late:
             self._over_since_s = None
             return 0
@@ -150,10 +155,24 @@ class EngineDemand:
             self._over_since_s = load.time_s
         if load.time_s - self._over_since_s < rules.upscale_delay_s:
             return 0
-        if needed <= load.num_asked and load.num_ready >= load.num_asked and not _drains(load):
+        if needed <= load.num_asked and queue_persists:
             # Slots are not what is short; the queue alone says that something is.
             return load.num_asked + max(1, load.num_asked // _STEP_SHARE)
         return needed
+
+    def _queue_persists(self, load: FleetLoad, is_late: bool) -> bool:
+        """Whether all engines have worked on a queue for a while, and it is no shorter."""
+        if not is_late or load.num_ready < load.num_asked:
+            self._queue_before = None
+            return False
+        if self._queue_before is None:
+            self._queue_before = (load.time_s, load.num_waiting)
+        since_s, num_before = self._queue_before
+        # What an engine that has just started has taken must have time to end.
+        if load.time_s - since_s < _QUEUE_WATCH_S + (self._service_s or 0.0):
+            return False
+        self._queue_before = (load.time_s, load.num_waiting)
+        return load.num_waiting >= num_before
 
     def _fewer(self, load: FleetLoad) -> int:
         """Engines that would have been enough for all of `downscale_delay_s`."""
@@ -164,7 +183,8 @@ class EngineDemand:
             return load.num_asked
         if self._watched_since_s is None:
             self._watched_since_s = load.time_s
-        enough = _ceil(self._full_engines(load) / (self._rules.target_load * KEEP_LOAD))
+        full = self._full_engines(load, max(load.num_running, self._offered(load)))
+        enough = _ceil(full / (self._rules.target_load * KEEP_LOAD))
         if load.queue_delay_s > self._rules.target_queue_delay_s:
             enough = max(enough, load.num_asked)
         while self._lows and self._lows[-1][1] <= enough:
@@ -176,12 +196,6 @@ class EngineDemand:
         if self._watched_since_s > since_s:
             return load.num_asked
         return self._lows[0][1]
-
-
-def _drains(load: FleetLoad) -> bool:
-    """Whether the queue will be gone before another engine could do much about it."""
-    pace = load.served_per_s - load.arrivals_per_s
-    return pace * _QUEUE_MAY_LAST_S > load.num_waiting
 
 
 def _ceil(engines: float) -> int:
