@@ -189,7 +189,12 @@ def draw(runs: Sequence[Run], model: EngineModel, path: Path) -> None:
         axes.step(hours, run.asked, where="post", color="C0", label="asked for")
         axes.step(hours, run.ready, where="post", color="C2", linewidth=0.9, label="serving")
         axes.step(
-            hours, run.oracle, where="post", color="C1", linestyle=":", label="oracle, start included"
+            hours,
+            run.oracle,
+            where="post",
+            color="C1",
+            linestyle=":",
+            label="oracle, start included",
         )
         axes.set_title(run.trace.name, loc="left", fontsize=10)
         axes.set_ylabel("engines")

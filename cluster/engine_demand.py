@@ -4,7 +4,6 @@ Knows neither Ray nor what an engine is made of, so that a simulation decides as
 """
 
 import math
-from collections import deque
 from dataclasses import dataclass
 
 KEEP_LOAD = 0.75
@@ -14,9 +13,10 @@ ARRIVALS_SHARE = 0.75
 """Arrivals are counted over this share of `upscale_delay_s`: what came all at once, such as the
 requests of an engine that died, is forgotten again before it can start engines."""
 
-_SERVICE_MEMORY_S = 60.0
+_SERVICE_MEMORY_S = 180.0
 _QUEUE_WATCH_S = 30.0
 _STEP_SHARE = 4
+_SETTLED_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,8 @@ class EngineDemand:
            for all of downscale_delay_s                         after upscale_delay_s
     ```
 
-    Invariant: `_lows` holds (time, engines enough then) since the number last changed, with times
-    and numbers such that its first entry is the largest of the last `downscale_delay_s`.
+    Invariant: `_lows` holds (time, engines enough then) since fewer than were asked for have been
+    enough without a break, or is empty.
     """
 
     def __init__(self, rules: ScalingRules) -> None:
@@ -96,8 +96,7 @@ class EngineDemand:
         self._time_s: float | None = None
         self._over_since_s: float | None = None
         self._queue_before: tuple[float, float] | None = None
-        self._lows: deque[tuple[float, int]] = deque()
-        self._watched_since_s: float | None = None
+        self._lows: list[tuple[float, int]] = []
         self._num_asked = -1
 
     def decide(self, load: FleetLoad) -> int:
@@ -116,7 +115,7 @@ class EngineDemand:
     def _remember(self, load: FleetLoad) -> None:
         if load.num_asked != self._num_asked:
             self._num_asked = load.num_asked
-            self._over_since_s = self._watched_since_s = self._queue_before = None
+            self._over_since_s = self._queue_before = None
             self._lows.clear()
         passed_s = 0.0 if self._time_s is None else load.time_s - self._time_s
         self._time_s = load.time_s
@@ -129,11 +128,11 @@ class EngineDemand:
 
     def _offered(self, load: FleetLoad) -> float:
         """Requests that would have a slot, if there were one for each."""
-        if not load.num_waiting:
-            return load.num_running
         if self._service_s is None:
             return load.num_running + load.num_waiting
-        return load.arrivals_per_s * self._service_s
+        arriving = load.arrivals_per_s * self._service_s
+        # Once a long queue is gone, what runs is for a while more than what comes.
+        return arriving if load.num_waiting else min(load.num_running, arriving)
 
     def _full_engines(self, load: FleetLoad, num_requests: float) -> float:
         """Engines of which so many requests would use every slot, or every page."""
@@ -179,23 +178,24 @@ class EngineDemand:
         if load.num_ready == 0 and load.num_asked:
             # Nothing can be known of the load before the first engine runs.
             self._lows.clear()
-            self._watched_since_s = None
             return load.num_asked
-        if self._watched_since_s is None:
-            self._watched_since_s = load.time_s
         full = self._full_engines(load, max(load.num_running, self._offered(load)))
         enough = _ceil(full / (self._rules.target_load * KEEP_LOAD))
-        if load.queue_delay_s > self._rules.target_queue_delay_s:
-            enough = max(enough, load.num_asked)
-        while self._lows and self._lows[-1][1] <= enough:
-            self._lows.pop()
-        self._lows.append((load.time_s, enough))
-        since_s = load.time_s - self._rules.downscale_delay_s
-        while self._lows[0][0] < since_s:
-            self._lows.popleft()
-        if self._watched_since_s > since_s:
+        is_late = load.queue_delay_s > self._rules.target_queue_delay_s
+        if enough >= load.num_asked or is_late:
+            self._lows.clear()
             return load.num_asked
-        return self._lows[0][1]
+        self._lows.append((load.time_s, enough))
+        delay_s = self._rules.downscale_delay_s
+        if load.time_s - self._lows[0][0] < delay_s:
+            return load.num_asked
+
+        def most_within(seconds: float) -> int:
+            return max(low for time_s, low in self._lows if load.time_s - time_s <= seconds)
+
+        # Not what was enough while the load still fell; but none only after a whole delay of none.
+        settled = most_within(_SETTLED_SHARE * delay_s)
+        return settled or (load.num_asked if most_within(delay_s) else 0)
 
 
 def _ceil(engines: float) -> int:

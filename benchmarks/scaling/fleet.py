@@ -239,9 +239,7 @@ def _load(
     )
 
 
-def _oracle(
-    trace: Trace, model: EngineModel, rules: ScalingRules, num_seconds: int
-) -> np.ndarray:
+def _oracle(trace: Trace, model: EngineModel, rules: ScalingRules, num_seconds: int) -> np.ndarray:
     """Engines, so that no request ever waits and none is taken in vain, start included."""
     begins = np.floor(trace.arrival_s).astype(int)
     ends = np.minimum(begins + model.service_s(trace), num_seconds)

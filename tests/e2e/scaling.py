@@ -114,7 +114,9 @@ class Clients:
                     seen.text += content
                 finish_reason = choice.get("finish_reason") or finish_reason
         if finish_reason != "length":
-            raise ValueError(f"the stream ended with {finish_reason}, status {response.status_code}")
+            raise ValueError(
+                f"the stream ended with {finish_reason}, status {response.status_code}"
+            )
         return seen
 
     @asynccontextmanager
