@@ -5,6 +5,7 @@ the same names as flags, forms the cluster by itself and serves until it is inte
 """
 
 import logging
+import math
 import signal
 import sys
 import threading
@@ -88,27 +89,30 @@ def _build(config: EngineConfig, router_resources: Mapping[str, float]) -> serve
         need = need_of(resolve_device(config, cluster))
         check_capacity(need, cluster)
         if router_resources:
-            check_room_for_routers(cluster, router_resources)
+            check_room_for_routers(cluster, router_resources, config.num_routers)
     fields = config.model_dump(exclude_unset=True)
     router = router_deployment(config, resources=router_resources)
     return router.bind(fields, engine_deployment(config, Engine, need=need).bind(fields))
 
 
-def check_room_for_routers(cluster: Cluster, resources: Mapping[str, float]) -> None:
+def check_room_for_routers(
+    cluster: Cluster, resources: Mapping[str, float], num_routers: int
+) -> None:
     """Check that a node with certain resources has CPUs, too; Serve would wait for one for ever.
 
     Raises:
         CapacityError: None has.
     """
-    needed = {"CPU": _ROUTER_CPUS, **resources}
+    each = {"CPU": _ROUTER_CPUS, **resources}
+    needed = {name: amount * num_routers for name, amount in each.items()}
     if not any(
         all(node.resources.get(name, 0) >= amount for name, amount in needed.items())
         for node in cluster.nodes
     ):
         raise CapacityError(
-            f"The cluster's head has fewer than the {_ROUTER_CPUS:g} CPUs that a router needs "
-            "there. Start the head with --num-cpus=1 or more, or serve a YAML file with `serve "
-            "run`, which puts routers on any node."
+            f"The cluster's head has fewer than the {needed['CPU']:g} CPUs that --num-routers="
+            f"{num_routers} takes there. Start the head with --num-cpus={math.ceil(needed['CPU'])} "
+            "or more, or serve a YAML file with `serve run`, which puts routers on any node."
         )
 
 

@@ -40,6 +40,7 @@ class EngineFleet:
         chooser: Told of each engine's state.
         read_statuses: What `cluster.status.read_all` gives for this application; may block.
         list_running: Ids of the engines that Serve would call, or None if that is not known.
+        may_sleep: Whether none runs while nobody asks.
 
     Attributes:
         info: Of all engines together.
@@ -51,12 +52,14 @@ class EngineFleet:
         chooser: EngineChooser,
         read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
         list_running: Callable[[], Collection[str] | None],
+        may_sleep: bool,
     ) -> None:
         self.info = EngineInfo(is_ready=False, status="waiting for the engine to be placed")
         self._engine = engine
         self._chooser = chooser
         self._read_statuses = read_statuses
         self._list_running = list_running
+        self._may_sleep = may_sleep
         self._statuses: Mapping[str, Mapping[str, Any]] = {}
         self._engines: dict[str, EngineInfo] = {}
         # Of engines that are gone: counters that fell would count twice.
@@ -203,7 +206,11 @@ class EngineFleet:
         ]
         num_ready = len(infos) - sum(not info.is_ready for info in infos)
         if not lines:
-            return "ready" if infos else "waiting for a place for the engine's leader"
+            if infos:
+                return "ready"
+            if self._may_sleep and not self._num_waiting:
+                return "no engine runs until a request comes"
+            return "waiting for a place for the engine's leader"
         if num_ready == 0:
             return lines[-1]
         return f"{num_ready} of {num_ready + len(lines)} engines ready; {lines[-1]}"

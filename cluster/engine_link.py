@@ -80,6 +80,7 @@ class EngineLink:
         random_seed: int,
         read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
         list_running: Callable[[], Collection[str] | None],
+        may_sleep: bool,
     ) -> None:
         """Open the token socket and begin to watch the engines.
 
@@ -91,6 +92,7 @@ class EngineLink:
             random_seed: Of the seeds that requests get which bring none.
             read_statuses: What `cluster.status.read_all` gives for this application; may block.
             list_running: Ids of the engines that Serve would call, or None if that is not known.
+            may_sleep: Whether no engine runs while nobody asks.
         """
         self._engine = engine
         self._hold_timeout_s = hold_timeout_s
@@ -98,7 +100,7 @@ class EngineLink:
         self._seeds = random.Random(random_seed)
         self._receiver = TokenReceiver(bind_host)
         self._chooser = EngineChooser()
-        self._fleet = EngineFleet(engine, self._chooser, read_statuses, list_running)
+        self._fleet = EngineFleet(engine, self._chooser, read_statuses, list_running, may_sleep)
         self._under_way: dict[str, tuple[Journal, int]] = {}
         self._calls: set[asyncio.Future[GenerateEnd]] = set()
         self._tasks = WatchedTasks()

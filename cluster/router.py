@@ -310,6 +310,7 @@ class Router:
             random_seed=parsed.random_seed,
             read_statuses=partial(read_all, serve.get_replica_context().app_name),
             list_running=partial(list_running, engine),
+            may_sleep=parsed.fewest_engines == 0,
         )
         try:
             router_id = serve.get_replica_context().replica_id.unique_id

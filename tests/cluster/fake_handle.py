@@ -52,4 +52,5 @@ def open_link(
         random_seed=0,
         read_statuses=read_statuses,
         list_running=list_running,
+        may_sleep=True,
     )

@@ -183,6 +183,9 @@ async def test_who_waits_while_no_engine_runs_has_one_call_pending_for_all(
     sleeping: tuple[SleepingDeployment, EngineLink],
 ) -> None:
     deployment, link = sleeping
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await link.engine_info()).status != "no engine runs until a request comes":
+            await asyncio.sleep(0)
     waiting = [asyncio.create_task(link.wait_until_ready(TIMEOUT_S)) for _ in range(5)]
     async with asyncio.timeout(TIMEOUT_S):
         await deployment.is_called.wait()

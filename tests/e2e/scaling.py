@@ -1,12 +1,13 @@
 """Let the number of engines follow a load, down to none and back, and count what clients notice.
 
     python tests/e2e/scaling.py
-    python tests/e2e/scaling.py --json out.json
+    python tests/e2e/scaling.py --long-tokens 0 --downscale-delay-s 6 --json out.json
 
-Starts a Ray of its own with engines of a tiny model on this machine. Clients stream all the while,
-first few, then many, then few, then none, then one. Printed is when the number of engines changed,
-and that no answer was lost or differed from what one engine had said before: a stream whose engine
-is stopped is finished there, or goes on with another one.
+Starts a Ray of its own with engines of a tiny model on this machine, in float32. Clients stream all
+the while, first many, then few, then none, then one. Each answer is compared with the first one of
+its length: a stream whose engine is stopped is finished there, or if it lasts longer than Serve
+waits goes on with the other engine, which the long answers are for. Printed is when the number of
+engines changed, and what became of the answers.
 """
 
 import argparse
@@ -35,8 +36,10 @@ from tests.e2e.faults import tiny_checkpoint
 
 HOST = "127.0.0.1"
 MODEL = "scaling-test"
-TIMEOUT_S = 240
-CONTEXT_LENGTH = 512
+TIMEOUT_S = 400
+MAX_CONTEXT = 32_768
+NUM_SLOTS = 8
+NUM_LOW = 2
 PROMPT = "Tell me a story about a lighthouse."
 APP = "scaling"
 
@@ -56,12 +59,13 @@ class Answers:
 
 
 @dataclass(slots=True)
-class HeldStream:
-    """What a client saw that asked while there was no engine."""
+class Stream:
+    """What a client saw of one answer; pauses are those before or between two pieces of text."""
 
     num_comments: int = 0
     first_comment_s: float = 0.0
     first_text_s: float = 0.0
+    longest_pause_s: float = 0.0
     text: str = ""
 
 
@@ -74,18 +78,19 @@ class Clients:
         self._texts: dict[int, str] = {}
         self.answers = Answers()
 
-    async def ask(self, num_tokens: int) -> None:
-        """Ask for one answer, and see whether it comes whole."""
+    async def ask(self, num_tokens: int) -> Stream:
+        """Ask for one answer, and count it."""
         try:
-            stream = await self.stream(num_tokens)
+            stream = await self._stream(num_tokens)
         except (httpx.HTTPError, ValueError) as error:
             self.answers.errors.append(repr(error))
-            return
+            return Stream()
         self.answers.num_answers += 1
         if self._texts.setdefault(num_tokens, stream.text) != stream.text:
             self.answers.num_wrong += 1
+        return stream
 
-    async def stream(self, num_tokens: int) -> HeldStream:
+    async def _stream(self, num_tokens: int) -> Stream:
         """Stream an answer; ValueError if it ends in any other way than by its length."""
         body = {
             "model": MODEL,
@@ -95,8 +100,8 @@ class Clients:
             "ignore_eos": True,
             "stream": True,
         }
-        seen = HeldStream()
-        started_s = time.monotonic()
+        seen = Stream()
+        started_s = last_s = time.monotonic()
         finish_reason = None
         async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             async for line in response.aiter_lines():
@@ -110,7 +115,10 @@ class Clients:
                     raise ValueError(line)
                 (choice,) = event["choices"]
                 if content := choice["delta"].get("content"):
-                    seen.first_text_s = seen.first_text_s or time.monotonic() - started_s
+                    now_s = time.monotonic()
+                    seen.first_text_s = seen.first_text_s or now_s - started_s
+                    seen.longest_pause_s = max(seen.longest_pause_s, now_s - last_s)
+                    last_s = now_s
                     seen.text += content
                 finish_reason = choice.get("finish_reason") or finish_reason
         if finish_reason != "length":
@@ -151,6 +159,14 @@ def _replica_states() -> dict[str, int]:
     return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
 
 
+def long_checkpoint(folder: Path) -> Path:
+    """The tiny model with a context that takes minutes to fill; its text means nothing anyway."""
+    path = tiny_checkpoint(folder) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "max_position_embeddings": MAX_CONTEXT}))
+    return folder
+
+
 @contextmanager
 def serving(**fields: object) -> Iterator[str]:
     """Serve a tiny model with a Ray of our own; yields the URL."""
@@ -160,13 +176,11 @@ def serving(**fields: object) -> Iterator[str]:
         serve.start(http_options=HTTPOptions(host=HOST, port=port), logging_config=quiet)
         application = serve_app.build(
             {
-                "model_path": str(tiny_checkpoint(Path(folder))),
+                "model_path": str(long_checkpoint(Path(folder))),
                 "served_model_name": MODEL,
                 "device": "cpu",
                 "dtype": "float32",
-                "context_length": CONTEXT_LENGTH,
-                "max_total_tokens": 4096,
-                "max_running_requests": 4,
+                "max_running_requests": NUM_SLOTS,
                 "chunked_prefill_size": 64,
                 "hold_timeout_s": TIMEOUT_S,
                 **fields,
@@ -185,69 +199,79 @@ class Outcome:
         up_s: From the load's rise until the second engine ran.
         down_s: From its fall until there was one engine again.
         zero_s: From its end until there was none.
-        held: The stream that was asked for then.
+        num_outliving: Long answers that still ran when the second engine was gone.
+        longest_pause_s: Amid the long answers.
+        held: The stream that was asked for when there was no engine.
     """
 
     answers: Answers
     up_s: float
     down_s: float
     zero_s: float
-    held: HeldStream
+    num_outliving: int
+    longest_pause_s: float
+    held: Stream
 
 
-async def scale(base_url: str, *, num_tokens: int, num_clients: int, tail_tokens: int) -> Outcome:
+async def scale(base_url: str, arguments: argparse.Namespace) -> Outcome:
     """Let the load rise, fall and end, and return from none."""
     clients = Clients(base_url)
+    num_tokens = arguments.tokens
     await wait_for_engines(1)
     await clients.ask(num_tokens)
-    await clients.ask(tail_tokens)
     started_s = time.monotonic()
-    async with clients.asking(num_clients, num_tokens):
+    async with clients.asking(arguments.clients, num_tokens):
         await wait_for_engines(2)
         up_s = time.monotonic() - started_s
-        # Asked while both engines are busy, so that some run on either of them as one is stopped.
-        tails = [asyncio.create_task(clients.ask(tail_tokens)) for _ in range(4)]
     started_s = time.monotonic()
-    async with clients.asking(1, num_tokens):
+    # One of these goes to each engine, and so do the two of those who go on asking.
+    num_long = 2 if arguments.long_tokens else 0
+    long = [asyncio.create_task(clients.ask(arguments.long_tokens)) for _ in range(num_long)]
+    async with clients.asking(NUM_LOW, num_tokens):
         await wait_for_engines(1)
         down_s = time.monotonic() - started_s
-    await asyncio.gather(*tails)
+    num_outliving = sum(not task.done() for task in long)
+    pauses_s = [stream.longest_pause_s for stream in await asyncio.gather(*long)]
     started_s = time.monotonic()
     await wait_for_engines(0)
     zero_s = time.monotonic() - started_s
-    held = await clients.stream(num_tokens)
-    await clients.ask(num_tokens)
+    held = await clients.ask(num_tokens)
     await clients.close()
-    return Outcome(clients.answers, up_s, down_s, zero_s, held)
+    longest_s = max(pauses_s, default=0.0)
+    return Outcome(clients.answers, up_s, down_s, zero_s, num_outliving, longest_s, held)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", type=int, default=12, help="while the load is high")
+    parser.add_argument("--clients", type=int, default=24, help="while the load is high")
     parser.add_argument("--tokens", type=int, default=200, help="of each answer")
+    parser.add_argument(
+        "--long-tokens",
+        type=int,
+        default=20_000,
+        help="of two answers that should outlive their engine; 0: none",
+    )
     parser.add_argument("--downscale-delay-s", type=float, default=20.0)
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     with serving(
         min_engines=0,
         max_engines=2,
-        upscale_delay_s=5,
+        upscale_delay_s=4,
         downscale_delay_s=arguments.downscale_delay_s,
     ) as base_url:
-        outcome = asyncio.run(
-            scale(
-                base_url,
-                num_tokens=arguments.tokens,
-                num_clients=arguments.clients,
-                tail_tokens=CONTEXT_LENGTH - 100,
-            )
-        )
+        outcome = asyncio.run(scale(base_url, arguments))
     answers, held = outcome.answers, outcome.held
     print(f"answers {answers.num_answers}, lost {len(answers.errors)}, wrong {answers.num_wrong}")
     print(f"1 → 2 engines {outcome.up_s:.1f} s after the load rose")
     print(f"2 → 1 engines {outcome.down_s:.1f} s after it fell")
+    if arguments.long_tokens:
+        print(
+            f"{outcome.num_outliving} long answers ran on when the second engine was gone; their "
+            f"longest pause was {outcome.longest_pause_s:.1f} s"
+        )
     print(f"1 → 0 engines {outcome.zero_s:.1f} s after it ended")
     print(
         f"0 → 1: first text after {held.first_text_s:.1f} s, {held.num_comments} comments, the "
