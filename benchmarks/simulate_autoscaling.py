@@ -181,7 +181,8 @@ def format_runs(runs: Sequence[Run]) -> str:
 def draw(runs: Sequence[Run], model: EngineModel, path: Path) -> None:
     """Draw each run's engines over time, beside the oracle's."""
     figure = Figure(figsize=(10, 2.2 * len(runs)), layout="constrained")
-    for axes, run in zip(figure.subplots(len(runs), 1, squeeze=False)[:, 0], runs, strict=True):
+    places = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
+    for axes, run in zip(places, runs, strict=True):
         hours = np.arange(len(run.asked)) / HOUR_S
         axes.fill_between(
             hours, run.running / model.num_slots, color="0.85", label="slots in use, in engines"
@@ -200,8 +201,8 @@ def draw(runs: Sequence[Run], model: EngineModel, path: Path) -> None:
         axes.set_ylabel("engines")
         axes.set_ylim(bottom=0)
         axes.margins(x=0)
-    axes.set_xlabel("hours")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    places[-1].set_xlabel("hours")
+    figure.legend(*places[-1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=110)
 
 

@@ -164,12 +164,19 @@ def count_gangs(need: Need, cluster: Cluster, *, cpus_beside: float) -> int:
     startable = 0
     if has_such_heads(need, cluster.maxima):
         startable = need.num_bundles_in(cluster.maxima) // need.num_hosts
-    if need.device == "tpu" and need.num_hosts > 1:
-        whole = sum(
-            found.fits(need) and len(found.hosts) == found.num_hosts
+    if need.device == "tpu":
+        whole = [
+            found
             for found in tpu_slices(cluster)
+            if found.fits(need) and len(found.hosts) == found.num_hosts
+        ]
+        # A large host holds several small gangs; a slice of several hosts is one gang's.
+        return max(
+            startable,
+            sum(
+                min(need.num_bundles_in(host.resources) for host in found.hosts) for found in whole
+            ),
         )
-        return max(startable, whole)
     per_node = [need.num_bundles_in(node.resources) for node in cluster.nodes]
     # A gang's hosts are distinct nodes; those of two gangs may share one.
     count = sum(per_node) // need.num_hosts

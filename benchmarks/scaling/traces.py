@@ -73,7 +73,9 @@ def make_trace(
     )
 
 
-def steps(levels: Sequence[float], each_s: float) -> Callable[[np.ndarray], np.ndarray]:
+def steps(
+    levels: Sequence[float] | np.ndarray, each_s: float
+) -> Callable[[np.ndarray], np.ndarray]:
     """A rate that stays at each level for so long."""
     return lambda seconds: np.asarray(levels)[
         np.minimum(seconds // each_s, len(levels) - 1).astype(int)

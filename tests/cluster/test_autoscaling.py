@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from ray.serve.config import AutoscalingConfig
 
 import serve_app
 from cluster.autoscaling import EnginePolicy, engine_autoscaling, read_load, router_autoscaling
-from cluster.placement import Need
+from cluster.needs import Need
 from cluster.replica import Engine
 from engine.config import EngineConfig
+from engine.tpu_slice import Slice
 
 NEED = Need(device="cpu", num_hosts=1, bundle={"CPU": 0.5})
 
@@ -72,21 +74,34 @@ def test_the_policy_decides_in_a_controller_that_cannot_import_this_project(
     tmp_path: Path,
 ) -> None:
     scaling = engine_autoscaling(
-        config(min_engines=0, max_engines=4, max_running_requests=4), need=None, cpus_per_leader=0.2
+        config(min_engines=0, max_engines=4, max_running_requests=4),
+        need=replace(NEED, device="tpu", bundle={"TPU": 4.0}, tpu=Slice("v6e", "2x2")),
+        cpus_per_leader=0.2,
     )
     deployed = tmp_path / "deployment"
     deployed.write_bytes(DeploymentConfig(autoscaling_config=scaling).to_proto_bytes())
     controller = """
         import pathlib, sys, types
+        import ray
+        import ray._private.state
         sys.modules["cluster"] = sys.modules["engine"] = None  # Importing them is an error.
         from ray.serve._private.autoscaling_state import _resolve_policy_callable
         from ray.serve._private.config import DeploymentConfig
         told = DeploymentConfig.from_proto_bytes(pathlib.Path(sys.argv[1]).read_bytes())
         policy = _resolve_policy_callable(told.autoscaling_config.policy)
+        nodes = [
+            {
+                "NodeID": "a", "Alive": True, "NodeManagerAddress": "10.0.0.1",
+                "NodeManagerPort": 1, "Resources": {"TPU": 4.0}, "Labels": {},
+            }
+        ]
+        ray.nodes = lambda: nodes
+        ray._private.state.available_resources_per_node = dict
+        ray._private.state.state.get_max_resources_from_cluster_config = dict
         context = types.SimpleNamespace(
             raw_metrics={}, total_queued_requests=0, target_num_replicas=1, current_num_replicas=1
         )
-        print(policy(context))
+        print(policy(context), policy._num_possible)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(controller), deployed],
@@ -96,7 +111,7 @@ def test_the_policy_decides_in_a_controller_that_cannot_import_this_project(
         text=True,
         timeout=120,
     )
-    assert done.stdout.splitlines() == ["(1, {})"], done.stderr
+    assert done.stdout.splitlines() == ["(1, {}) 1"], done.stderr
 
 
 def test_serve_calls_ten_times_a_second_and_one_of_them_decides() -> None:
@@ -138,6 +153,7 @@ def test_limits_of_engines_and_routers_reach_serve() -> None:
         "device": "cpu",
         "num_hosts": 1,
         "bundle": {"CPU": 0.5},
+        "tpu": None,
     }
     routers = scaling_of(serve_app.router_deployment(scaled))
     assert (routers.min_replicas, routers.max_replicas) == (2, 4)

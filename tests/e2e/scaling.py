@@ -181,6 +181,7 @@ def serving(**fields: object) -> Iterator[str]:
                 "device": "cpu",
                 "dtype": "float32",
                 "max_running_requests": NUM_SLOTS,
+                "max_total_tokens": 2 * MAX_CONTEXT,
                 "chunked_prefill_size": 64,
                 "hold_timeout_s": TIMEOUT_S,
                 **fields,
@@ -223,6 +224,7 @@ async def scale(base_url: str, arguments: argparse.Namespace) -> Outcome:
     async with clients.asking(arguments.clients, num_tokens):
         await wait_for_engines(2)
         up_s = time.monotonic() - started_s
+    print(f"1 → 2 engines {up_s:.1f} s after the load rose", flush=True)
     started_s = time.monotonic()
     # One of these goes to each engine, and so do the two of those who go on asking.
     num_long = 2 if arguments.long_tokens else 0
@@ -230,11 +232,13 @@ async def scale(base_url: str, arguments: argparse.Namespace) -> Outcome:
     async with clients.asking(NUM_LOW, num_tokens):
         await wait_for_engines(1)
         down_s = time.monotonic() - started_s
+    print(f"2 → 1 engines {down_s:.1f} s after it fell", flush=True)
     num_outliving = sum(not task.done() for task in long)
     pauses_s = [stream.longest_pause_s for stream in await asyncio.gather(*long)]
     started_s = time.monotonic()
     await wait_for_engines(0)
     zero_s = time.monotonic() - started_s
+    print(f"1 → 0 engines {zero_s:.1f} s after it ended", flush=True)
     held = await clients.ask(num_tokens)
     await clients.close()
     longest_s = max(pauses_s, default=0.0)
@@ -250,7 +254,7 @@ def main() -> int:
     parser.add_argument(
         "--long-tokens",
         type=int,
-        default=20_000,
+        default=8_000,
         help="of two answers that should outlive their engine; 0: none",
     )
     parser.add_argument("--downscale-delay-s", type=float, default=20.0)
@@ -264,19 +268,16 @@ def main() -> int:
     ) as base_url:
         outcome = asyncio.run(scale(base_url, arguments))
     answers, held = outcome.answers, outcome.held
-    print(f"answers {answers.num_answers}, lost {len(answers.errors)}, wrong {answers.num_wrong}")
-    print(f"1 → 2 engines {outcome.up_s:.1f} s after the load rose")
-    print(f"2 → 1 engines {outcome.down_s:.1f} s after it fell")
     if arguments.long_tokens:
         print(
             f"{outcome.num_outliving} long answers ran on when the second engine was gone; their "
             f"longest pause was {outcome.longest_pause_s:.1f} s"
         )
-    print(f"1 → 0 engines {outcome.zero_s:.1f} s after it ended")
     print(
         f"0 → 1: first text after {held.first_text_s:.1f} s, {held.num_comments} comments, the "
         f"first after {held.first_comment_s:.1f} s"
     )
+    print(f"answers {answers.num_answers}, lost {len(answers.errors)}, wrong {answers.num_wrong}")
     for error in answers.errors:
         print(error, file=sys.stderr)
     if arguments.json:
