@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 COMMENT_PERIOD_S = 10.0
 """A stream that has nothing to say for so long says that it waits: proxies cut silent ones."""
 
-_COMMENT = ": waiting for an engine\n\n".encode()
+_COMMENT = b": waiting for an engine\n\n"
 
 _REQUEST_ID = b"x-request-id"
 
