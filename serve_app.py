@@ -5,6 +5,7 @@ the same names as flags, forms the cluster by itself and serves until it is inte
 """
 
 import logging
+import math
 import signal
 import sys
 import threading
@@ -17,8 +18,9 @@ from ray import serve
 from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
+from cluster.autoscaling import engine_autoscaling, router_autoscaling
 from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
-from cluster.needs import need_of, resolve_device
+from cluster.needs import Need, need_of, resolve_device
 from cluster.nodes import Cluster, read_cluster
 from cluster.placement import check_capacity
 from cluster.rendezvous import form_cluster
@@ -49,6 +51,8 @@ _ROUTER_ENVIRONMENT = MappingProxyType(
 # could not reach on another host: routers bind what it names.
 _ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
 _LOGGING = LoggingConfig(enable_access_log=False)
+# A router that is no longer needed stays until its streams have ended, within reason.
+_ROUTER_DRAIN_S = 600.0
 _HEALTH_PERIOD_S = 2.0
 _HEALTH_TIMEOUT_S = 5.0
 _POLL_S = 0.5
@@ -78,40 +82,55 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 
 def _build(config: EngineConfig, router_resources: Mapping[str, float]) -> serve.Application:
+    need = None
     if ray.is_initialized():
         # The leader asks again; said here, it is said once and before anything is downloaded.
         cluster = read_cluster()
-        check_capacity(need_of(resolve_device(config, cluster)), cluster)
+        need = need_of(resolve_device(config, cluster))
+        check_capacity(need, cluster)
         if router_resources:
-            check_room_for_routers(cluster, router_resources)
+            check_room_for_routers(cluster, router_resources, config.num_routers)
     fields = config.model_dump(exclude_unset=True)
     router = router_deployment(config, resources=router_resources)
-    return router.bind(fields, engine_deployment(config, Engine).bind(fields))
+    return router.bind(fields, engine_deployment(config, Engine, need=need).bind(fields))
 
 
-def check_room_for_routers(cluster: Cluster, resources: Mapping[str, float]) -> None:
+def check_room_for_routers(
+    cluster: Cluster, resources: Mapping[str, float], num_routers: int
+) -> None:
     """Check that a node with certain resources has CPUs, too; Serve would wait for one for ever.
 
     Raises:
         CapacityError: None has.
     """
-    needed = {"CPU": _ROUTER_CPUS, **resources}
+    each = {"CPU": _ROUTER_CPUS, **resources}
+    needed = {name: amount * num_routers for name, amount in each.items()}
     if not any(
         all(node.resources.get(name, 0) >= amount for name, amount in needed.items())
         for node in cluster.nodes
     ):
         raise CapacityError(
-            f"The cluster's head has fewer than the {_ROUTER_CPUS:g} CPUs that a router needs "
-            "there. Start the head with --num-cpus=1 or more, or serve a YAML file with `serve "
-            "run`, which puts routers on any node."
+            f"The cluster's head has fewer than the {needed['CPU']:g} CPUs that --num-routers="
+            f"{num_routers} takes there. Start the head with --num-cpus={math.ceil(needed['CPU'])} "
+            "or more, or serve a YAML file with `serve run`, which puts routers on any node."
         )
 
 
-def engine_deployment(config: EngineConfig, leader: type) -> serve.Deployment:
-    """Make the deployment of an engine's leader, `cluster.replica.Engine` or a stand-in for it."""
+def engine_deployment(
+    config: EngineConfig, leader: type, *, need: Need | None = None
+) -> serve.Deployment:
+    """Make the deployment of an engine's leader, `cluster.replica.Engine` or a stand-in for it.
+
+    Args:
+        need: What an engine needs of the cluster, which bounds the number of engines.
+    """
+    number: dict[str, Any] = {"num_replicas": config.num_engines}
+    if config.max_engines is not None:
+        scaling = engine_autoscaling(config, need=need, cpus_per_leader=_LEADER_CPUS)
+        number = {"autoscaling_config": scaling}
     return serve.deployment(
         name="Engine",
-        num_replicas=config.num_engines,
+        **number,
         max_ongoing_requests=_max_calls(config),
         ray_actor_options={"num_cpus": _LEADER_CPUS},
         # Routers ask it how it is each second; a line for each would bury what matters.
@@ -144,9 +163,15 @@ def router_deployment(
         "resources": dict(resources),
         "runtime_env": {"env_vars": variables},
     }
+    number: dict[str, Any] = {"num_replicas": config.num_routers}
+    if config.max_routers is not None:
+        number = {
+            "autoscaling_config": router_autoscaling(config),
+            "graceful_shutdown_timeout_s": _ROUTER_DRAIN_S,
+        }
     # Its decorators hide from type checkers what it has become.
     return cast(serve.Deployment, Router).options(
-        max_ongoing_requests=_max_calls(config), ray_actor_options=options
+        max_ongoing_requests=_max_calls(config), ray_actor_options=options, **number
     )
 
 

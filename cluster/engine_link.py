@@ -80,6 +80,8 @@ class EngineLink:
         hold_timeout_s: float,
         random_seed: int,
         read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
+        list_running: Callable[[], Collection[str] | None],
+        may_sleep: bool,
     ) -> None:
         """Open the token socket and begin to watch the engines.
 
@@ -90,6 +92,8 @@ class EngineLink:
             hold_timeout_s: How long a request may wait for an engine to take it.
             random_seed: Of the seeds that requests get which bring none.
             read_statuses: What `cluster.status.read_all` gives for this application; may block.
+            list_running: Ids of the engines that Serve would call, or None if that is not known.
+            may_sleep: Whether no engine runs while nobody asks.
         """
         self._engine = engine
         self._hold_timeout_s = hold_timeout_s
@@ -97,7 +101,7 @@ class EngineLink:
         self._seeds = random.Random(random_seed)
         self._receiver = TokenReceiver(bind_host)
         self._chooser = EngineChooser()
-        self._fleet = EngineFleet(engine, self._chooser, read_statuses)
+        self._fleet = EngineFleet(engine, self._chooser, read_statuses, list_running, may_sleep)
         self._under_way: dict[str, tuple[Journal, int]] = {}
         self._calls: set[asyncio.Future[GenerateEnd]] = set()
         self._tasks = WatchedTasks()
@@ -251,9 +255,13 @@ class EngineLink:
             if stream.leader is None:
                 # Where no engine is ready, Serve keeps the call until one is.
                 is_expected = bool(self._chooser.ready)
-                limit_s = self._silence_timeout_s if is_expected else self._hold_timeout_s
-                if silence_s > limit_s:
+                if is_expected and silence_s > self._silence_timeout_s:
                     raise EngineDiedError(f"No engine took the request within {silence_s:.1f} s.")
+                if silence_s > self._hold_timeout_s:
+                    raise EngineNotReadyError(
+                        "No engine took the request within "
+                        f"--hold-timeout-s={self._hold_timeout_s:g}: {self._fleet.info.status}."
+                    )
             elif silence_s > self._silence_timeout_s:
                 raise EngineDiedError(f"The engine has been silent for {silence_s:.1f} s.")
             await stream.wait()

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
-from ray._private.state import available_resources_per_node
-from ray._private.state import state as cluster_state
+from ray._private import state as ray_state
 
 NODE_RANK_LABEL = "qwen-on-ray/node-rank"
 """Label of nodes that joined by the command line's --node-rank."""
@@ -73,7 +72,7 @@ class Cluster:
 
 def read_cluster() -> Cluster:
     """Ask Ray what the cluster is at present. Blocks for some milliseconds."""
-    available = available_resources_per_node()
+    available = ray_state.available_resources_per_node()
     nodes = tuple(
         Node(
             node_id=node["NodeID"],
@@ -86,5 +85,5 @@ def read_cluster() -> Cluster:
         for node in ray.nodes()
         if node["Alive"]
     )
-    maxima = cluster_state.get_max_resources_from_cluster_config() or {}
+    maxima = ray_state.state.get_max_resources_from_cluster_config() or {}
     return Cluster(nodes=nodes, maxima={name: float(most) for name, most in maxima.items()})

@@ -118,6 +118,21 @@ class Engine:
         del route
         return msgspec.msgpack.encode(self._info())
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve asks every few seconds, for `cluster.autoscaling.read_load`."""
+        core = self._core
+        stats = self._stats()
+        return {
+            "num_running": stats.num_running,
+            # While the hosts are rebuilt, calls wait for them.
+            "num_waiting": stats.num_waiting if core else self._calls.num_calls,
+            "queue_delay_s": core.queue_delay_s() if core else 0.0,
+            "page_use": stats.page_use,
+            "requests_total": stats.requests_total,
+            "served_total": stats.served_total,
+            "service_s_total": stats.service_s_total,
+        }
+
     async def profile(self, num_steps: int, *, route: Route) -> bytes:
         """Have every host trace its next steps; 0 ends a trace early.
 
@@ -185,8 +200,11 @@ class Engine:
             generation_defaults=self._generation_defaults,
             fingerprint=limits.model_fingerprint if limits else "",
             ranks=ranks,
-            stats=self._past_stats + self._core.stats if self._core else self._past_stats,
+            stats=self._stats(),
         )
+
+    def _stats(self) -> EngineStats:
+        return self._past_stats + self._core.stats if self._core else self._past_stats
 
     def _request(self, request_id: str, choice: ChoiceCall, call: GenerateCall) -> Request:
         return Request(

@@ -4,6 +4,7 @@ Serve pickles this module by value, its own classes included: nothing but the fo
 that a `Route` is the same class on both sides. The interface is in flux; all of it is here.
 """
 
+from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from cluster.engine_choice import Route
@@ -26,3 +27,15 @@ class RouteFollower(RequestRouter):
         # An engine that is gone is not waited for: that would keep one of the few tasks that Serve
         # has for finding replicas, and other calls with it.
         return [*([replica] for replica in wanted), list(by_id.values())]
+
+
+def list_running(engine: DeploymentHandle) -> frozenset[str] | None:
+    """Ids of the engines to which Serve would send a call; None before it knows of any.
+
+    A call that finds none makes Serve start one, so whoever only asks how engines are has to know
+    before. Serve tells it in no public way.
+    """
+    if not engine.running_replicas_populated():
+        return None
+    router = engine._router._asyncio_router._active_request_router  # type: ignore[union-attr]
+    return frozenset(replica_id.unique_id for replica_id in router.curr_replicas)

@@ -45,6 +45,7 @@ from cluster.openai.schema import (
 from cluster.openai.sse import AnswerResponse
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_node import warn_of_missing_haproxy
+from cluster.request_router import list_running
 from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
 from cluster.status import read_all
@@ -333,6 +334,8 @@ class Router:
             hold_timeout_s=parsed.hold_timeout_s,
             random_seed=parsed.random_seed,
             read_statuses=partial(read_all, serve.get_replica_context().app_name),
+            list_running=partial(list_running, engine),
+            may_sleep=parsed.fewest_engines == 0,
         )
         try:
             router_id = serve.get_replica_context().replica_id.unique_id

@@ -5,6 +5,7 @@ here was asked by others: which hosts are silent, and which are in quarantine. D
 """
 
 import enum
+import math
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
@@ -146,6 +147,42 @@ def view_slices(
             view.slice.name,
         ),
     )
+
+
+def count_gangs(need: Need, cluster: Cluster, *, cpus_beside: float) -> int:
+    """How many gangs the cluster can hold at the same time, its autoscaler's nodes included.
+
+    Whatever else runs there is not looked at: its hosts may become free.
+
+    Args:
+        cpus_beside: What each gang takes beside its hosts, where these are made of CPUs.
+    """
+    if need.device == "cpu":
+        cpus = need.num_hosts * need.bundle["CPU"] + cpus_beside
+        most = max(cluster.total("CPU"), cluster.maxima.get("CPU", 0))
+        return math.floor(most / cpus + 1e-6)
+    startable = 0
+    if has_such_heads(need, cluster.maxima):
+        startable = need.num_bundles_in(cluster.maxima) // need.num_hosts
+    if need.device == "tpu":
+        whole = [
+            found
+            for found in tpu_slices(cluster)
+            if found.fits(need) and len(found.hosts) == found.num_hosts
+        ]
+        # A large host holds several small gangs; a slice of several hosts is one gang's.
+        return max(
+            startable,
+            sum(
+                min(need.num_bundles_in(host.resources) for host in found.hosts) for found in whole
+            ),
+        )
+    per_node = [need.num_bundles_in(node.resources) for node in cluster.nodes]
+    # A gang's hosts are distinct nodes; those of two gangs may share one.
+    count = sum(per_node) // need.num_hosts
+    while count and sum(min(count, bundles) for bundles in per_node) < count * need.num_hosts:
+        count -= 1
+    return max(startable, count)
 
 
 def may_grow(need: Need, cluster: Cluster) -> bool:

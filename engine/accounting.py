@@ -97,6 +97,9 @@ class Accounting:
     def _ended(self, request: Request, reason: FinishReason) -> None:
         stats = self.stats
         count(stats.finished_total, reason)
+        if request.admitted_s:
+            stats.served_total += 1
+            stats.service_s_total += time.monotonic() - request.admitted_s
         if reason == "abort" or not request.last_token_s:
             return  # Its latency would say how patient its client was.
         num_tokens = len(request.output_token_ids)

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from engine.errors import ConfigError
 from engine.tpu_slice import Slice
 
+_NEED_MAX_ENGINES = frozenset(
+    ("min_engines", "target_load", "target_queue_delay_s", "upscale_delay_s", "downscale_delay_s")
+)
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -136,13 +139,62 @@ class EngineConfig(BaseModel):
         ge=1,
         description="Copies of the model, each on hosts of its own, that share the requests.",
     )
+    min_engines: int | None = Field(
+        default=None,
+        ge=0,
+        description="With --max-engines: fewest engines. 0: none runs while nobody asks, and the "
+        "next request waits until one has started. Default: 1.",
+    )
+    max_engines: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most engines: their number follows the load, in place of --num-engines. "
+        "Default: it is fixed.",
+    )
+    target_load: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="With --max-engines: share of their slots (--max-running-requests) and of "
+        "their KV pages that engines should use; above it, more are started.",
+    )
+    target_queue_delay_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="With --max-engines: a queue that is older counts as too much load.",
+    )
+    upscale_delay_s: float = Field(
+        default=10.0,
+        ge=1,
+        description="With --max-engines: seconds that too much load must last before engines are "
+        "started; the arrivals of that time say how many.",
+    )
+    downscale_delay_s: float = Field(
+        default=300.0,
+        ge=1,
+        description="With --max-engines: seconds that fewer engines must have been enough before "
+        "any is stopped, and that nobody must have asked before the last one is.",
+    )
+    num_routers: int = Field(
+        default=1,
+        ge=1,
+        description="Routers, which speak HTTP; the fewest of them with --max-routers.",
+    )
+    max_routers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most routers: their number follows the requests in flight. Default: it is "
+        "fixed at --num-routers.",
+    )
     max_queued_requests: int = Field(
-        default=1024, ge=1, description="Requests that may wait; one more is refused with HTTP 429."
+        default=1024,
+        ge=1,
+        description="Requests that may wait in each router; one more is refused with HTTP 429.",
     )
     max_queued_tokens: int = Field(
         default=4_194_304,
         ge=1,
-        description="Prompt tokens that may wait; past that, HTTP 429.",
+        description="Prompt tokens that may wait in each router; past that, HTTP 429.",
     )
     max_prefill_tokens: int = Field(
         default=8192, ge=1, description="Most prompt tokens that one step computes."
@@ -190,7 +242,8 @@ class EngineConfig(BaseModel):
     hold_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        description="Seconds that a request waits for an engine that is starting.",
+        description="Seconds that a request waits for an engine that is starting. A stream hears "
+        "of it every 10 s, by a comment.",
     )
     profile_dir: str | None = Field(
         default=None,
@@ -261,7 +314,37 @@ class EngineConfig(BaseModel):
                 "--jax-precompile-prefill-token-paddings must be positive, got "
                 f"{list(self.jax_precompile_prefill_token_paddings)}."
             )
+        self._check_scaling()
         return self
+
+    def _check_scaling(self) -> None:
+        if self.max_engines is None:
+            set_alone = _NEED_MAX_ENGINES & self.model_fields_set
+            if set_alone:
+                flag = "--" + min(set_alone).replace("_", "-")
+                raise ValueError(
+                    f"{flag} does nothing without --max-engines, which lets the number of engines "
+                    "follow the load. Give --max-engines, or --num-engines for a fixed number."
+                )
+        elif "num_engines" in self.model_fields_set:
+            raise ValueError(
+                f"--num-engines={self.num_engines} fixes the number of engines, and "
+                f"--max-engines={self.max_engines} lets it follow the load. Give one of them; "
+                "--min-engines is how many there are at least."
+            )
+        elif self.fewest_engines > self.max_engines:
+            raise ValueError(
+                f"--min-engines={self.min_engines} is above --max-engines={self.max_engines}."
+            )
+        if self.max_routers is not None and self.num_routers > self.max_routers:
+            raise ValueError(
+                f"--num-routers={self.num_routers} is above --max-routers={self.max_routers}."
+            )
+
+    @property
+    def fewest_engines(self) -> int:
+        """The resolved `min_engines`, where the number of engines follows the load."""
+        return 1 if self.min_engines is None else self.min_engines
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -91,6 +91,12 @@ class EngineCore:
         """Longest prompt plus output that this engine can hold."""
         return self._scheduler.max_len
 
+    def queue_delay_s(self) -> float:
+        """Seconds that the first request in the queue has waited for its first slot."""
+        queued = (each.queued_s for each in self._scheduler.waiting if not each.num_preemptions)
+        since_s = next(queued, None)
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
     def draw_seed(self) -> int:
         """A seed for a request that brought none; the same sequence for the same random_seed."""
         return self._seeds.getrandbits(63)

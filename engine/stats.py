@@ -61,6 +61,8 @@ class EngineStats:
         wait_ms_total: Time in which the leader waited for a result.
         device_ms_total: From dispatch to result, as rank 0 measured it.
         moved_total: Requests that another attempt has left.
+        served_total: Requests that have ended after they had a slot, in whichever way.
+        service_s_total: Seconds from those requests' first slot to their end.
         finished_total: Requests that ended, by how: stop, length or abort.
         restarts_total: Epochs that ended, by what ended them.
         queue_time_s: From a request's arrival to its slot.
@@ -88,6 +90,8 @@ class EngineStats:
     preemptions_total: int = 0
     requests_total: int = 0
     moved_total: int = 0
+    served_total: int = 0
+    service_s_total: float = 0.0
     compiles_total: int = 0
     host_ms_total: float = 0.0
     wait_ms_total: float = 0.0

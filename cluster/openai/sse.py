@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
@@ -16,6 +17,11 @@ from cluster.openai.errors import ErrorReply
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+
+COMMENT_PERIOD_S = 10.0
+"""A stream that has nothing to say for so long says that it waits: proxies cut silent ones."""
+
+_COMMENT = b": waiting for an engine\n\n"
 
 _REQUEST_ID = b"x-request-id"
 
@@ -54,7 +60,8 @@ def encode_error_event(reply: ErrorReply) -> bytes:
 class AnswerResponse(Response):
     """Sends what an async generator yields, and closes it as soon as the client is gone.
 
-    Nothing is sent before the generator's first part, so an error until then gets its own status.
+    Nothing is sent before the generator's first part, so an error until then gets its own status;
+    unless a stream's first part takes longer than `COMMENT_PERIOD_S`: then it begins with comments.
     A client's leaving is watched here, because otherwise it would show only at the next send,
     which for a request that waits for the engine may be a minute away.
 
@@ -79,12 +86,17 @@ class AnswerResponse(Response):
         self._is_stream = is_stream
         self._request_id = request_id
         self._is_named = False
+        self._has_begun = False
+        self._sent_s = time.monotonic()
+        # One message after the other, though two tasks send.
+        self._turn = asyncio.Lock()
         super().__init__()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._is_named = any(name == _REQUEST_ID for name, _ in scope["headers"])
         sending = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(_wait_for_disconnect(receive))
+        commenting = asyncio.create_task(self._comment(send))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -94,26 +106,40 @@ class AnswerResponse(Response):
         finally:
             sending.cancel()
             leaving.cancel()
+            commenting.cancel()
             # Return only when the generator is closed, so that no abort is left to chance.
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await asyncio.gather(sending, leaving, commenting, return_exceptions=True)
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._parts) as parts:
-            part = await anext(parts)
-            await send(
-                {"type": "http.response.start", "status": 200, "headers": self._headers(part)}
-            )
-            await send({"type": "http.response.body", "body": part, "more_body": True})
             try:
                 async for part in parts:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    await self._send(send, part)
             except Exception as error:
-                if not self._is_stream:
+                if not self._is_stream or not self._has_begun:
                     raise
                 end = self._describe_failure(error)
             else:
                 end = DONE if self._is_stream else b""
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        await self._send(send, end, is_last=True)
+
+    async def _send(self, send: Send, body: bytes, *, is_last: bool = False) -> None:
+        async with self._turn:
+            if not self._has_begun:
+                self._has_begun = True
+                headers = self._headers(body)
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+            self._sent_s = time.monotonic()
+
+    async def _comment(self, send: Send) -> None:
+        """Send a comment after each silence, until cancelled."""
+        while self._is_stream:
+            silence_s = time.monotonic() - self._sent_s
+            if silence_s >= COMMENT_PERIOD_S:
+                await self._send(send, _COMMENT)
+            else:
+                await asyncio.sleep(COMMENT_PERIOD_S - silence_s)
 
     def _headers(self, part: bytes) -> list[tuple[bytes, bytes]]:
         headers = [] if self._is_named else [(_REQUEST_ID, self._request_id.encode())]

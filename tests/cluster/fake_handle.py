@@ -1,7 +1,7 @@
 """A Serve handle's methods, answered by a test, and a router's link over such a handle."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
 from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle
@@ -41,6 +41,7 @@ def open_link(
     *,
     silence_timeout_s: float,
     hold_timeout_s: float,
+    list_running: Callable[[], Collection[str] | None] = lambda: None,
 ) -> EngineLink:
     """A router's link to the engines behind a handle."""
     return EngineLink(
@@ -50,4 +51,6 @@ def open_link(
         hold_timeout_s=hold_timeout_s,
         random_seed=0,
         read_statuses=read_statuses,
+        list_running=list_running,
+        may_sleep=True,
     )

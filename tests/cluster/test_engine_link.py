@@ -103,7 +103,7 @@ async def test_a_leader_that_said_ready_and_does_not_answer_is_what_is_waited_fo
     engine: Engine, link: EngineLink
 ) -> None:
     await calls(engine, 3)
-    with pytest.raises(EngineNotReadyError, match=r"leader to answer$"):
+    with pytest.raises(EngineNotReadyError, match=r"leader to answer\."):
         await link.wait_until_ready(0.0)
 
 
@@ -142,3 +142,113 @@ async def test_what_is_known_of_an_engine_outlives_a_call_that_fails(
     assert not info.is_ready
     assert info.stats.steps_total == 7
     assert info.context_length == 512
+
+
+class SleepingDeployment(Engine):
+    """A handle of a deployment without an engine, until a call has made Serve start one.
+
+    Attributes:
+        running: Ids of the engines that Serve would call.
+        num_held: Calls that wait for an engine.
+        num_looks: How often `running` was looked at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(msgspec.msgpack.encode(EngineInfo(is_ready=True, engine_id=NAME)))
+        self.statuses = {}
+        self.running: set[str] = set()
+        self.num_held = 0
+        self.num_looks = asyncio.Semaphore(0)
+        self.is_called = asyncio.Event()
+        self.has_started = asyncio.Event()
+
+    async def _describe(self, **_: object) -> bytes:
+        if not self.running:
+            self.num_held += 1
+            self.is_called.set()
+            try:
+                await self.has_started.wait()
+            finally:
+                self.num_held -= 1
+        return await super()._describe()
+
+    def list_running(self) -> set[str]:
+        self.num_looks.release()
+        return self.running
+
+    def start(self) -> None:
+        self.statuses[NAME] = READY
+        self.running.add(NAME)
+        self.has_started.set()
+
+
+@pytest.fixture
+async def sleeping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[SleepingDeployment, EngineLink]]:
+    monkeypatch.setattr("cluster.engine_fleet.INFO_PERIOD_S", 0.001)
+    deployment = SleepingDeployment()
+    link = open_link(
+        deployment,
+        lambda: deployment.statuses,
+        silence_timeout_s=TIMEOUT_S,
+        hold_timeout_s=TIMEOUT_S,
+        list_running=deployment.list_running,
+    )
+    yield deployment, link
+    await link.close()
+
+
+async def test_who_waits_while_no_engine_runs_has_one_call_pending_for_all(
+    sleeping: tuple[SleepingDeployment, EngineLink],
+) -> None:
+    deployment, link = sleeping
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await link.engine_info()).status != "no engine runs until a request comes":
+            await asyncio.sleep(0)
+    waiting = [asyncio.create_task(link.wait_until_ready(TIMEOUT_S)) for _ in range(5)]
+    async with asyncio.timeout(TIMEOUT_S):
+        await deployment.is_called.wait()
+        assert deployment.num_held == 1
+        deployment.start()
+        infos = await asyncio.gather(*waiting)
+    assert {info.is_ready for info in infos} == {True}
+    assert deployment.num_held == 0
+
+
+async def test_a_call_that_nobody_waits_for_any_longer_keeps_no_engine_awake(
+    sleeping: tuple[SleepingDeployment, EngineLink],
+) -> None:
+    deployment, link = sleeping
+    waiting = asyncio.create_task(link.wait_until_ready(TIMEOUT_S))
+    async with asyncio.timeout(TIMEOUT_S):
+        await deployment.is_called.wait()
+        waiting.cancel()
+        while deployment.num_held:
+            await asyncio.sleep(0)
+
+
+async def test_a_wait_that_is_too_long_ends_with_the_flag_that_bounds_it(
+    sleeping: tuple[SleepingDeployment, EngineLink],
+) -> None:
+    _, link = sleeping
+    with pytest.raises(EngineNotReadyError, match=r"--hold-timeout-s=0\.05: .* or raise"):
+        await link.wait_until_ready(0.05)
+
+
+async def test_an_engine_that_serve_lets_go_is_asked_no_more_and_wakes_none(
+    sleeping: tuple[SleepingDeployment, EngineLink],
+) -> None:
+    deployment, link = sleeping
+    deployment.start()
+    assert (await link.wait_until_ready(TIMEOUT_S)).is_ready
+    # It finishes what it has, and its status says until its end that it serves.
+    deployment.running.clear()
+    deployment.has_started.clear()
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await link.engine_info()).is_ready:
+            await asyncio.sleep(0)
+        deployment.num_looks = asyncio.Semaphore(0)
+        for _ in range(5):
+            await deployment.num_looks.acquire()
+    assert deployment.num_held == 0

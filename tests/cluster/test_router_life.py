@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
@@ -99,6 +100,49 @@ async def test_a_request_is_held_until_the_engine_is_ready(
         engine.becomes_ready.set()
         assert (await asking).status_code == 200
         assert (await client.get("/health/ready")).status_code == 200
+
+
+async def test_a_held_stream_hears_that_it_waits_and_then_its_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.openai.sse.COMMENT_PERIOD_S", 0.01)
+    engine.info = replace(engine.info, is_ready=False)
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        client.stream("POST", CHAT, json=chat_body(stream=True)) as response,
+    ):
+        assert response.status_code == 200
+        lines = response.aiter_lines()
+        comments = [line for line in [await anext(lines) for _ in range(6)] if line]
+        assert comments == [": waiting for an engine"] * 3
+        monkeypatch.setattr("cluster.openai.sse.COMMENT_PERIOD_S", DEADLINE_S)
+        engine.becomes_ready.set()
+        events = [line async for line in lines if line.startswith("data: ")]
+    assert events[-1] == "data: [DONE]"
+    deltas = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    contents = [delta["choices"][0]["delta"].get("content") or "" for delta in deltas]
+    assert "".join(contents) == "Once upon a time"
+
+
+async def test_a_stream_that_was_held_in_vain_ends_with_the_error_as_an_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.openai.sse.COMMENT_PERIOD_S", 0.01)
+    service, engine = make_service(tmp_path, hold_timeout_s=0.1)
+    engine.info = replace(engine.info, is_ready=False, status="compile 7 of 12")
+    async with (
+        serve_on_loopback(service) as url,
+        httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
+    ):
+        streamed = await client.post(CHAT, json=chat_body(stream=True))
+        whole = await client.post(CHAT, json=chat_body())
+    assert streamed.status_code == 200
+    [event] = [line for line in streamed.text.splitlines() if line.startswith("data: ")]
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert "compile 7 of 12" in error["message"]
+    # What is not streamed is held without a byte, and so keeps its status.
+    assert whole.status_code == 503
+    assert whole.json()["error"]["message"] == error["message"]
 
 
 async def test_one_request_more_than_may_wait_is_refused_until_there_is_room(

@@ -62,9 +62,12 @@ def cluster_of(*resources: dict[str, float]) -> Cluster:
 
 def test_a_head_without_cpus_is_told_before_a_router_waits_for_it() -> None:
     need = {"node:__internal_head__": 0.001}
-    serve_app.check_room_for_routers(cluster_of({**HEAD, "CPU": 1.0}, {"CPU": 8.0}), need)
+    head_has_one = cluster_of({**HEAD, "CPU": 1.0}, {"CPU": 8.0})
+    serve_app.check_room_for_routers(head_has_one, need, 5)
+    with pytest.raises(CapacityError, match=r"--num-routers=6 .*--num-cpus=2"):
+        serve_app.check_room_for_routers(head_has_one, need, 6)
     with pytest.raises(CapacityError, match=r"The cluster's head.*--num-cpus=1"):
-        serve_app.check_room_for_routers(cluster_of(HEAD, {"CPU": 8.0}), need)
+        serve_app.check_room_for_routers(cluster_of(HEAD, {"CPU": 8.0}), need, 1)
 
 
 def test_an_application_that_is_shut_down_elsewhere_ends_the_command(

@@ -13,7 +13,8 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated import autoscaler_pb2, common_pb2
 
 from cluster.needs import Need, need_of
-from cluster.slices import SliceState, new_host_bundles, tpu_slices, view_slices
+from cluster.nodes import Cluster, Node
+from cluster.slices import SliceState, count_gangs, new_host_bundles, tpu_slices, view_slices
 from engine.config import EngineConfig
 
 
@@ -179,3 +180,35 @@ def test_quarantined_slice_is_left_alone_while_another_may_be_had() -> None:
     }
     full = cluster_of(slice_of("a", "2x4"), maxima={"TPU": 8, "CPU": 99})
     assert states(*view_slices(TWO_HOSTS, full, quarantined=reason)) == {"a": SliceState.IDLE}
+
+
+def nodes_with(*resources: dict[str, float]) -> Cluster:
+    nodes = tuple(
+        Node(node_id=str(index), address=f"10.0.0.{index}", resources=each, labels={})
+        for index, each in enumerate(resources)
+    )
+    return Cluster(nodes=nodes, maxima={})
+
+
+def test_gangs_are_counted_by_whole_slices_and_by_what_may_still_come() -> None:
+    cluster = cluster_of(
+        slice_of("a", "2x4"), slice_of("b", "2x4", 1), slice_of("c", "2x4", used=4)
+    )
+    assert count_gangs(TWO_HOSTS, cluster, cpus_beside=0.2) == 2
+    larger = replace(cluster, maxima={"TPU": 40, "CPU": 400})
+    assert count_gangs(TWO_HOSTS, larger, cpus_beside=0.2) == 5
+    hosts = nodes_with({"TPU": 8, "CPU": 8}, {"TPU": 4, "CPU": 8}, {"CPU": 8})
+    assert count_gangs(FOUR_CHIPS, hosts, cpus_beside=0.2) == 3
+
+
+def test_hosts_of_one_gang_are_distinct_and_those_of_two_may_share_a_node() -> None:
+    two_hosts = need(device="gpu", nnodes=2, tp_size=4)
+    large, small = {"GPU": 8.0, "CPU": 8.0}, {"GPU": 2.0, "CPU": 8.0}
+    assert count_gangs(two_hosts, nodes_with(large, small), cpus_beside=0.2) == 1
+    assert count_gangs(two_hosts, nodes_with(large, large), cpus_beside=0.2) == 4
+    assert count_gangs(two_hosts, nodes_with(large), cpus_beside=0.2) == 0
+
+
+def test_engines_on_cpus_need_a_part_of_one_for_their_leaders_too() -> None:
+    two_hosts = need(device="cpu", nnodes=2, tp_size=2)
+    assert count_gangs(two_hosts, nodes_with({"CPU": 4.0}), cpus_beside=0.2) == 3
