@@ -1,83 +1,20 @@
-"""Who may come in, and how many may wait: API keys and the bound on waiting requests.
+"""How many may wait: the bound on requests that have no token so far.
 
 Requests count as waiting from their arrival until their first token. Past the bound the client
 hears at once (HTTP 429) instead of waiting for its own time-out.
 """
 
-import hashlib
-import hmac
-import re
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 
-from engine.errors import AuthenticationError, ConfigError, EngineBusyError
+from engine.errors import EngineBusyError
 
 MIN_WAIT_S, UNKNOWN_WAIT_S, MAX_WAIT_S = 1.0, 5.0, 60.0
 """What a refused client is told to wait: at least, where nothing is known, at most."""
 
 DRAIN_WINDOW_S = 30.0
-
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-
-
-class ApiKeys:
-    """The keys that are known, as SHA-256 hashes; empty means that no key is asked for."""
-
-    def __init__(self, hashes: tuple[bytes, ...] = ()) -> None:
-        self._hashes = hashes
-
-    @classmethod
-    def from_file(cls, path: Path) -> "ApiKeys":
-        """Read a file of one hexadecimal SHA-256 hash per line; # begins a comment.
-
-        Raises:
-            ConfigError: The file cannot be read, has a line that is no hash, or has no key.
-        """
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file={path} cannot be read: {error}") from error
-        hashes = []
-        for number, line in enumerate(lines, start=1):
-            text = line.partition("#")[0].strip()
-            if not text:
-                continue
-            if not _SHA256.fullmatch(text):
-                # The line itself is not shown: it may be a key that was not hashed.
-                raise ConfigError(
-                    f"--api-key-file={path}, line {number} is no SHA-256 hash (64 hexadecimal "
-                    "digits). Write what `printf %s KEY | sha256sum` prints."
-                )
-            hashes.append(bytes.fromhex(text))
-        if not hashes:
-            raise ConfigError(f"--api-key-file={path} has no key. Leave the flag out to need none.")
-        return cls(tuple(hashes))
-
-    def check(self, authorization: str | None) -> bytes:
-        """Check a request's Authorization header.
-
-        Returns:
-            Whose request it is: the key's hash, or nothing where no key is asked for.
-
-        Raises:
-            AuthenticationError: Keys are asked for, and this is none of them.
-        """
-        if not self._hashes:
-            return b""
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise AuthenticationError(
-                "You did not provide an API key. Send it as the header Authorization: Bearer KEY."
-            )
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        # All are compared, each in constant time, so that time tells nothing of a near miss.
-        matches = [hmac.compare_digest(digest, known) for known in self._hashes]
-        if not any(matches):
-            raise AuthenticationError("Incorrect API key provided.")
-        return digest
 
 
 class DrainRate:

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from cluster.admission import Ticket
+from cluster.api_keys import KeyUse
 from cluster.openai.engine_client import GenerateRequest
 from cluster.openai.generation import ChoiceUpdate
 from cluster.router_stats import CLIENT_LEFT, RouterStats
@@ -19,15 +20,22 @@ class RequestWatch:
     Args:
         request: Whose choices are counted one by one.
         ticket: Gives its place in the waiting room back as choices begin.
+        key_use: Of the key that sent it, for the tokens of the answer.
         stats: The router's.
         arrival_s: By the monotonic clock.
     """
 
     def __init__(
-        self, request: GenerateRequest, ticket: Ticket, stats: RouterStats, arrival_s: float
+        self,
+        request: GenerateRequest,
+        ticket: Ticket,
+        key_use: KeyUse,
+        stats: RouterStats,
+        arrival_s: float,
     ) -> None:
         self._choices = request.choices
         self._ticket = ticket
+        self._key_use = key_use
         self._stats = stats
         self._arrival_s = arrival_s
         self._timeline = Timeline(request, arrival_s)
@@ -51,6 +59,7 @@ class RequestWatch:
             latency_s = (now_s - before_s) / update.num_tokens
             stats.inter_token_latency_s.observe(latency_s)
         self._last_token_s[index] = now_s
+        self._key_use.take_tokens(update.num_tokens)
         self._timeline.take(update, now_s)
         if update.finish_reason is not None:
             self._unfinished.discard(index)

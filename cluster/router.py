@@ -64,6 +64,7 @@ SESSION_HEADER = "x-session-id"
 _MAX_SESSION_CHARS = 128
 # The empty one is that of a route prefix without its slash, which is sent on to the page.
 _NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
+_FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
 
 
 def create_app(service: OpenAIService) -> FastAPI:
@@ -203,11 +204,12 @@ class _KeyCheck:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _path(scope) not in _NO_KEY_NEEDED:
+        if scope["type"] == "http" and (path := _path(scope)) not in _NO_KEY_NEEDED:
             request = Request(scope)
             try:
-                authorization = request.headers.get("authorization")
-                request.state.tenant = _service(request).check_key(authorization)
+                request.state.tenant = _service(request).check_key(
+                    request.headers.get("authorization"), is_admin_needed=path in _FOR_ADMINS
+                )
             except RequestError as error:
                 await _send_error(request, describe_error(error))(scope, receive, send)
                 return

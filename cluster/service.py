@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.admission import Admission, ApiKeys, Ticket
+from cluster.admission import Admission, Ticket
+from cluster.api_keys import ApiKeys, KeyUse, KeyUses
 from cluster.exposition import Exposition
 from cluster.fleet_page import FleetState, describe_fleet
 from cluster.openai.chat import collect_chat, render_messages, stream_chat
@@ -81,6 +82,7 @@ class OpenAIService:
         self._keys = (
             ApiKeys.from_file(Path(config.api_key_file)) if config.api_key_file else ApiKeys()
         )
+        self._key_uses = KeyUses(self._keys)
         self._admission = Admission(config.max_queued_requests, config.max_queued_tokens)
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._started_at = int(time.time())
@@ -88,9 +90,9 @@ class OpenAIService:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def check_key(self, authorization: str | None) -> bytes:
+    def check_key(self, authorization: str | None, *, is_admin_needed: bool) -> bytes:
         """Check a request's Authorization header, and say whose it is; see `ApiKeys.check`."""
-        return self._keys.check(authorization)
+        return self._keys.check(authorization, is_admin_needed=is_admin_needed)
 
     async def chat(
         self, body: ChatCompletionRequest, request_id: str, caller: Caller = _ANYBODY
@@ -106,16 +108,19 @@ class OpenAIService:
             RequestError, EngineError: Before the first part, or amid a stream.
         """
         self._check_model(body.model)
-        with self._admit(body, num_prompts=1) as ticket:
+        with (
+            self._key_uses.enter(caller.tenant) as key_use,
+            self._admit(body, num_prompts=1) as ticket,
+        ):
             arrival_s = time.monotonic()
             info = await self._ready_info()
             prompt, has_special = await self._in_thread(partial(self._encode_chat, body))
             self._stats.special_tokens_in_messages_total += has_special
             request = self._make_request(
-                body, request_id, [prompt], "messages", info, ticket, caller
+                body, request_id, [prompt], "messages", info, ticket, caller, key_use
             )
             heading = make_heading(request_id, body.model, info.fingerprint)
-            with RequestWatch(request, ticket, self._stats, arrival_s) as watch:
+            with RequestWatch(request, ticket, key_use, self._stats, arrival_s) as watch:
                 generation = self._generation(body, request, watch)
                 if body.stream:
                     events = stream_chat(
@@ -141,17 +146,22 @@ class OpenAIService:
     ) -> AsyncGenerator[bytes, None]:
         """Answer a completion request, as `chat` does."""
         self._check_model(body.model)
-        with self._admit(body, num_prompts=len(body.prompt)) as ticket:
+        with (
+            self._key_uses.enter(caller.tenant) as key_use,
+            self._admit(body, num_prompts=len(body.prompt)) as ticket,
+        ):
             arrival_s = time.monotonic()
             info = await self._ready_info()
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )
-            request = self._make_request(body, request_id, prompts, "prompt", info, ticket, caller)
+            request = self._make_request(
+                body, request_id, prompts, "prompt", info, ticket, caller, key_use
+            )
             heading = make_heading(request_id, body.model, info.fingerprint)
             echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
             has_logprobs = body.logprobs is not None
-            with RequestWatch(request, ticket, self._stats, arrival_s) as watch:
+            with RequestWatch(request, ticket, key_use, self._stats, arrival_s) as watch:
                 generation = self._generation(body, request, watch)
                 if body.stream:
                     events = stream_completion(
@@ -254,6 +264,7 @@ class OpenAIService:
         info: EngineInfo,
         ticket: Ticket,
         caller: Caller,
+        key_use: KeyUse,
     ) -> GenerateRequest:
         choices = []
         for prompt in prompts:
@@ -272,6 +283,7 @@ class OpenAIService:
                 for index in range(body.n)
             ]
         ticket.add_tokens(body.n * sum(map(len, prompts)))
+        key_use.take_tokens(sum(map(len, prompts)))
         return GenerateRequest(
             request_id=request_id,
             choices=tuple(choices),

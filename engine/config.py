@@ -237,7 +237,9 @@ class EngineConfig(BaseModel):
     )
     api_key_file: str | None = Field(
         default=None,
-        description="File with one SHA-256 hash of an API key per line. Default: no keys.",
+        description="File with one SHA-256 hash of an API key per line, and after it what the key "
+        "may do: admin, requests-per-minute=N, tokens-per-minute=N, concurrency=N. Default: no "
+        "keys.",
     )
     hold_timeout_s: float = Field(
         default=60.0,

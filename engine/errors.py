@@ -8,6 +8,7 @@
     │   ├── ContextLengthError     prompt and requested output exceed the context
     │   ├── ModelNotFoundError     a model name that is not served here (HTTP 404)
     │   ├── AuthenticationError    no API key, or one that is not known here (HTTP 401)
+    │   ├── PermissionDeniedError  an API key that may not do this (HTTP 403)
     │   └── RequestTooLargeError   a body of more bytes than are read (HTTP 413)
     └── EngineError                the engine cannot serve this request at present (HTTP 503)
         ├── EngineBusyError        too many requests wait already (HTTP 429)
@@ -76,6 +77,15 @@ class AuthenticationError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="invalid_api_key")
+
+
+class PermissionDeniedError(RequestError):
+    """An API key that is known and may not do this."""
+
+    status = 403
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="permission_denied")
 
 
 class RequestTooLargeError(RequestError):

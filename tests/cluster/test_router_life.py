@@ -20,8 +20,8 @@ from cluster.admission import (
     MAX_WAIT_S,
     UNKNOWN_WAIT_S,
     Admission,
-    ApiKeys,
 )
+from cluster.api_keys import ApiKey, ApiKeys
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.errors import AuthenticationError, ConfigError, EngineBusyError
@@ -284,7 +284,12 @@ async def test_what_a_key_has_cached_is_no_other_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("secret-key", "line 1 is no SHA-256 hash"), ("# nothing", "has no key")],
+    [
+        ("secret-key", "line 1 is no SHA-256 hash"),
+        ("# nothing", "has no key"),
+        ("0" * 64 + " concurrency=0", "line 1: 'concurrency=0' is none of admin"),
+        ("# keys\n" + "0" * 64 + " root", "line 2: 'root' is none of admin"),
+    ],
 )
 def test_a_key_file_without_hashes_is_refused_and_not_shown(
     content: str, message: str, tmp_path: Path
@@ -297,12 +302,47 @@ def test_a_key_file_without_hashes_is_refused_and_not_shown(
 
 
 def test_a_key_must_come_as_a_bearer_token() -> None:
-    keys = ApiKeys((hashlib.sha256(b"alpha").digest(),))
+    keys = ApiKeys((ApiKey(digest=hashlib.sha256(b"alpha").digest()),))
     keys.check("Bearer alpha")
     keys.check("bearer alpha")
     for header in (None, "", "alpha", "Basic alpha", "Bearer", "Bearer  "):
         with pytest.raises(AuthenticationError):
             keys.check(header)
+
+
+async def test_a_key_past_its_limits_waits_and_others_do_not(tmp_path: Path) -> None:
+    path = key_file(tmp_path, "alpha", "beta")
+    path.write_text(path.read_text().replace("  # one", " requests-per-minute=2", 1))
+    service, engine = make_service(tmp_path, api_key_file=str(path))
+    transport = httpx.ASGITransport(create_app(service))
+
+    async def ask(client: httpx.AsyncClient, key: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return await client.post(CHAT, json=chat_body(), headers=headers)
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        assert [(await ask(client, "alpha")).status_code for _ in range(2)] == [200, 200]
+        refused = await ask(client, "alpha")
+        assert refused.status_code == 429
+        assert "requests-per-minute=2" in refused.json()["error"]["message"]
+        assert 0 < int(refused.headers["retry-after"]) <= 30
+        assert (await ask(client, "beta")).status_code == 200
+    assert len(engine.requests) == 3
+
+
+async def test_profiling_needs_an_admins_key_where_keys_are_set(tmp_path: Path) -> None:
+    path = key_file(tmp_path, "alpha", "beta")
+    path.write_text(path.read_text().replace("  # one", " admin", 1))
+    service, engine = make_service(tmp_path, api_key_file=str(path), profile_dir="/traces")
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        for key, status in (("beta", 403), ("gamma", 401), ("alpha", 200)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await client.post("/start_profile", headers=headers)).status_code == status
+        assert (
+            await client.post("/stop_profile", headers={"Authorization": "Bearer beta"})
+        ).is_error
+    assert engine.profiled == [100]
 
 
 def series(text: str) -> dict[str, float]:
