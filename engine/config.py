@@ -148,7 +148,7 @@ class EngineConfig(BaseModel):
     max_engines: int | None = Field(
         default=None,
         ge=1,
-        description="Most engines: their number follows the load, in place of --num-engines. "
+        description="Most engines; their number follows the load and --num-engines is not used. "
         "Default: it is fixed.",
     )
     target_load: float = Field(

@@ -13,7 +13,7 @@ from cluster.ray_node import start_node
 TPU_HOST_FLAGS = ["--num-cpus=1", '--resources={"TPU": 4}', "--object-store-memory=80000000"]
 """Of `ray start` on a host that is to have four chips."""
 
-_START_TIMEOUT_S = 120
+_START_TIMEOUT_S = 240
 
 
 def tpu_host(

@@ -20,7 +20,7 @@ from cluster.addresses import free_port
 from cluster.ray_node import start_node
 
 _TESTS = Path(__file__).parent
-_START_TIMEOUT_S = 150
+_START_TIMEOUT_S = 270
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from cluster.quarantine import read_quarantine, record_failure
 from engine.config import EngineConfig, parse_config
 from engine.step import StartProgress
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slices")]
+# Three nodes of Ray are started first, which takes minutes on a machine that is busy.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("slices")]
 
 autoscaler: Any = autoscaler_pb2
 HEAD = "TPU-v6e-4-head"
