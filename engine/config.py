@@ -321,14 +321,16 @@ class EngineConfig(BaseModel):
 
     def _check_scaling(self) -> None:
         if self.max_engines is None:
-            set_alone = _NEED_MAX_ENGINES & self.model_fields_set
+            # What is set to its default says nothing: a configuration that was written out whole
+            # and read back has all fields set.
+            set_alone = self.model_dump(include=set(_NEED_MAX_ENGINES), exclude_defaults=True)
             if set_alone:
                 flag = "--" + min(set_alone).replace("_", "-")
                 raise ValueError(
                     f"{flag} does nothing without --max-engines, which lets the number of engines "
                     "follow the load. Give --max-engines, or --num-engines for a fixed number."
                 )
-        elif "num_engines" in self.model_fields_set:
+        elif self.num_engines != type(self).model_fields["num_engines"].default:
             raise ValueError(
                 f"--num-engines={self.num_engines} fixes the number of engines, and "
                 f"--max-engines={self.max_engines} lets it follow the load. Give one of them; "

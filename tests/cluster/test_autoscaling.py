@@ -172,7 +172,7 @@ def test_figures_are_kept_for_as_long_as_arrivals_are_counted() -> None:
     [
         ({"min_engines": 0}, "--min-engines does nothing without --max-engines"),
         ({"upscale_delay_s": 5}, "--upscale-delay-s does nothing without --max-engines"),
-        ({"max_engines": 2, "num_engines": 1}, "--num-engines=1 fixes .* --max-engines=2"),
+        ({"max_engines": 2, "num_engines": 3}, "--num-engines=3 fixes .* --max-engines=2"),
         ({"max_engines": 2, "min_engines": 3}, "--min-engines=3 is above --max-engines=2"),
         ({"num_routers": 3, "max_routers": 2}, "--num-routers=3 is above --max-routers=2"),
     ],
@@ -182,3 +182,9 @@ def test_limits_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config(**fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_engines": 2}, {"num_engines": 2}])
+def test_a_configuration_that_is_written_out_whole_is_read_back(fields: dict[str, Any]) -> None:
+    given = config(**fields)
+    assert EngineConfig.model_validate_json(given.model_dump_json()) == given
