@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from cluster.openai.engine_client import EngineInfo, Fleet, FleetEventKind
@@ -41,6 +41,8 @@ _HEADERS = {
 
 class RankState(BaseModel):
     """One host of an engine; see `RankStatus`."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     rank: int
     state: str
@@ -80,6 +82,8 @@ class EventState(BaseModel):
 
 class RouterState(BaseModel):
     """The router that answers; there may be others."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     num_running: int
     num_waiting: int
@@ -133,7 +137,7 @@ def describe_fleet(model: str, info: EngineInfo, fleet: Fleet, router: RouterSta
         is_ready=info.is_ready,
         status=info.status,
         context_length=info.context_length,
-        router=RouterState(num_running=router.num_running, num_waiting=router.num_waiting),
+        router=RouterState.model_validate(router),
         engines=_engine_states(fleet.engines),
         events=[
             EventState(time=event.time_s, engine=event.engine_id, kind=event.kind, what=event.what)
@@ -149,15 +153,7 @@ def _engine_states(engines: Sequence[EngineInfo]) -> list[EngineState]:
             is_ready=info.is_ready,
             status=info.status,
             epoch=info.epoch,
-            ranks=[
-                RankState(
-                    rank=rank.rank,
-                    state=rank.state,
-                    note=rank.note,
-                    seconds_since_answer=rank.seconds_since_answer,
-                )
-                for rank in info.ranks
-            ],
+            ranks=[RankState.model_validate(rank) for rank in info.ranks],
             num_running=info.stats.num_running,
             num_waiting=info.stats.num_waiting,
             num_pages=info.stats.num_pages,

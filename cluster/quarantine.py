@@ -7,8 +7,7 @@ host that joins the cluster anew is another node, and starts without a record.
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -63,9 +62,8 @@ def record_failure(hosts: Mapping[str, str], reason: str) -> None:
     now = time.time()
     for node_id, name in hosts.items():
         known = _read(node_id) or HostRecord(name=name, failed_at=(), reason="")
-        record = known.with_failure(now, reason)
-        value = {"name": record.name, "failed_at": record.failed_at, "reason": record.reason}
-        _internal_kv_put(node_id, json.dumps(value), overwrite=True, namespace=_NAMESPACE)
+        record = json.dumps(asdict(known.with_failure(now, reason)))
+        _internal_kv_put(node_id, record, overwrite=True, namespace=_NAMESPACE)
 
 
 def read_quarantine(quarantine_s: float) -> dict[str, str]:
@@ -95,7 +93,5 @@ def _read(node_id: str) -> HostRecord | None:
     value = _internal_kv_get(node_id, namespace=_NAMESPACE)
     if value is None:
         return None
-    fields: dict[str, Any] = json.loads(value)
-    return HostRecord(
-        name=fields["name"], failed_at=tuple(fields["failed_at"]), reason=fields["reason"]
-    )
+    fields = json.loads(value)
+    return HostRecord(**{**fields, "failed_at": tuple(fields["failed_at"])})

@@ -1,7 +1,7 @@
 """What Serve calls in each handle to find a replica: it follows the order that came with the call.
 
-Serve pickles this module by value, its own classes included: nothing but the follower lies here, so
-that a `Route` is the same class on both sides. The interface is in flux; all of it is here.
+Serve pickles this module by value, its own classes included: no class but the follower lies here,
+so that a `Route` is the same class on both sides. The interface is in flux; all of it is here.
 """
 
 from ray.serve.handle import DeploymentHandle

@@ -5,14 +5,10 @@ Plain numbers: the locks of a metrics library would cost more than a token's tex
 
 from dataclasses import dataclass, field
 
-from engine.stats import LATENCY_BOUNDS_S, Histogram, count
+from engine.stats import Histogram, count, latencies
 
 CLIENT_LEFT = 499
 """In the place of an HTTP status, for requests whose client did not wait for their end."""
-
-
-def _latencies() -> Histogram:
-    return Histogram.of(LATENCY_BOUNDS_S)
 
 
 @dataclass(slots=True)
@@ -39,9 +35,9 @@ class RouterStats:
     special_tokens_in_messages_total: int = 0
     requests_total: dict[str, int] = field(default_factory=dict)
     finished_total: dict[str, int] = field(default_factory=dict)
-    time_to_first_token_s: Histogram = field(default_factory=_latencies)
-    latency_s: Histogram = field(default_factory=_latencies)
-    inter_token_latency_s: Histogram = field(default_factory=_latencies)
+    time_to_first_token_s: Histogram = field(default_factory=latencies)
+    latency_s: Histogram = field(default_factory=latencies)
+    inter_token_latency_s: Histogram = field(default_factory=latencies)
 
     def count_request(self, status: int) -> None:
         """Count a request that has its answer."""

@@ -41,7 +41,8 @@ class Histogram:
         return Histogram(self.bounds, counts, self.total + other.total)
 
 
-def _latencies() -> Histogram:
+def latencies() -> Histogram:
+    """An empty histogram of seconds."""
     return Histogram.of(LATENCY_BOUNDS_S)
 
 
@@ -98,13 +99,13 @@ class EngineStats:
     device_ms_total: float = 0.0
     finished_total: dict[str, int] = field(default_factory=dict)
     restarts_total: dict[str, int] = field(default_factory=dict)
-    queue_time_s: Histogram = field(default_factory=_latencies)
-    time_to_first_token_s: Histogram = field(default_factory=_latencies)
-    prefill_time_s: Histogram = field(default_factory=_latencies)
-    decode_time_s: Histogram = field(default_factory=_latencies)
-    latency_s: Histogram = field(default_factory=_latencies)
-    inter_token_latency_s: Histogram = field(default_factory=_latencies)
-    time_per_output_token_s: Histogram = field(default_factory=_latencies)
+    queue_time_s: Histogram = field(default_factory=latencies)
+    time_to_first_token_s: Histogram = field(default_factory=latencies)
+    prefill_time_s: Histogram = field(default_factory=latencies)
+    decode_time_s: Histogram = field(default_factory=latencies)
+    latency_s: Histogram = field(default_factory=latencies)
+    inter_token_latency_s: Histogram = field(default_factory=latencies)
+    time_per_output_token_s: Histogram = field(default_factory=latencies)
     prompt_len: Histogram = field(default_factory=_tokens)
     output_len: Histogram = field(default_factory=_tokens)
     step_tokens: Histogram = field(default_factory=_tokens)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 
@@ -54,9 +56,10 @@ def test_flags_in_the_troubleshooting_page_exist():
     assert set(re.findall(r"(--[a-z][a-z-]+[a-z])", PAGE)) - known - others == set()
 
 
-def test_flags_page_is_what_the_config_says():
+@pytest.mark.parametrize("script", ["make_flags_doc.py", "make_monitoring.py"])
+def test_generated_pages_are_what_their_scripts_write(script: str):
     done = subprocess.run(
-        [sys.executable, "scripts/make_flags_doc.py", "--check"],
+        [sys.executable, f"scripts/{script}", "--check"],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,12 +1,14 @@
-"""What a key may ask for, by a clock that the tests turn."""
+"""Which keys are known, and what each may ask for, by a clock that the tests turn."""
 
+import hashlib
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.api_keys import ApiKey, ApiKeys, KeyUses
-from engine.errors import EngineBusyError
+from engine.errors import AuthenticationError, ConfigError, EngineBusyError
 
 KEY = b"k" * 32
 
@@ -85,3 +87,31 @@ def test_keys_without_limits_and_no_keys_at_all_are_not_held_up(clock: Clock) ->
         for _ in range(1000):
             with use.enter(tenant) as entered:
                 entered.take_tokens(10**6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("secret-key", "line 1 is no SHA-256 hash"),
+        ("# nothing", "has no key"),
+        ("0" * 64 + " concurrency=0", "line 1: 'concurrency=0' is none of admin"),
+        ("# keys\n" + "0" * 64 + " root", "line 2: 'root' is none of admin"),
+    ],
+)
+def test_a_key_file_without_hashes_is_refused_and_not_shown(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        ApiKeys.from_file(path)
+    assert "secret-key" not in str(raised.value)
+
+
+def test_a_key_must_come_as_a_bearer_token() -> None:
+    keys = ApiKeys((ApiKey(digest=hashlib.sha256(b"alpha").digest()),))
+    keys.check("Bearer alpha")
+    keys.check("bearer alpha")
+    for header in (None, "", "alpha", "Basic alpha", "Bearer", "Bearer  "):
+        with pytest.raises(AuthenticationError):
+            keys.check(header)

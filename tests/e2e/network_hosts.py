@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
 # Names carry our process id, so that two runs of the tests do not meet.
 _PREFIX = f"qor{os.getpid()}"
 _SWITCH = f"{_PREFIX}-switch"
@@ -151,6 +153,16 @@ class NetworkHost:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
         self._init_pid = 0
+
+
+@contextlib.contextmanager
+def hosts_or_skip(count: int, folder: Path) -> Iterator[list[NetworkHost]]:
+    """Make hosts as `network_hosts` does; a test is skipped where there can be none."""
+    try:
+        with network_hosts(count, folder) as hosts:
+            yield hosts
+    except HostsUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from listeners import undocumented
-from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
+from network_hosts import NetworkHost, hosts_or_skip
 from tiny_tokenizer import write_tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(600)]
@@ -40,10 +40,8 @@ def hosts(tmp_path: Path) -> Iterator[list[NetworkHost]]:
             pytest.skip(f"needs {tool} (openssh-server, rsync)")
     before = set(Path("/tmp").glob(SSH_SOCKETS))
     try:
-        with network_hosts(3, tmp_path) as made:
+        with hosts_or_skip(3, tmp_path) as made:
             yield made
-    except HostsUnavailableError as error:
-        pytest.skip(str(error))
     finally:
         for left in set(Path("/tmp").glob(SSH_SOCKETS)) - before:
             left.unlink()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fake_slices import TPU_HOST_FLAGS, tpu_variables
-from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
+from network_hosts import NetworkHost, hosts_or_skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(400)]
 
@@ -38,11 +38,8 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[NetworkHost]]:
-    try:
-        with network_hosts(5, tmp_path) as made:
-            yield made
-    except HostsUnavailableError as error:
-        pytest.skip(str(error))
+    with hosts_or_skip(5, tmp_path) as made:
+        yield made
 
 
 def start_ray(head: NetworkHost, slices: dict[str, list[NetworkHost]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from network_hosts import HostsUnavailableError, NetworkHost, network_hosts
+from network_hosts import NetworkHost, hosts_or_skip
 
 from cluster.nodes import NODE_RANK_LABEL
 
@@ -43,11 +43,8 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[NetworkHost]]:
-    try:
-        with network_hosts(2, tmp_path) as made:
-            yield made
-    except HostsUnavailableError as error:
-        pytest.skip(str(error))
+    with hosts_or_skip(2, tmp_path) as made:
+        yield made
 
 
 def two_host_fields(checkpoint: Path) -> dict[str, Any]:
