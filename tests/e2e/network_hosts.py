@@ -103,7 +103,7 @@ class NetworkHost:
         """
         ended = subprocess.run(
             self.command(command),
-            env={**os.environ, **(environment or {})},
+            env=_on_a_host(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -121,7 +121,7 @@ class NetworkHost:
         with (self._folder / f"{self.name}-{log}").open("wb") as output:
             child = subprocess.Popen(
                 self.command(command),
-                env={**os.environ, **(environment or {})},
+                env=_on_a_host(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -153,6 +153,12 @@ class NetworkHost:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
         self._init_pid = 0
+
+
+def _on_a_host(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """What a command on a host finds in its environment: nothing of a Ray on this machine."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**ours, **(environment or {})}
 
 
 @contextlib.contextmanager
