@@ -40,10 +40,11 @@ import serve_app
 from cluster.addresses import free_port
 from cluster.calls import CallTable
 from cluster.engine_choice import Route
+from cluster.journal import GenerateCall
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_node import RayNode, start_node
 from cluster.status import StartStatus
-from cluster.token_socket import GenerateCall, GenerateEnd, TokenSender
+from cluster.token_socket import GenerateEnd, TokenSender
 from engine.config import EngineConfig
 from engine.request import RequestOutput
 from engine.text.tokenizer import load_tokenizer
@@ -165,7 +166,7 @@ class FakeEngine:
         running = self._calls.open(call)
         self._senders.add(running.sender)
         try:
-            for choice in call.choices:
+            for choice in running.journal.rest():
                 request_id = running.request_ids[choice.index]
                 max_tokens = cast(int, choice.sampling.max_tokens)
                 self._sequences[request_id] = Sequence(request_id, max_tokens)

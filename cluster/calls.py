@@ -10,14 +10,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
-from cluster.token_socket import (
-    AbortChoice,
-    ChoiceTokens,
-    GenerateCall,
-    RouterInvitation,
-    TokenSender,
-)
-from engine.errors import EngineDiedError, QwenOnRayError
+from cluster.journal import GenerateCall, Journal, Journals
+from cluster.openai.engine_client import StreamRecord
+from cluster.token_socket import AbortChoice, ChoiceTokens, RouterInvitation, TokenSender
+from engine.errors import EngineDiedError, QwenOnRayError, StreamResumedError
 from engine.request import RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -29,6 +25,7 @@ class Call:
     """A router's call: which requests it is, and how many tokens of each were sent.
 
     Attributes:
+        journal: What the router had, and all that was sent.
         request_ids: The engine's, by the choice's index.
         num_tokens: Sent so far, by the choice's index.
         ended: Done when every choice has ended; fails with what ended the call early.
@@ -37,12 +34,13 @@ class Call:
     """
 
     def __init__(self, call: GenerateCall, sender: TokenSender) -> None:
-        self.request_id = call.request_id
-        self.attempt = call.attempt
+        self.journal = Journal(call.record)
+        self.request_id = call.record.request.request_id
+        self.attempt = call.record.attempt
         self.sender = sender
         self.request_ids = {
-            choice.index: _request_id(call.request_id, call.attempt, choice.index)
-            for choice in call.choices
+            index: _request_id(self.request_id, self.attempt, index)
+            for index in sorted(self.journal.unfinished)
         }
         self.num_tokens = dict.fromkeys(self.request_ids, 0)
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -83,6 +81,7 @@ class CallTable:
         self._on_abort = on_abort
         self._silence_timeout_s = silence_timeout_s
         self._choices: dict[str, tuple[Call, int]] = {}
+        self._journals = Journals()
         self._senders: dict[bytes, TokenSender] = {}
 
     @property
@@ -94,14 +93,26 @@ class CallTable:
         opened = Call(call, self._sender(call.reply_to))
         for choice, request_id in opened.request_ids.items():
             self._choices[request_id] = (opened, choice)
+        self._journals.open(opened.journal)
         # Empty: it says from where tokens will come.
-        opened.sender.send([ChoiceTokens(call.request_id, call.attempt, 0, 0, ())])
+        opened.sender.send([ChoiceTokens(opened.request_id, opened.attempt, 0, 0, ())])
         return opened
 
     def close(self, call: Call) -> None:
         """Forget a call; what the engine still computes for it is dropped."""
         for request_id in call.request_ids.values():
             self._choices.pop(request_id, None)
+        self._journals.end(call.journal)
+
+    def recall(self, request_id: str, tenant: bytes) -> StreamRecord | None:
+        """What has come of a tenant's request; for another router, so its call here ends."""
+        journal = self._journals.find(request_id, tenant)
+        if journal is None:
+            return None
+        for call, _ in list(self._choices.values()):
+            if call.journal is journal:
+                call.fail(StreamResumedError("The client goes on with this request elsewhere."))
+        return journal.record()
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Send one step's tokens: one message to each router, with all its requests in it."""
@@ -113,7 +124,9 @@ class CallTable:
                 continue
             call, choice = entry
             call.num_tokens[choice] += len(output.token_ids)
-            batches[call.sender].append(_tokens(call, choice, output, self.epoch))
+            tokens = _tokens(call, choice, output, self.epoch)
+            call.journal.take(tokens)
+            batches[call.sender].append(tokens)
             if output.finish_reason is not None:
                 ended.append(entry)
         for sender, tokens in batches.items():
@@ -160,6 +173,7 @@ class CallTable:
         entry = self._choices.get(request_id)
         if entry is not None:
             call, choice = entry
+            call.journal.close(choice)
             self._on_abort(request_id)
             call.finish(choice)
 

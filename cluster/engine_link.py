@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import count
 from typing import Any, cast
 
 import msgspec
@@ -26,19 +25,19 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.engine_choice import Demand, EngineChooser, Route
 from cluster.engine_fleet import CALL_FAILURES, EngineFleet
-from cluster.journal import Journal
+from cluster.journal import KEEP_S, GenerateCall, Journal, Journals
 from cluster.openai.engine_client import (
     ChoiceRequest,
     EngineInfo,
     EngineVisit,
     Fleet,
     GenerateRequest,
+    StreamRecord,
     TokenDelta,
 )
 from cluster.token_socket import (
     CallError,
     ChoiceTokens,
-    GenerateCall,
     GenerateEnd,
     TokenReceiver,
     TokenStream,
@@ -50,6 +49,8 @@ from engine.errors import (
     EngineError,
     EngineNotReadyError,
     RequestGivenUpError,
+    StreamGoneError,
+    StreamResumedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ MAX_FAILURES = 6
 """Attempts in a row that may bring no token."""
 
 PROFILE_TIMEOUT_S = 3.0
+RECALL_TIMEOUT_S = 3.0
 _LATE_TOKENS_TIMEOUT_S = 5.0
 
 
@@ -101,8 +103,10 @@ class EngineLink:
         self._seeds = random.Random(random_seed)
         self._receiver = TokenReceiver(bind_host)
         self._chooser = EngineChooser()
+        self._list_running = list_running
         self._fleet = EngineFleet(engine, self._chooser, read_statuses, list_running, may_sleep)
-        self._under_way: dict[str, tuple[Journal, int]] = {}
+        self._under_way: dict[str, Journal] = {}
+        self._journals = Journals()
         self._calls: set[asyncio.Future[GenerateEnd]] = set()
         self._tasks = WatchedTasks()
         self._tasks.start("watch the engines", self._fleet.watch())
@@ -148,27 +152,78 @@ class EngineLink:
         _raise_if_failed(end)
 
     def abort_choice(self, request_id: str, index: int) -> None:
-        if request_id in self._under_way:
-            journal, attempt = self._under_way[request_id]
+        journal = self._under_way.get(request_id)
+        if journal is not None:
             journal.close(index)
-            self._receiver.abort_choice(request_id, attempt, index)
+            self._receiver.abort_choice(request_id, journal.attempt, index)
 
-    async def generate(
-        self, request: GenerateRequest
-    ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
-        journal = Journal(self._with_seeds(request))
+    async def recall(
+        self, request_id: str, *, engine_id: str | None, tenant: bytes
+    ) -> StreamRecord:
+        records = []
+        own = self._journals.find(request_id, tenant)
+        if own is not None:
+            # Its earlier reader here is gone or about to be told: there is one stream of a request.
+            self._under_way.pop(request_id, None)
+            self._receiver.wake_streams(request_id)
+            records.append(own.record())
+        asked = [engine_id] if engine_id else []
+        records += await self._recall_from(asked, request_id, tenant)
+        if not records:
+            others = [info.engine_id for info in self._fleet.engines]
+            others = [name for name in others if name not in asked]
+            records += await self._recall_from(others, request_id, tenant)
+        if not records:
+            raise StreamGoneError(
+                f"Nothing is known here of the stream {request_id[:100]!r}: it ended more than "
+                f"{KEEP_S / 60:.0f} minutes ago, another key began it, or both its router and its "
+                "engine are gone. Send the request again."
+            )
+        return max(records, key=lambda record: (record.attempt, _num_tokens(record)))
+
+    async def _recall_from(
+        self, engine_ids: Collection[str], request_id: str, tenant: bytes
+    ) -> list[StreamRecord]:
+        """What such engines know of a request; those that do not answer know nothing."""
+        running = self._list_running()
+
+        async def ask(name: str) -> list[StreamRecord]:
+            if running is not None and name not in running:
+                return []
+            response = self._engine.recall.remote(request_id, tenant, route=Route((name,)))
+            try:
+                payload = await asyncio.wait_for(response, RECALL_TIMEOUT_S)
+            except (TimeoutError, *CALL_FAILURES) as error:
+                response.cancel()
+                logger.debug("engine %s was not asked for %s: %r", name, request_id, error)
+                return []
+            return [msgspec.msgpack.decode(payload, type=StreamRecord)] if payload else []
+
+        found = await asyncio.gather(*map(ask, engine_ids))
+        return [record for records in found for record in records]
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        return self._run(Journal.of(self._with_seeds(request)))
+
+    def resume(self, record: StreamRecord) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        journal = Journal(record)
+        journal.attempt += 1
+        return self._run(journal)
+
+    async def _run(self, journal: Journal) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        """Have engines generate what a journal lacks, one attempt after the other."""
+        request = journal.request
         demand = Demand.of(
             [choice.prompt_token_ids for choice in request.choices],
             salt=request.cache_salt,
             session=request.session,
         )
         failures = Failures()
+        self._under_way[request.request_id] = journal
+        self._journals.open(journal)
         try:
-            for attempt in count():
-                if not journal.unfinished:
-                    return
-                self._under_way[request.request_id] = journal, attempt
-                deltas = self._attempt(request, journal, attempt, demand, failures.engines)
+            while journal.unfinished:
+                deltas = self._attempt(journal, demand, failures.engines)
                 try:
                     async with aclosing(deltas):
                         async for index, delta in deltas:
@@ -184,16 +239,14 @@ class EngineLink:
                         failure.error,
                     )
                     await self.wait_until_ready(self._hold_timeout_s)
+                    journal.attempt += 1
         finally:
-            del self._under_way[request.request_id]
+            if self._under_way.get(request.request_id) is journal:
+                del self._under_way[request.request_id]
+            self._journals.end(journal)
 
     async def _attempt(
-        self,
-        request: GenerateRequest,
-        journal: Journal,
-        attempt: int,
-        demand: Demand,
-        avoided: Collection[str],
+        self, journal: Journal, demand: Demand, avoided: Collection[str]
     ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         """Have one engine generate what is left of a request.
 
@@ -201,15 +254,11 @@ class EngineLink:
             _AttemptError: The engine died, could not be reached, or is not ready where another is.
             RequestError, EngineError: As `generate`.
         """
+        self._check_reader(journal)
+        request_id, attempt = journal.request.request_id, journal.attempt
         order = tuple(self._chooser.order(demand, avoided))
-        stream = self._receiver.open_stream(request.request_id, attempt, journal.num_tokens)
-        call = GenerateCall(
-            request_id=request.request_id,
-            attempt=attempt,
-            choices=journal.rest(),
-            cache_salt=request.cache_salt,
-            reply_to=self._receiver.invitation,
-        )
+        stream = self._receiver.open_stream(request_id, attempt, journal.num_tokens)
+        call = GenerateCall(journal.record(), reply_to=self._receiver.invitation)
         response = cast(
             "DeploymentResponse[bytes]",
             self._engine.generate.remote(msgspec.msgpack.encode(call), route=Route(order)),
@@ -222,7 +271,7 @@ class EngineLink:
         visit = self._chooser.enter(order[0] if order else "", demand)
         try:
             while journal.unfinished:
-                received = await self._next_tokens(stream, end)
+                received = await self._next_tokens(journal, stream, end)
                 if stream.leader is not None:
                     self._chooser.moved(visit, stream.leader.decode())
                 if received and visit.waiting_tokens:
@@ -242,13 +291,18 @@ class EngineLink:
             raise
         finally:
             self._chooser.leave(visit)
-            self._receiver.close_stream(request.request_id, attempt)
+            self._receiver.close_stream(request_id, attempt)
+
+    def _check_reader(self, journal: Journal) -> None:
+        if self._under_way.get(journal.request.request_id) is not journal:
+            raise StreamResumedError("The rest of this stream was asked for anew.")
 
     async def _next_tokens(
-        self, stream: TokenStream, end: "asyncio.Future[GenerateEnd]"
+        self, journal: Journal, stream: TokenStream, end: "asyncio.Future[GenerateEnd]"
     ) -> list[ChoiceTokens]:
         """Wait for tokens, for the call's end, or for a silence that is too long."""
         while not (tokens := stream.take()):
+            self._check_reader(journal)
             if end.done():
                 return await self._late_tokens(stream, end.result())
             silence_s = time.monotonic() - stream.heard_s
@@ -353,6 +407,10 @@ class Failures:
             raise EngineDiedError(
                 f"{self._num_failures} attempts brought no token of this request. {failure.error}"
             )
+
+
+def _num_tokens(record: StreamRecord) -> int:
+    return sum(len(choice.token_ids) for choice in record.past)
 
 
 def _delta(tokens: ChoiceTokens, engine_id: str) -> TokenDelta:

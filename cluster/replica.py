@@ -17,12 +17,13 @@ from ray import serve
 from cluster.calls import Call, CallTable
 from cluster.engine_choice import Route
 from cluster.host_group import HostGroup, HostStatus
+from cluster.journal import ChoiceRest, GenerateCall
 from cluster.metrics import ENGINE_METRICS
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_metrics import RayMetrics
 from cluster.serve_log import log_into_serve
 from cluster.status import StartStatus
-from cluster.token_socket import CallError, ChoiceCall, GenerateCall, GenerateEnd
+from cluster.token_socket import CallError, GenerateEnd
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
@@ -157,23 +158,29 @@ class Engine:
         call = msgspec.msgpack.decode(payload, type=GenerateCall)
         # Entered before the hosts are waited for: its router knows from here on that it is alive.
         running = self._calls.open(call)
-        self._past_stats.moved_total += call.attempt > 0
+        self._past_stats.moved_total += running.attempt > 0
         try:
-            error = await self._run_call(call, running)
+            error = await self._run_call(running)
         finally:
             self._calls.close(running)
         end = GenerateEnd(running.num_tokens, error, running.was_computed)
         return msgspec.msgpack.encode(end)
 
-    async def _run_call(self, call: GenerateCall, running: Call) -> CallError | None:
+    async def recall(self, request_id: str, tenant: bytes, *, route: Route) -> bytes:
+        """What has come of a tenant's request, as an encoded `StreamRecord`; empty if unknown."""
+        del route
+        record = self._calls.recall(request_id, tenant)
+        return b"" if record is None else msgspec.msgpack.encode(record)
+
+    async def _run_call(self, running: Call) -> CallError | None:
         """Run a call to its end, and say what ended it early."""
         try:
             core = await self._wait_for_core()
             try:
-                for choice in call.choices:
-                    if choice.index not in running.unfinished:
-                        continue  # No longer wanted before there were hosts for it.
-                    core.add(self._request(running.request_ids[choice.index], choice, call))
+                salt = running.journal.request.cache_salt
+                # Some may not be wanted any longer before there were hosts for them.
+                for choice in running.journal.rest():
+                    core.add(self._request(running.request_ids[choice.index], choice, salt))
                 await running.ended
             finally:
                 for request_id in running.request_ids.values():
@@ -206,16 +213,16 @@ class Engine:
     def _stats(self) -> EngineStats:
         return self._past_stats + self._core.stats if self._core else self._past_stats
 
-    def _request(self, request_id: str, choice: ChoiceCall, call: GenerateCall) -> Request:
+    def _request(self, request_id: str, choice: ChoiceRest, cache_salt: bytes) -> Request:
         return Request(
             request_id=request_id,
-            prompt_token_ids=choice.prompt_token_ids + choice.output_token_ids,
+            prompt_token_ids=[*choice.prompt_token_ids, *choice.output_token_ids],
             num_prompt_output_tokens=len(choice.output_token_ids),
             sampling=choice.sampling,
             choice_index=choice.sample_index,
             eos_token_ids=self._model.eos_token_ids,
             rope_alpha=self._model.rope_alpha(len(choice.prompt_token_ids)),
-            cache_salt=call.cache_salt,
+            cache_salt=cache_salt,
         )
 
     def _abort(self, request_id: str) -> None:

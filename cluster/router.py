@@ -108,6 +108,17 @@ def _add_routes(app: FastAPI) -> None:
         parts = _service(request).complete(body, request_id, _caller(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
+    @app.get("/v1/streams/{request_id}")
+    async def resume_stream(request: Request, request_id: str) -> Response:
+        """The rest of an answer whose connection broke, from the event in Last-Event-ID on.
+
+        `request_id` is the `id` in the answer's objects; the key is the one that asked for it.
+        """
+        service, caller = _service(request), _caller(request)
+        recalled = await service.recall(request_id, request.headers.get("last-event-id"), caller)
+        parts = service.resume(recalled, caller)
+        return _answer(request, parts, request_id, is_stream=recalled.body.stream)
+
     @app.get("/v1/models")
     async def list_models(request: Request) -> ModelList:
         return await _service(request).models()

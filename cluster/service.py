@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,13 +15,8 @@ from cluster.admission import Admission, Ticket
 from cluster.api_keys import ApiKeys, KeyUse, KeyUses
 from cluster.exposition import Exposition
 from cluster.fleet_page import FleetState, describe_fleet
-from cluster.openai.chat import collect_chat, render_messages, stream_chat
-from cluster.openai.completions import (
-    collect_completion,
-    encode_prompts,
-    make_echoes,
-    stream_completion,
-)
+from cluster.openai.chat import answer_chat, render_messages
+from cluster.openai.completions import answer_completion, encode_prompts, make_echoes
 from cluster.openai.engine_client import (
     Caller,
     ChoiceRequest,
@@ -29,8 +25,10 @@ from cluster.openai.engine_client import (
     GenerateRequest,
 )
 from cluster.openai.errors import describe_error, internal_error
-from cluster.openai.generation import Generation
-from cluster.openai.heading import make_heading
+from cluster.openai.event_id import parse_event_id
+from cluster.openai.generation import Generation, Resumption
+from cluster.openai.heading import Heading, make_heading
+from cluster.openai.origin import Origin
 from cluster.openai.sampling import make_sampling_params
 from cluster.openai.schema import (
     ChatCompletionRequest,
@@ -54,6 +52,28 @@ _TOKENIZER_THREADS = 4
 _ANYBODY = Caller()
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A request that was let in.
+
+    Attributes:
+        arrival_s: By the monotonic clock.
+    """
+
+    ticket: Ticket
+    key_use: KeyUse
+    arrival_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A request that was begun elsewhere, as far as it has come."""
+
+    body: ChatCompletionRequest | CompletionRequest
+    heading: Heading
+    resumption: Resumption
 
 
 class OpenAIService:
@@ -108,82 +128,91 @@ class OpenAIService:
             RequestError, EngineError: Before the first part, or amid a stream.
         """
         self._check_model(body.model)
-        with (
-            self._key_uses.enter(caller.tenant) as key_use,
-            self._admit(body, num_prompts=1) as ticket,
-        ):
-            arrival_s = time.monotonic()
+        with self._entered(body, 1, caller) as entry:
             info = await self._ready_info()
             prompt, has_special = await self._in_thread(partial(self._encode_chat, body))
             self._stats.special_tokens_in_messages_total += has_special
-            request = self._make_request(
-                body, request_id, [prompt], "messages", info, ticket, caller, key_use
-            )
             heading = make_heading(request_id, body.model, info.fingerprint)
-            with RequestWatch(request, ticket, key_use, self._stats, arrival_s) as watch:
-                generation = self._generation(body, request, watch)
-                if body.stream:
-                    events = stream_chat(
-                        generation,
-                        heading,
-                        tokenizer=self._tokenizer,
-                        include_usage=_includes_usage(body),
-                    )
-                    async with aclosing(events):
-                        async for event in events:
-                            yield event
-                else:
-                    completion = await collect_chat(
-                        generation,
-                        heading,
-                        tokenizer=self._tokenizer,
-                        has_logprobs=body.logprobs,
-                    )
-                    yield completion.model_dump_json().encode()
+            request = self._make_request(body, heading, [prompt], info, entry, caller)
+            async with aclosing(self._answer(body, heading, request, entry)) as parts:
+                async for part in parts:
+                    yield part
 
     async def complete(
         self, body: CompletionRequest, request_id: str, caller: Caller = _ANYBODY
     ) -> AsyncGenerator[bytes, None]:
         """Answer a completion request, as `chat` does."""
         self._check_model(body.model)
-        with (
-            self._key_uses.enter(caller.tenant) as key_use,
-            self._admit(body, num_prompts=len(body.prompt)) as ticket,
-        ):
-            arrival_s = time.monotonic()
+        with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
             )
-            request = self._make_request(
-                body, request_id, prompts, "prompt", info, ticket, caller, key_use
-            )
             heading = make_heading(request_id, body.model, info.fingerprint)
-            echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
-            has_logprobs = body.logprobs is not None
-            with RequestWatch(request, ticket, key_use, self._stats, arrival_s) as watch:
-                generation = self._generation(body, request, watch)
-                if body.stream:
-                    events = stream_completion(
-                        generation,
-                        heading,
-                        echoes=echoes,
-                        tokenizer=self._tokenizer,
-                        has_logprobs=has_logprobs,
-                        include_usage=_includes_usage(body),
-                    )
-                    async with aclosing(events):
-                        async for event in events:
-                            yield event
-                else:
-                    completion = await collect_completion(
-                        generation,
-                        heading,
-                        echoes=echoes,
-                        tokenizer=self._tokenizer,
-                        has_logprobs=has_logprobs,
-                    )
-                    yield completion.model_dump_json().encode()
+            request = self._make_request(body, heading, prompts, info, entry, caller)
+            async with aclosing(self._answer(body, heading, request, entry)) as parts:
+                async for part in parts:
+                    yield part
+
+    async def recall(
+        self, request_id: str, last_event_id: str | None, caller: Caller = _ANYBODY
+    ) -> Recalled:
+        """Find a request that this router or another one began, to go on with its answer.
+
+        Args:
+            request_id: As the client saw it.
+            last_event_id: Of the last event that the client has; None if it has none.
+            caller: Who asks: the request's own sender.
+
+        Raises:
+            RequestError: Nobody knows the request any longer, or the event's id is none of it.
+        """
+        position = parse_event_id(last_event_id) if last_event_id else None
+        engine_id = position.engine_id if position else None
+        record = await self.engine.recall(request_id, engine_id=engine_id, tenant=caller.tenant)
+        origin = Origin.decode(record.request.origin)
+        return Recalled(origin.body(), origin.heading, Resumption(record, position))
+
+    async def resume(
+        self, recalled: Recalled, caller: Caller = _ANYBODY
+    ) -> AsyncGenerator[bytes, None]:
+        """Go on with an answer, as `chat` would have done: what the client has is left out."""
+        request = recalled.resumption.record.request
+        num_prompts = len(request.choices) // recalled.body.n
+        with self._entered(recalled.body, num_prompts, caller) as entry:
+            entry.ticket.add_tokens(sum(len(each.prompt_token_ids) for each in request.choices))
+            answer = self._answer(
+                recalled.body, recalled.heading, request, entry, recalled.resumption
+            )
+            async with aclosing(answer) as parts:
+                async for part in parts:
+                    yield part
+
+    async def _answer(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        heading: Heading,
+        request: GenerateRequest,
+        entry: Entry,
+        resumption: Resumption | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        with RequestWatch(
+            request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
+        ) as watch:
+            generation = self._generation(body, request, watch, resumption)
+            if isinstance(body, ChatCompletionRequest):
+                parts = answer_chat(body, generation, heading, self._tokenizer)
+            else:
+                prompts = [
+                    choice.prompt_token_ids
+                    for choice in request.choices
+                    if choice.sample_index == 0
+                ]
+                echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
+                parts = answer_completion(body, generation, heading, self._tokenizer, echoes)
+            async with aclosing(parts):
+                async for part in parts:
+                    yield part
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""
@@ -226,6 +255,21 @@ class OpenAIService:
             known = " or ".join(names)
             raise ModelNotFoundError(f"The model {name[:200]!r} does not exist; here is {known}.")
 
+    @contextmanager
+    def _entered(
+        self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int, caller: Caller
+    ) -> Iterator[Entry]:
+        """Count a request of a key in the waiting room while it is under way.
+
+        Raises:
+            RequestError, EngineBusyError: It may not, or not yet.
+        """
+        with (
+            self._key_uses.enter(caller.tenant) as key_use,
+            self._admit(body, num_prompts) as ticket,
+        ):
+            yield Entry(ticket, key_use, time.monotonic())
+
     def _admit(self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int) -> Ticket:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: true.", param="stream_options")
@@ -258,14 +302,13 @@ class OpenAIService:
     def _make_request(
         self,
         body: ChatCompletionRequest | CompletionRequest,
-        request_id: str,
+        heading: Heading,
         prompts: list[list[int]],
-        prompt_field: str,
         info: EngineInfo,
-        ticket: Ticket,
+        entry: Entry,
         caller: Caller,
-        key_use: KeyUse,
     ) -> GenerateRequest:
+        prompt_field = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
         choices = []
         for prompt in prompts:
             sampling = make_sampling_params(
@@ -282,13 +325,15 @@ class OpenAIService:
                 )
                 for index in range(body.n)
             ]
-        ticket.add_tokens(body.n * sum(map(len, prompts)))
-        key_use.take_tokens(sum(map(len, prompts)))
+        entry.ticket.add_tokens(body.n * sum(map(len, prompts)))
+        entry.key_use.take_tokens(sum(map(len, prompts)))
         return GenerateRequest(
-            request_id=request_id,
+            request_id=heading.id,
             choices=tuple(choices),
             cache_salt=caller.tenant + (body.cache_salt or "").encode(),
             session=caller.session,
+            tenant=caller.tenant,
+            origin=Origin.of(body, heading).encode(),
         )
 
     def _generation(
@@ -296,6 +341,7 @@ class OpenAIService:
         body: ChatCompletionRequest | CompletionRequest,
         request: GenerateRequest,
         watch: RequestWatch,
+        resumption: Resumption | None,
     ) -> Generation:
         return Generation(
             self.engine,
@@ -309,6 +355,7 @@ class OpenAIService:
             ),
             own_stop_token_ids=frozenset(body.stop_token_ids),
             on_update=watch.take,
+            resumption=resumption,
         )
 
     def _format_stop_token_ids(self, prompt_field: str) -> list[int]:
@@ -348,7 +395,3 @@ class OpenAIService:
         fleet, engines = await self.engine.engine_info(), await self.engine.engines()
         # Some milliseconds an engine, which streams should not stand still for.
         return await self._in_thread(partial(self._exposition.text, fleet, engines, self.stats()))
-
-
-def _includes_usage(body: ChatCompletionRequest | CompletionRequest) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage

@@ -9,7 +9,9 @@
     │   ├── ModelNotFoundError     a model name that is not served here (HTTP 404)
     │   ├── AuthenticationError    no API key, or one that is not known here (HTTP 401)
     │   ├── PermissionDeniedError  an API key that may not do this (HTTP 403)
-    │   └── RequestTooLargeError   a body of more bytes than are read (HTTP 413)
+    │   ├── RequestTooLargeError   a body of more bytes than are read (HTTP 413)
+    │   ├── StreamResumedError     its client asked for the rest of it elsewhere (HTTP 409)
+    │   └── StreamGoneError        nobody knows the stream whose rest is asked for (HTTP 410)
     └── EngineError                the engine cannot serve this request at present (HTTP 503)
         ├── EngineBusyError        too many requests wait already (HTTP 429)
         ├── EngineNotReadyError    still starting, or rebuilding its gang
@@ -92,6 +94,21 @@ class RequestTooLargeError(RequestError):
     """A body of more bytes than are read."""
 
     status = 413
+
+
+class StreamResumedError(RequestError):
+    """The client of a request that is under way has asked for the rest of it elsewhere."""
+
+    status = 409
+
+
+class StreamGoneError(RequestError):
+    """Nobody who is left knows the stream of which the rest is asked for."""
+
+    status = 410
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="stream_gone")
 
 
 class EngineError(QwenOnRayError):

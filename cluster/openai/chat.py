@@ -58,6 +58,23 @@ def render_messages(request: ChatCompletionRequest, template: ChatTemplate | Non
     )
 
 
+async def answer_chat(
+    body: ChatCompletionRequest, generation: Generation, heading: Heading, tokenizer: Tokenizer
+) -> AsyncGenerator[bytes, None]:
+    """Yield the stream's events, without the [DONE] at its end, or the whole object."""
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        events = stream_chat(generation, heading, tokenizer=tokenizer, include_usage=usage)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    else:
+        completion = await collect_chat(
+            generation, heading, tokenizer=tokenizer, has_logprobs=body.logprobs
+        )
+        yield completion.model_dump_json().encode()
+
+
 async def stream_chat(
     generation: Generation,
     heading: Heading,
@@ -90,7 +107,8 @@ async def stream_chat(
             if update.index not in text_events:
                 text_events[update.index] = text_event(update.index)
                 delta = ChatDelta(role="assistant", content="")
-                events = encode_event(chunk([_chunk_choice(update.index, delta)]))
+                opening = chunk([_chunk_choice(update.index, delta)])
+                events = encode_event(opening, generation.opening_event_id(update.index))
             if update.tokens or update.finish_reason is not None:
                 choice = _chunk_choice(
                     update.index,
@@ -98,10 +116,10 @@ async def stream_chat(
                     logprobs=_logprobs(update.tokens, tokenizer) if update.tokens else None,
                     finish_reason=update.finish_reason,
                 )
-                events += encode_event(chunk([choice]))
+                events += encode_event(chunk([choice]), generation.event_id())
             elif update.text:
-                events += text_events[update.index].encode(update.text)
-            if events:
+                events += text_events[update.index].encode(update.text, generation.event_id())
+            if events and not update.was_sent:
                 yield events
     if include_usage:
         yield encode_event(chunk([], usage=generation.usage()))

@@ -73,6 +73,42 @@ def make_echoes(
     return echoes
 
 
+async def answer_completion(
+    body: CompletionRequest,
+    generation: Generation,
+    heading: Heading,
+    tokenizer: Tokenizer,
+    echoes: Sequence[Echo | None],
+) -> AsyncGenerator[bytes, None]:
+    """Yield the stream's events, without the [DONE] at its end, or the whole object.
+
+    Args:
+        echoes: One per choice.
+    """
+    has_logprobs = body.logprobs is not None
+    if body.stream:
+        events = stream_completion(
+            generation,
+            heading,
+            echoes=echoes,
+            tokenizer=tokenizer,
+            has_logprobs=has_logprobs,
+            include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        )
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    else:
+        completion = await collect_completion(
+            generation,
+            heading,
+            echoes=echoes,
+            tokenizer=tokenizer,
+            has_logprobs=has_logprobs,
+        )
+        yield completion.model_dump_json().encode()
+
+
 async def stream_completion(
     generation: Generation,
     heading: Heading,
@@ -113,11 +149,13 @@ async def stream_completion(
                 choice = _choice(
                     update.index, text, logprobs, update.finish_reason, update.stop_reason
                 )
-                yield encode_event(_completion(heading, [choice], **fields))
-            elif text:
+                if not update.was_sent:
+                    event_id = generation.event_id()
+                    yield encode_event(_completion(heading, [choice], **fields), event_id)
+            elif text and not update.was_sent:
                 if update.index not in text_events:
                     text_events[update.index] = text_event(update.index)
-                yield text_events[update.index].encode(text)
+                yield text_events[update.index].encode(text, generation.event_id())
     if include_usage:
         yield encode_event(_completion(heading, [], usage=generation.usage()))
 

@@ -52,12 +52,41 @@ class GenerateRequest:
         choices: In OpenAI's order of `index`; the position here is what `generate` yields.
         cache_salt: Prompts share cached pages only under an equal salt.
         session: Requests of one session go to the same engine where that is possible.
+        tenant: Who alone may have the rest of it.
+        origin: What a router needs to answer the client anew; means nothing to engines.
     """
 
     request_id: str
     choices: tuple[ChoiceRequest, ...]
     cache_salt: bytes = b""
     session: str | None = None
+    tenant: bytes = b""
+    origin: bytes = b""
+
+
+class PastChoice(msgspec.Struct, array_like=True):
+    """What has come of a choice; fields are those of `TokenDelta`, all its deltas joined."""
+
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+
+
+class StreamRecord(msgspec.Struct, frozen=True, array_like=True):
+    """All that is needed to go on with a request: by another engine, or for another router.
+
+    Attributes:
+        request: Each choice's seed is set.
+        attempt: Number of the latest call to an engine.
+        past: One per choice.
+    """
+
+    request: GenerateRequest
+    attempt: int
+    past: list[PastChoice]
 
 
 class EngineVisit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -225,6 +254,26 @@ class EngineClient(Protocol):
             EngineNotReadyError: No engine took it.
             EngineDiedError: The engine died meanwhile.
         """
+        ...
+
+    async def recall(
+        self, request_id: str, *, engine_id: str | None, tenant: bytes
+    ) -> StreamRecord:
+        """Find what has come of a request that this router or another one has sent.
+
+        If it is still under way somewhere, it ends there in a `StreamResumedError`.
+
+        Args:
+            engine_id: Which engine is likely to know, if that is known.
+            tenant: Who asks.
+
+        Raises:
+            StreamGoneError: Nobody who could be asked knows it, or it is another tenant's.
+        """
+        ...
+
+    def resume(self, record: StreamRecord) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        """Generate what follows on a record's past, as `generate` does."""
         ...
 
     def abort_choice(self, request_id: str, index: int) -> None:

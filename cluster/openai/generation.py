@@ -1,7 +1,7 @@
 """One client request under way: the engine's token deltas in, text per choice out."""
 
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -11,10 +11,13 @@ from cluster.openai.engine_client import (
     EngineClient,
     EngineVisit,
     GenerateRequest,
+    PastChoice,
+    StreamRecord,
     TokenDelta,
 )
+from cluster.openai.event_id import Position, Sent, format_choice, format_event_id
 from cluster.openai.schema import PromptTokensDetails, StopReason, Usage
-from engine.errors import EngineDiedError
+from engine.errors import EngineDiedError, RequestError
 from engine.request import TokenLogprobs
 from engine.text.detokenizer import Detokenizer
 
@@ -38,6 +41,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         finish_reason: Set on the choice's last update.
         stop_reason: The stop string or the client's own stop token that ended it.
         visit: As the delta had it.
+        was_sent: The client has it already; `num_tokens` is 0.
     """
 
     index: int
@@ -48,6 +52,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: StopReason | None = None
     stop_reason: int | str | None = None
     visit: EngineVisit | None = None
+    was_sent: bool = False
 
 
 @dataclass(slots=True)
@@ -56,13 +61,27 @@ class _Choice:
     is_running: bool = True
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    position: str | None = None
     unshown: deque[ShownToken] = field(default_factory=deque)
+
+
+class Resumption(msgspec.Struct, frozen=True):
+    """A stream that was begun by another router, or for a connection that broke.
+
+    Attributes:
+        record: What of the request has come.
+        position: What of that its client has; None if it has nothing.
+    """
+
+    record: StreamRecord
+    position: Position | None
 
 
 class Generation:
     """Runs one `GenerateRequest`; used once.
 
     Args:
+        resumption: Go on with this, of the same request.
         own_stop_token_ids: The client's, reported as `stop_reason` if one of them ends a choice.
         on_update: Called with each update before it is handed out.
     """
@@ -75,6 +94,7 @@ class Generation:
         make_detokenizer: Callable[[], Detokenizer],
         own_stop_token_ids: frozenset[int] = frozenset(),
         on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
+        resumption: Resumption | None = None,
     ) -> None:
         self.request = request
         self._engine = engine
@@ -83,6 +103,11 @@ class Generation:
         self._choices = [_Choice(make_detokenizer()) for _ in request.choices]
         self._num_running = len(self._choices)
         self._has_cut = False
+        self._resumption = resumption
+        self._engine_id = ""
+        if resumption is not None and resumption.position is not None:
+            _check_position(resumption.position, resumption.record)
+            self._engine_id = resumption.position.engine_id
 
     async def updates(self) -> AsyncGenerator[ChoiceUpdate, None]:
         """Generate; ends after every choice's last update. Closing it early aborts the request.
@@ -90,17 +115,20 @@ class Generation:
         Raises:
             RequestError, EngineError: As `EngineClient.generate` does.
         """
-        async with aclosing(self._engine.generate(self.request)) as deltas:
+        if self._resumption is None:
+            deltas = self._engine.generate(self.request)
+        else:
+            for update in self._replay(self._resumption):
+                yield update
+            if not self._num_running:
+                return
+            deltas = self._engine.resume(self._unfinished(self._resumption.record))
+        async with aclosing(deltas):
             async for index, delta in deltas:
                 choice = self._choices[index]
                 if not choice.is_running:
                     continue  # sent before the engine heard that a stop string was found
-                update = self._take(index, choice, delta)
-                if update.finish_reason is not None:
-                    choice.is_running = False
-                    self._num_running -= 1
-                self._on_update(update)
-                yield update
+                yield self._take(index, choice, delta)
                 # The engine ends by itself, unless it need not report a choice that was cut.
                 if self._num_running == 0 and self._has_cut:
                     return
@@ -109,6 +137,16 @@ class Generation:
                 f"The engine ended the request with {self._num_running} of {len(self._choices)} "
                 "choices unfinished."
             )
+
+    def event_id(self) -> str:
+        """The id of the event that shows all updates so far."""
+        return format_event_id(self._engine_id, [choice.position for choice in self._choices])
+
+    def opening_event_id(self, index: int) -> str:
+        """The id of an event that opens a choice, before that with the first of its updates."""
+        positions = [choice.position for choice in self._choices]
+        positions[index] = format_choice(0, is_ended=False)
+        return format_event_id(self._engine_id, positions)
 
     def usage(self) -> Usage:
         """Count tokens so far; a prompt counts once, whatever n is."""
@@ -127,7 +165,46 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
 
-    def _take(self, index: int, choice: _Choice, delta: TokenDelta) -> ChoiceUpdate:
+    def _replay(self, resumption: Resumption) -> Iterator[ChoiceUpdate]:
+        """Give again what has come, first what the client has: both leave a choice as it was."""
+        past = resumption.record.past
+        position = resumption.position
+        sent = position.sent if position is not None else (None,) * len(past)
+        for index, (choice, came, had) in enumerate(zip(self._choices, past, sent, strict=True)):
+            num_sent = 0
+            if had is not None:
+                num_sent = had.num_tokens
+                delta = _part_of(came, 0, num_sent, is_last=had.is_ended)
+                yield self._take(index, choice, delta, was_sent=True)
+            delta = _part_of(came, num_sent, len(came.token_ids), is_last=True)
+            if choice.is_running and (delta.token_ids or delta.finish_reason is not None):
+                yield self._take(index, choice, delta)
+
+    def _unfinished(self, record: StreamRecord) -> StreamRecord:
+        """A record in which choices that were replayed to their ends have ended."""
+        past = [
+            came if choice.is_running else msgspec.structs.replace(came, finish_reason="stop")
+            for came, choice in zip(record.past, self._choices, strict=True)
+        ]
+        return msgspec.structs.replace(record, past=past)
+
+    def _take(
+        self, index: int, choice: _Choice, delta: TokenDelta, *, was_sent: bool = False
+    ) -> ChoiceUpdate:
+        update = self._advance(index, choice, delta)
+        is_ended = update.finish_reason is not None
+        if is_ended:
+            choice.is_running = False
+            self._num_running -= 1
+        if update.visit is not None:
+            self._engine_id = update.visit.engine_id
+        choice.position = format_choice(choice.num_tokens, is_ended=is_ended)
+        if was_sent:
+            update = msgspec.structs.replace(update, was_sent=True, num_tokens=0)
+        self._on_update(update)
+        return update
+
+    def _advance(self, index: int, choice: _Choice, delta: TokenDelta) -> ChoiceUpdate:
         if delta.finish_reason in ("abort", "error"):
             raise EngineDiedError("The engine gave up this request. Send it again.")
         detokenizer = choice.detokenizer
@@ -171,6 +248,31 @@ class Generation:
             stop_reason=stop_reason,
             visit=delta.visit,
         )
+
+
+def _check_position(position: Position, record: StreamRecord) -> None:
+    def is_past(sent: Sent | None, came: PastChoice) -> bool:
+        return sent is None or sent.num_tokens <= len(came.token_ids)
+
+    num_choices = len(record.past)
+    if len(position.sent) != num_choices or not all(map(is_past, position.sent, record.past)):
+        raise RequestError(
+            "Last-Event-ID is of another stream, or of more of it than was ever generated. Leave "
+            "it out to have the whole stream again.",
+            param="Last-Event-ID",
+        )
+
+
+def _part_of(past: PastChoice, start: int, end: int, *, is_last: bool) -> TokenDelta:
+    """Tokens of a choice that has come, as an engine would give them."""
+    return TokenDelta(
+        token_ids=tuple(past.token_ids[start:end]),
+        logprobs=tuple(past.logprobs[start:end]),
+        prompt_logprobs=past.prompt_logprobs if start == 0 else (),
+        finish_reason=past.finish_reason if is_last else None,
+        stop_token_id=past.stop_token_id if is_last else None,
+        num_cached_tokens=past.num_cached_tokens,
+    )
 
 
 @dataclass(slots=True)

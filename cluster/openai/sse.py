@@ -28,9 +28,14 @@ _REQUEST_ID = b"x-request-id"
 _encode_text = msgspec.json.Encoder().encode
 
 
-def encode_event(event: BaseModel) -> bytes:
-    """Encode one event; fields that were never set are left out."""
-    return b"data: " + event.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+def encode_event(event: BaseModel, event_id: str | None = None) -> bytes:
+    """Encode one event; fields that were never set are left out.
+
+    Args:
+        event_id: Tells how far a client is that has read it.
+    """
+    head = b"data: " if event_id is None else b"id: " + event_id.encode() + b"\ndata: "
+    return head + event.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
 class TextEvent:
@@ -48,8 +53,9 @@ class TextEvent:
         parts = encode_event(make_event(mark)).split(msgspec.json.encode(mark))
         self._head, self._tail = parts
 
-    def encode(self, text: str) -> bytes:
-        return b"".join((self._head, _encode_text(text), self._tail))
+    def encode(self, text: str, event_id: str) -> bytes:
+        id_line = f"id: {event_id}\n".encode()
+        return b"".join((id_line, self._head, _encode_text(text), self._tail))
 
 
 def encode_error_event(reply: ErrorReply) -> bytes:

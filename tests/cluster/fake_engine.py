@@ -18,13 +18,15 @@ from cluster.openai.engine_client import (
     Fleet,
     FleetEvent,
     GenerateRequest,
+    PastChoice,
     RankStatus,
+    StreamRecord,
     TokenDelta,
 )
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.config import EngineConfig
-from engine.errors import EngineNotReadyError
+from engine.errors import EngineNotReadyError, StreamGoneError
 from engine.request import TokenLogprobs
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +49,7 @@ class FakeEngine:
         becomes_ready: Ends that wait.
         profiled: Numbers of steps that `profile` was called with.
         closed_early: Ids of requests whose iterator was closed before its end.
+        records: What has come of each request.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -60,6 +63,7 @@ class FakeEngine:
         self.aborted_choices: list[tuple[str, int]] = []
         self.profiled: list[int] = []
         self.closed_early: list[str] = []
+        self.records: dict[str, StreamRecord] = {}
         self.is_awaited = asyncio.Event()
         self.becomes_ready = asyncio.Event()
         self.has_started = asyncio.Event()
@@ -100,12 +104,32 @@ class FakeEngine:
     def abort_choice(self, request_id: str, index: int) -> None:
         self.aborted_choices.append((request_id, index))
 
-    async def generate(
-        self, request: GenerateRequest
+    async def recall(
+        self, request_id: str, *, engine_id: str | None, tenant: bytes
+    ) -> StreamRecord:
+        record = self.records.get(request_id)
+        if record is None or record.request.tenant != tenant:
+            raise StreamGoneError(f"{request_id} is not known")
+        return record
+
+    def resume(self, record: StreamRecord) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        queues = [
+            self._deltas(choice)[len(came.token_ids) :] if came.finish_reason is None else []
+            for choice, came in zip(record.request.choices, record.past, strict=True)
+        ]
+        return self._run(record, queues)
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        record = StreamRecord(request, 0, [PastChoice() for _ in request.choices])
+        return self._run(record, [self._deltas(choice) for choice in request.choices])
+
+    async def _run(
+        self, record: StreamRecord, queues: list[list[TokenDelta]]
     ) -> AsyncGenerator[tuple[int, TokenDelta], None]:
+        request = record.request
         self.requests.append(request)
+        self.records[request.request_id] = record
         self.has_started.set()
-        queues = [self._deltas(choice) for choice in request.choices]
         num_sent = 0
         has_ended = False
         try:
@@ -119,6 +143,7 @@ class FakeEngine:
                     if self.failure is not None and num_sent == self.failure[0]:
                         raise self.failure[1]
                     num_sent += 1
+                    _record(record.past[index], queue[0])
                     yield index, queue.pop(0)
             has_ended = True
         finally:
@@ -166,6 +191,14 @@ class FakeEngine:
                 top_logprobs=tuple(-0.25 - rank for rank in range(num_top)),
             ),
         )
+
+
+def _record(past: PastChoice, delta: TokenDelta) -> None:
+    past.token_ids.extend(delta.token_ids)
+    past.logprobs.extend(delta.logprobs)
+    past.prompt_logprobs = delta.prompt_logprobs or past.prompt_logprobs
+    past.finish_reason, past.stop_token_id = delta.finish_reason, delta.stop_token_id
+    past.num_cached_tokens = delta.num_cached_tokens
 
 
 def make_service(directory: Path, **fields: object) -> tuple[OpenAIService, FakeEngine]:

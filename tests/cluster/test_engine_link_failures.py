@@ -1,7 +1,8 @@
 """Requests whose engine dies, over the real token socket; the engines do as a test says."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
@@ -11,16 +12,23 @@ from fake_handle import READY, Method, open_link
 from cluster.calls import CallTable
 from cluster.engine_choice import Route
 from cluster.engine_link import EngineLink
+from cluster.journal import GenerateCall, Journal
 from cluster.openai.engine_client import ChoiceRequest, EngineInfo, GenerateRequest
-from cluster.token_socket import CallError, GenerateCall, GenerateEnd
-from engine.errors import EngineDiedError, RequestGivenUpError
+from cluster.token_socket import CallError, GenerateEnd
+from engine.errors import (
+    EngineDiedError,
+    QwenOnRayError,
+    RequestGivenUpError,
+    StreamGoneError,
+    StreamResumedError,
+)
 from engine.request import RequestOutput, SamplingParams
 
 TIMEOUT_S = 20
 NUM_TOKENS = 12
 
 
-def token(prompt: list[int], index: int) -> int:
+def token(prompt: Sequence[int], index: int) -> int:
     """What every engine says in that place."""
     return (31 * sum(prompt) + 7 * index) % 1000
 
@@ -30,7 +38,7 @@ class Engines:
 
     Attributes:
         ends: What becomes of each call, in order: (tokens that it gives, "died", "killed",
-            "frozen" or "rebuilding"); calls beyond these go to their ends.
+            "frozen", "waits" or "rebuilding"); calls beyond these go to their ends.
         calls: (engine, call) of each.
     """
 
@@ -47,6 +55,11 @@ class Engines:
         }
         self.describe = Method(self._describe)
         self.generate = Method(self._generate)
+        self.recall = Method(self._recall)
+
+    async def _recall(self, request_id: str, tenant: bytes, *, route: Route) -> bytes:
+        record = self.tables[route.order[0]].recall(request_id, tenant)
+        return b"" if record is None else msgspec.msgpack.encode(record)
 
     async def _describe(self, *, route: Route) -> bytes:
         return msgspec.msgpack.encode(EngineInfo(is_ready=True, engine_id=route.order[0]))
@@ -58,7 +71,7 @@ class Engines:
         self.calls.append((name, call))
         table = self.tables[name]
         running = table.open(call)
-        for choice in call.choices:
+        for choice in running.journal.rest():
             first = len(choice.output_token_ids)
             for index in range(first, min(first + num_tokens, NUM_TOKENS)):
                 output = RequestOutput(
@@ -68,7 +81,14 @@ class Engines:
                     finish_reason="length" if index == NUM_TOKENS - 1 else None,
                 )
                 table.deliver([output])
-        table.close(running)
+        try:
+            if end == "waits":
+                await running.ended
+        except QwenOnRayError as error:
+            failure = CallError(type(error).__name__, str(error))
+            return msgspec.msgpack.encode(GenerateEnd(running.num_tokens, failure))
+        finally:
+            table.close(running)
         if end in ("killed", "frozen"):
             # What such a leader sent may or may not arrive; here it does.
             await self.received.wait()
@@ -97,15 +117,24 @@ async def engines() -> AsyncIterator[Engines]:
 @pytest.fixture
 async def link(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineLink]:
     monkeypatch.setattr("cluster.engine_fleet.INFO_PERIOD_S", 0.01)
+    async with a_router(engines) as link:
+        yield link
+
+
+@asynccontextmanager
+async def a_router(engines: Engines) -> AsyncIterator[EngineLink]:
+    """A router's link to the engines."""
     link = open_link(
         engines,
         lambda: {"one": READY, "two": READY},
         silence_timeout_s=1.0,
         hold_timeout_s=TIMEOUT_S,
     )
-    await link.wait_until_ready(TIMEOUT_S)
-    yield link
-    await link.close()
+    try:
+        await link.wait_until_ready(TIMEOUT_S)
+        yield link
+    finally:
+        await link.close()
 
 
 async def generate(
@@ -124,9 +153,10 @@ async def generate(
         ChoiceRequest(prompt_token_ids=tuple(prompt), sampling=SamplingParams(max_tokens=99))
         for prompt in prompts
     )
+    request = GenerateRequest(request_id="r", choices=choices, tenant=b"ours")
     got: dict[int, list[int]] = {index: [] for index in range(len(prompts))}
     async with asyncio.timeout(TIMEOUT_S):
-        async for index, delta in link.generate(GenerateRequest(request_id="r", choices=choices)):
+        async for index, delta in link.generate(request):
             got[index].extend(delta.token_ids)
             if all(len(token_ids) >= num_wanted for token_ids in got.values()):
                 received.set()
@@ -149,10 +179,13 @@ async def test_a_request_goes_on_with_another_engine(
     assert got == whole([1, 2], [3])
     (first, before), (second, after) = engines.calls
     assert first != second
-    assert [call.output_token_ids for call in after.choices] == [
-        [token(call.prompt_token_ids, index) for index in range(5)] for call in after.choices
+    choices = Journal(after.record).rest()
+    assert [choice.output_token_ids for choice in choices] == [
+        [token(choice.prompt_token_ids, index) for index in range(5)] for choice in choices
     ]
-    seeds = [[call.sampling.seed for call in each.choices] for each in (before, after)]
+    seeds = [
+        [choice.sampling.seed for choice in call.record.request.choices] for call in (before, after)
+    ]
     assert seeds[0] == seeds[1]
     assert None not in seeds[0]
 
@@ -196,3 +229,75 @@ async def test_a_request_is_not_tried_for_ever(engines: Engines, link: EngineLin
     engines.ends = [(0, "killed")] * 50
     with pytest.raises(EngineDiedError, match=r"brought no token"):
         await generate(link, [7])
+
+
+async def go_on(link: EngineLink, engine_id: str | None) -> dict[int, list[int]]:
+    """Tokens of the request that `generate` makes, for a client whose connection broke."""
+    async with asyncio.timeout(TIMEOUT_S):
+        record = await link.recall("r", engine_id=engine_id, tenant=b"ours")
+        got = {index: list(past.token_ids) for index, past in enumerate(record.past)}
+        async for index, delta in link.resume(record):
+            got[index].extend(delta.token_ids)
+    return got
+
+
+@pytest.mark.parametrize("knows_engine", [True, False])
+async def test_another_router_goes_on_with_a_dead_ones_request(
+    knows_engine: bool, engines: Engines, link: EngineLink
+) -> None:
+    engines.ends = [(5, "waits")]
+    async with a_router(engines) as doomed:
+        reading = asyncio.create_task(
+            generate(doomed, [1, 2], [3], num_wanted=5, received=engines.received)
+        )
+        await engines.received.wait()
+        name, before = engines.calls[0]
+        got = await go_on(link, name if knows_engine else None)
+        with pytest.raises(StreamResumedError):
+            await reading
+    assert got == whole([1, 2], [3])
+    after = engines.calls[1][1]
+    assert [len(choice.output_token_ids) for choice in Journal(after.record).rest()] == [5, 5]
+    assert after.record.attempt == before.record.attempt + 1
+    seeds = [
+        [choice.sampling.seed for choice in call.record.request.choices] for call in (before, after)
+    ]
+    assert seeds[0] == seeds[1]
+
+
+async def test_a_router_goes_on_with_its_own_request_whose_engine_is_gone(
+    engines: Engines, link: EngineLink
+) -> None:
+    engines.ends = [(5, "waits")]
+    reading = asyncio.create_task(generate(link, [1, 2], num_wanted=5, received=engines.received))
+    await engines.received.wait()
+    name = engines.calls[0][0]
+    engines.tables[name].disconnect()
+    engines.tables[name] = CallTable(
+        engine_id=name, on_abort=lambda request_id: None, silence_timeout_s=TIMEOUT_S
+    )
+    assert await go_on(link, name) == whole([1, 2])
+    with pytest.raises(StreamResumedError):
+        await reading
+
+
+async def test_a_request_that_has_ended_is_known_for_a_while(
+    engines: Engines, link: EngineLink
+) -> None:
+    assert await generate(link, [1], [2]) == whole([1], [2])
+    async with a_router(engines) as other:
+        assert await go_on(other, engines.calls[0][0]) == whole([1], [2])
+    assert len(engines.calls) == 1, "nothing of it was left to be generated"
+
+
+async def test_a_request_is_nobody_elses(engines: Engines, link: EngineLink) -> None:
+    engines.ends = [(5, "waits")]
+    reading = asyncio.create_task(generate(link, [1], num_wanted=5, received=engines.received))
+    await engines.received.wait()
+    with pytest.raises(StreamGoneError, match="another key"):
+        await link.recall("r", engine_id=engines.calls[0][0], tenant=b"theirs")
+    with pytest.raises(StreamGoneError):
+        await link.recall("unheard", engine_id=None, tenant=b"ours")
+    assert not reading.done(), "it is read on"
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)

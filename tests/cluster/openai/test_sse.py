@@ -30,9 +30,11 @@ def test_a_text_event_is_the_event_that_has_that_text(texts: list[str]) -> None:
     for usage in ({}, {"usage": None}):
         event = TextEvent(lambda text, usage=usage: make_chunk(text, **usage))
         for text in [*texts, 'quotes " and \\ and \n\r\t\0\x7f', "é 日本語 👍 \u2028"]:
-            encoded = event.encode(text)
-            assert encoded.startswith(b"data: ")
-            assert encoded.endswith(b"}\n\n")
-            assert encoded.count(b"\n") == 2
-            whole = encode_event(make_chunk(text, **usage))
-            assert json.loads(encoded[6:]) == json.loads(whole[6:])
+            encoded = event.encode(text, "one:5")
+            whole = encode_event(make_chunk(text, **usage), "one:5")
+            head = b"id: one:5\ndata: "
+            for each in (encoded, whole):
+                assert each.startswith(head)
+                assert each.endswith(b"}\n\n")
+                assert each.count(b"\n") == 3
+            assert json.loads(encoded[len(head) :]) == json.loads(whole[len(head) :])

@@ -1,0 +1,39 @@
+"""What an answer depends on beside the tokens: kept for whoever has to go on with it.
+
+A router that goes on with another one's stream makes the same events from it, heading and all.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from cluster.openai.body import parse_body
+from cluster.openai.heading import Heading
+from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
+
+
+class Origin(msgspec.Struct, frozen=True, array_like=True):
+    """A request as it came, and what its answer began with."""
+
+    kind: Literal["chat", "completion"]
+    body_json: bytes
+    heading: Heading
+
+    @classmethod
+    def of(cls, body: ChatCompletionRequest | CompletionRequest, heading: Heading) -> "Origin":
+        """Keep a request and its heading."""
+        kind = "chat" if isinstance(body, ChatCompletionRequest) else "completion"
+        return cls(kind, body.model_dump_json(exclude_unset=True).encode(), heading)
+
+    def body(self) -> ChatCompletionRequest | CompletionRequest:
+        """The request's body."""
+        if self.kind == "chat":
+            return parse_body(ChatCompletionRequest, self.body_json)
+        return parse_body(CompletionRequest, self.body_json)
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> "Origin":
+        return msgspec.msgpack.decode(encoded, type=cls)
