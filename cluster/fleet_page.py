@@ -17,6 +17,7 @@ from cluster.router_stats import RouterStats
 
 PAGE_PATH = "/"
 _MEDIA_TYPES = {
+    "answer.js": "text/javascript",
     "api.js": "text/javascript",
     "chart.js": "text/javascript",
     "chat.js": "text/javascript",

@@ -1,5 +1,6 @@
 // The chat box: one conversation, kept in this tab, answered by v1/chat/completions as it comes.
 
+import { answerEvents } from "./answer.js";
 import { onKey, request } from "./api.js";
 import { element } from "./chart.js";
 
@@ -49,13 +50,8 @@ async function ask(text) {
   const follow = follower();
   let outcome = "";
   try {
-    const response = await request("v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body([...conversation, asked])),
-      signal: underWay.signal,
-    });
-    for await (const event of events(response.body)) {
+    const onBreak = () => (note.textContent = "The connection broke; going on …");
+    for await (const event of answerEvents(body([...conversation, asked]), underWay.signal, onBreak)) {
       counts.take(event);
       const piece = event.choices?.[0]?.delta?.content;
       if (piece) {
@@ -115,33 +111,6 @@ class Counts {
     if (tokens > 1 && seconds > 0) words.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
     words.push(`first after ${((this.first - this.begun) / 1000).toFixed(2)} s`);
     return words.join(" · ");
-  }
-}
-
-/** The events of an answer, until it is whole; throws what the server says went wrong. */
-async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) throw new Error("The connection ended before the answer did.");
-      const lines = (rest + value).split("\n");
-      rest = lines.pop();
-      for (const line of lines) {
-        if (!line.startsWith("data: ")) continue;
-        const payload = line.slice("data: ".length).trim();
-        if (payload === "[DONE]") return;
-        const event = JSON.parse(payload);
-        if (event.error) throw new Error(event.error.message);
-        yield event;
-      }
-    }
-  } catch (error) {
-    if (error instanceof TypeError) throw new Error("The connection broke amid the answer.");
-    throw error;
-  } finally {
-    reader.cancel().catch(() => {});
   }
 }
 

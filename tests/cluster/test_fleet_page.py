@@ -205,3 +205,60 @@ async def test_in_a_browser_the_page_asks_for_a_key_shows_the_fleet_and_chats(
                 await engine.has_closed.wait()
     await expect(page.locator("#status-text")).to_contain_text("cannot be reached")
     assert json.loads(await page.evaluate("JSON.stringify(localStorage)")) == {}
+
+
+class Wire:
+    """Carries connections to a server, until they are cut."""
+
+    def __init__(self, url: str) -> None:
+        self._host, port = url.removeprefix("http://").split(":")
+        self._port = int(port)
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_reader, to_writer = await asyncio.open_connection(self._host, self._port)
+        self._writers |= {writer, to_writer}
+        await asyncio.gather(self._copy(reader, to_writer), self._copy(to_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    def cut(self) -> None:
+        """Reset all connections that are open."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+
+async def test_in_a_browser_an_answer_goes_on_when_its_connection_breaks(
+    tmp_path: Path, page: Page
+) -> None:
+    service, engine = make_service(tmp_path)
+    engine.answer = lambda _: "Once upon a time there was a wire"
+    engine.steps = asyncio.Semaphore(6)
+    async with serve_on_loopback(service) as server_url:
+        wire = Wire(server_url)
+        async with await asyncio.start_server(wire.carry, "127.0.0.1", 0) as carrier:
+            port = carrier.sockets[0].getsockname()[1]
+            await page.goto(f"http://127.0.0.1:{port}")
+            await expect(page.get_by_label("Model")).to_have_value("Tiny/Tiny-Chat")
+            await page.get_by_label("Message").fill("Tell me a story")
+            await page.keyboard.press("Enter")
+            answer = page.locator(".message.assistant")
+            await expect(answer.locator(".text")).to_contain_text("On")
+            wire.cut()
+            await expect(answer.locator(".note")).to_contain_text("The connection broke")
+            for _ in range(200):
+                engine.steps.release()
+            await expect(answer.locator(".text")).to_have_text("Once upon a time there was a wire")
+            await expect(answer.locator(".note")).to_contain_text("tokens/s")
+            await page.goto("about:blank")
+            wire.cut()
+    assert len(engine.requests) == 2
