@@ -14,10 +14,9 @@ from operator import add
 from typing import Any
 
 import msgspec
-import ray.exceptions
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.engine_call import CALL_FAILURES
 from cluster.engine_choice import EngineChooser, Route
 from cluster.fleet_events import FleetEvents
 from cluster.openai.engine_client import EngineInfo, Fleet, RankStatus
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 INFO_PERIOD_S = 1.0
 _INFO_TIMEOUT_S = 3.0
-# Serve's own failures, such as an engine that was never deployed, are no RayErrors.
-CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
 
 
 class EngineFleet:

@@ -15,16 +15,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
-import ray.exceptions
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-)
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from cluster.attempts import AttemptError, Failures
+from cluster.engine_call import CALL_FAILURES, await_end, raise_if_failed
 from cluster.engine_choice import Demand, EngineChooser, Route
-from cluster.engine_fleet import CALL_FAILURES, EngineFleet
+from cluster.engine_fleet import EngineFleet
 from cluster.journal import KEEP_S, GenerateCall, Journal, Journals
 from cluster.openai.engine_client import (
     ChoiceRequest,
@@ -36,30 +32,20 @@ from cluster.openai.engine_client import (
     TokenDelta,
 )
 from cluster.token_socket import (
-    CallError,
     ChoiceTokens,
     GenerateEnd,
     TokenReceiver,
     TokenStream,
 )
 from cluster.watched_tasks import WatchedTasks
-from engine import errors
 from engine.errors import (
     EngineDiedError,
-    EngineError,
     EngineNotReadyError,
-    RequestGivenUpError,
     StreamGoneError,
     StreamResumedError,
 )
 
 logger = logging.getLogger(__name__)
-
-MAX_DEATHS = 2
-"""Times that hosts may die at work on a request without a token of it in between."""
-
-MAX_FAILURES = 6
-"""Attempts in a row that may bring no token."""
 
 PROFILE_TIMEOUT_S = 3.0
 RECALL_TIMEOUT_S = 3.0
@@ -146,10 +132,10 @@ class EngineLink:
             "DeploymentResponse[bytes]", self._engine.profile.remote(num_steps, route=route)
         )
         try:
-            end = await asyncio.wait_for(_await_end(response), PROFILE_TIMEOUT_S)
+            end = await asyncio.wait_for(await_end(response), PROFILE_TIMEOUT_S)
         except TimeoutError:
             raise EngineNotReadyError("No engine answered the call to profile.") from None
-        _raise_if_failed(end)
+        raise_if_failed(end)
 
     def abort_choice(self, request_id: str, index: int) -> None:
         journal = self._under_way.get(request_id)
@@ -229,7 +215,7 @@ class EngineLink:
                         async for index, delta in deltas:
                             failures.progressed()
                             yield index, delta
-                except _AttemptError as failure:
+                except AttemptError as failure:
                     failures.take(failure)
                     self._chooser.suspend(failure.engine_id)
                     logger.warning(
@@ -251,7 +237,7 @@ class EngineLink:
         """Have one engine generate what is left of a request.
 
         Raises:
-            _AttemptError: The engine died, could not be reached, or is not ready where another is.
+            AttemptError: The engine died, could not be reached, or is not ready where another is.
             RequestError, EngineError: As `generate`.
         """
         self._check_reader(journal)
@@ -264,7 +250,7 @@ class EngineLink:
             self._engine.generate.remote(msgspec.msgpack.encode(call), route=Route(order)),
         )
         # It returns just after the last token; the client need not wait for that.
-        end = asyncio.ensure_future(_await_end(response))
+        end = asyncio.ensure_future(await_end(response))
         self._calls.add(end)
         end.add_done_callback(self._calls.discard)
         end.add_done_callback(lambda _: stream.wake())
@@ -285,7 +271,7 @@ class EngineLink:
             if isinstance(error, EngineNotReadyError) and not others:
                 raise
             was_computed = end.done() and not end.cancelled() and end.result().was_computed
-            raise _AttemptError(error, visit.engine_id, was_computed) from error
+            raise AttemptError(error, visit.engine_id, was_computed) from error
         except BaseException:
             response.cancel()
             raise
@@ -324,13 +310,13 @@ class EngineLink:
     async def _late_tokens(self, stream: TokenStream, end: GenerateEnd) -> list[ChoiceTokens]:
         """Wait for what is on its way over the socket, though its call has returned."""
         if not stream.lacks(end.num_tokens):
-            _raise_if_failed(end)
+            raise_if_failed(end)
         try:
             async with asyncio.timeout(_LATE_TOKENS_TIMEOUT_S):
                 while not (tokens := stream.take()):
                     await stream.wait()
         except TimeoutError:
-            _raise_if_failed(end)
+            raise_if_failed(end)
             raise EngineDiedError("The engine's last tokens did not arrive.") from None
         return tokens
 
@@ -349,64 +335,6 @@ class EngineLink:
             return replace(choice, sampling=msgspec.structs.replace(choice.sampling, seed=seed))
 
         return replace(request, choices=tuple(map(seeded, request.choices)))
-
-
-class _AttemptError(Exception):
-    """An engine did not bring a request to its end, through no fault that is known of its own.
-
-    Args:
-        error: What happened.
-        engine_id: Which engine it was; empty if that is not known.
-        was_computed: Its hosts were at work on the request when they died.
-    """
-
-    def __init__(self, error: EngineError, engine_id: str, was_computed: bool) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.engine_id = engine_id
-        self.was_computed = was_computed
-
-
-class Failures:
-    """How often a request's engines have died, and whether to try another.
-
-    Attributes:
-        engines: Those that failed it since its last token.
-    """
-
-    def __init__(self) -> None:
-        self.engines: set[str] = set()
-        self._num_failures = 0
-        self._num_deaths = 0
-        self._has_progressed = False
-
-    def progressed(self) -> None:
-        """Tokens have come."""
-        self._has_progressed = True
-
-    def take(self, failure: _AttemptError) -> None:
-        """Count a failure.
-
-        Raises:
-            RequestGivenUpError: The request is likely to be the cause.
-            EngineDiedError: No engine brings it on.
-        """
-        if self._has_progressed:
-            self.engines.clear()
-            self._num_failures = self._num_deaths = 0
-            self._has_progressed = False
-        self.engines.add(failure.engine_id)
-        self._num_failures += 1
-        self._num_deaths += failure.was_computed
-        if self._num_deaths >= MAX_DEATHS:
-            raise RequestGivenUpError(
-                f"The engine's hosts died {self._num_deaths} times as they computed this request, "
-                f"which is not tried again. {failure.error}"
-            )
-        if self._num_failures >= MAX_FAILURES:
-            raise EngineDiedError(
-                f"{self._num_failures} attempts brought no token of this request. {failure.error}"
-            )
 
 
 def _num_tokens(record: StreamRecord) -> int:
@@ -432,30 +360,3 @@ def _delta(tokens: ChoiceTokens, engine_id: str) -> TokenDelta:
         num_cached_tokens=tokens.num_cached_tokens,
         visit=visit,
     )
-
-
-async def _await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:
-    """The call's end; each way in which Serve and Ray report a failure becomes an error of ours."""
-    try:
-        return msgspec.msgpack.decode(await response, type=GenerateEnd)
-    except ray.exceptions.RayActorError as error:
-        failure = CallError("EngineDiedError", f"The engine's leader died: {error}")
-    except BackPressureError as error:
-        failure = CallError("EngineBusyError", str(error))
-    except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
-        failure = CallError("EngineNotReadyError", f"No engine can be called: {error.message}")
-    except CALL_FAILURES as error:
-        failure = CallError("EngineError", f"The engine failed: {error}")
-    return GenerateEnd(error=failure)
-
-
-def _raise_if_failed(end: GenerateEnd) -> None:
-    error = end.error
-    if error is None:
-        return
-    kind = getattr(errors, error.kind, EngineError)
-    if issubclass(kind, errors.RequestError):
-        raised = kind(error.message)
-        raised.param, raised.code = error.param, error.code
-        raise raised
-    raise kind(error.message)

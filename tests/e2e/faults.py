@@ -6,18 +6,21 @@
 Starts a Ray of its own with engines of several hosts on this machine, in float32, where a stream
 that was broken must be the very one that was not. Clients stream all the while; every so often a
 fault hits a process by chance, and the next one waits until all engines serve again. For each fault
-the table has the requests that ran meanwhile, those that ended in an error or too early, those with
-other text than the unbroken one, and the longest pauses within streams.
+the table has the requests that ran meanwhile, how often a client whose connection broke asked for
+the rest of its stream, the requests that ended in an error or too early, those with other text than
+the unbroken one, and the longest pauses within streams.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +28,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
@@ -50,6 +54,8 @@ START_TIMEOUT_S = 400
 RECOVERY_TIMEOUT_S = 240
 REQUEST_TIMEOUT_S = 400
 NOTICE_TIMEOUT_S = 30
+MAX_TRIES = 20
+RETRY_PAUSE_S = 0.5
 BETWEEN_FAULTS_S = (1.0, 3.0)
 PROMPTS = (
     "Why is the sky blue?",
@@ -71,13 +77,18 @@ class Work:
 
 @dataclass(slots=True)
 class Stream:
-    """What a client saw of one request."""
+    """What a client saw of one request.
+
+    Attributes:
+        num_breaks: How often its connection broke, and the rest of it was asked for.
+    """
 
     work: Work
     started_s: float
     error: str | None = None
     is_wrong: bool = False
     pause_s: float = 0.0
+    num_breaks: int = 0
 
 
 @dataclass(slots=True)
@@ -86,6 +97,7 @@ class Outcome:
 
     Attributes:
         requests: That ran meanwhile, whether or not their engine was hit.
+        breaks: How often a stream's client had to ask for the rest of it.
         pauses_s: Each stream's longest pause, that before its first text included.
         recoveries_s: From each injection until all engines served again.
     """
@@ -93,6 +105,7 @@ class Outcome:
     fault: str
     injections: int = 0
     requests: int = 0
+    breaks: int = 0
     lost: int = 0
     wrong: int = 0
     pauses_s: list[float] = field(default_factory=list)
@@ -100,28 +113,73 @@ class Outcome:
     errors: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A way to break something.
+
+    Attributes:
+        inject: Does it, to one of several by chance.
+        stops_engine: An engine cannot serve until it is mended.
+    """
+
+    inject: Callable[[], None]
+    stops_engine: bool = True
+
+
 def rank_killed() -> None:
-    os.kill(chance(processes_named("ray::HostWorker")).pid, signal.SIGKILL)
+    os.kill(chance(ranks()).pid, signal.SIGKILL)
 
 
 def rank_frozen() -> None:
-    os.kill(chance(processes_named("ray::HostWorker")).pid, signal.SIGSTOP)
+    os.kill(chance(ranks()).pid, signal.SIGSTOP)
 
 
 def leader_killed() -> None:
-    os.kill(chance(processes_named("ray::ServeReplica", ":Engine")).pid, signal.SIGKILL)
+    os.kill(chance(leaders()).pid, signal.SIGKILL)
 
 
 def leader_frozen() -> None:
-    os.kill(chance(processes_named("ray::ServeReplica", ":Engine")).pid, signal.SIGSTOP)
+    os.kill(chance(leaders()).pid, signal.SIGSTOP)
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "rank-killed": rank_killed,
-    "rank-frozen": rank_frozen,
-    "leader-killed": leader_killed,
-    "leader-frozen": leader_frozen,
+def router_killed() -> None:
+    os.kill(chance(routers()).pid, signal.SIGKILL)
+
+
+def connection_broken() -> None:
+    """Every TCP connection between a router and a leader, whoever opened it."""
+    pair = [chance(routers()), chance(leaders())]
+    listening = [
+        {each.laddr.port for each in process.net_connections("tcp") if each.status == "LISTEN"}
+        for process in pair
+    ]
+    for process, ports in zip(pair, reversed(listening), strict=True):
+        for each in process.net_connections("tcp"):
+            if each.status == "ESTABLISHED" and each.raddr.port in ports:
+                ends = ["sport", "=", f":{each.laddr.port}", "dport", "=", f":{each.raddr.port}"]
+                subprocess.run(["ss", "--kill", "--tcp", *ends], check=True, capture_output=True)
+
+
+FAULTS = {
+    "rank-killed": Fault(rank_killed),
+    "rank-frozen": Fault(rank_frozen),
+    "leader-killed": Fault(leader_killed),
+    "leader-frozen": Fault(leader_frozen),
+    "router-killed": Fault(router_killed, stops_engine=False),
+    "connection-broken": Fault(connection_broken, stops_engine=False),
 }
+
+
+def ranks() -> list[psutil.Process]:
+    return processes_named("ray::HostWorker")
+
+
+def leaders() -> list[psutil.Process]:
+    return processes_named("ray::ServeReplica", ":Engine")
+
+
+def routers() -> list[psutil.Process]:
+    return processes_named("ray::ServeReplica", ":Router")
 
 
 def processes_named(start: str, part: str = "") -> list[psutil.Process]:
@@ -160,16 +218,19 @@ class Clients:
     """Clients that ask for one answer after another, and keep what they saw."""
 
     def __init__(self, base_url: str, works: Sequence[Work]) -> None:
+        # A whole answer whose connection breaks is asked for again, as this SDK does by itself.
         self._client = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=0
+            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=2
         )
+        self._http = httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S)
         self._works = works
         self._answers: dict[Work, str] = {}
         self.streams: list[Stream] = []
 
     async def learn_answers(self) -> None:
         """Ask for each answer while nothing breaks."""
-        answers = await asyncio.gather(*(self._ask(work, lambda: None) for work in self._works))
+        streams = [Stream(work, started_s=0.0) for work in self._works]
+        answers = await asyncio.gather(*(self._ask(each, lambda: None) for each in streams))
         self._answers = dict(zip(self._works, answers, strict=True))
 
     @asynccontextmanager
@@ -201,37 +262,78 @@ class Clients:
                 last_s = now_s
 
             try:
-                text = await self._ask(work, on_text)
+                text = await self._ask(stream, on_text)
             except (openai.OpenAIError, httpx.HTTPError) as error:
                 stream.error = repr(error)
             else:
                 stream.is_wrong = text != self._answers[work]
 
-    async def _ask(self, work: Work, on_text: Callable[[], None]) -> str:
+    async def _ask(self, stream: Stream, on_text: Callable[[], None]) -> str:
+        work = stream.work
         options = {"temperature": 0.0} if work.seed is None else {"seed": work.seed}
         request = {
             "model": MODEL,
             "messages": [{"role": "user", "content": work.prompt}],
             "max_tokens": work.num_tokens,
-            "extra_body": {"ignore_eos": True},
+            "ignore_eos": True,
             **options,
         }
-        if not work.is_stream:
-            answer = await self._client.chat.completions.create(**request)
-            on_text()
-            return answer.choices[0].message.content or ""
-        text, finish_reason = "", None
-        async for chunk in await self._client.chat.completions.create(**request, stream=True):
-            if content := chunk.choices[0].delta.content:
-                text += content
-                on_text()
-            finish_reason = chunk.choices[0].finish_reason or finish_reason
-        if finish_reason is None:
-            raise openai.OpenAIError("the stream ended without a finish reason")
-        return text
+        if work.is_stream:
+            return await self._read_stream(request | {"stream": True}, stream, on_text)
+        extra_body = {"ignore_eos": request.pop("ignore_eos")}
+        answer = await self._client.chat.completions.create(**request, extra_body=extra_body)
+        on_text()
+        return answer.choices[0].message.content or ""
+
+    async def _read_stream(
+        self, request: dict[str, Any], stream: Stream, on_text: Callable[[], None]
+    ) -> str:
+        """Read a stream to its end, and the rest of it where the connection to it breaks."""
+        text, name, event_id, last_id = "", None, "", ""
+        for num_tries in itertools.count():
+            if name is None:
+                asked = self._http.stream("POST", "/v1/chat/completions", json=request)
+            else:
+                headers = {"Last-Event-ID": last_id} if last_id else {}
+                asked = self._http.stream("GET", f"/v1/streams/{name}", headers=headers)
+            try:
+                async with asked as response:
+                    await check_status(response)
+                    async for line in response.aiter_lines():
+                        field, _, value = line.partition(": ")
+                        if field == "id":
+                            event_id = value
+                        elif value == "[DONE]":
+                            return text
+                        elif field == "data":
+                            event = json.loads(value)
+                            if "error" in event:
+                                raise openai.OpenAIError(event["error"]["message"])
+                            name, last_id = event["id"], event_id
+                            if content := event["choices"][0]["delta"].get("content"):
+                                text += content
+                                on_text()
+                    raise httpx.RemoteProtocolError("the stream ended without its end")
+            except httpx.TransportError:
+                if num_tries == MAX_TRIES:
+                    raise
+                stream.num_breaks += 1
+                await asyncio.sleep(RETRY_PAUSE_S)
+        raise AssertionError("tries are counted above")
 
     async def close(self) -> None:
         await self._client.close()
+        await self._http.aclose()
+
+
+async def check_status(response: httpx.Response) -> None:
+    """Raise for an answer that is none; what a proxy says for a router that is gone may pass."""
+    if response.status_code == 200:
+        return
+    body = (await response.aread()).decode()
+    if response.status_code >= 500 and not body.startswith('{"error"'):
+        raise httpx.RemoteProtocolError(f"HTTP {response.status_code}: {body}")
+    raise openai.OpenAIError(f"HTTP {response.status_code}: {body}")
 
 
 async def wait_until(base_url: str, num_ranks: int, *, all_serve: bool, timeout_s: float) -> None:
@@ -239,13 +341,24 @@ async def wait_until(base_url: str, num_ranks: int, *, all_serve: bool, timeout_
     async with httpx.AsyncClient(base_url=base_url, timeout=30) as client:
         async with asyncio.timeout(timeout_s):
             while True:
-                ranks = (await client.get("/health/ready")).json()["ranks"]
+                try:
+                    response = await client.get("/health/ready")
+                    ranks = response.json()["ranks"]
+                except (httpx.TransportError, json.JSONDecodeError):
+                    ranks = []  # of a router that is gone, or of the proxy in its place
                 do_serve = len(ranks) == num_ranks and all(
                     rank["state"] == "ready" for rank in ranks
                 )
                 if do_serve == all_serve:
                     return
                 await asyncio.sleep(0.1)
+
+
+async def wait_for_routers(number: int) -> None:
+    """Wait until there are so many routers again."""
+    async with asyncio.timeout(RECOVERY_TIMEOUT_S):
+        while len(routers()) < number:
+            await asyncio.sleep(0.1)
 
 
 async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
@@ -262,15 +375,19 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
     await wait_until(base_url, num_ranks, all_serve=True, timeout_s=START_TIMEOUT_S)
     await clients.learn_answers()
     for name in arguments.faults:
-        outcome = Outcome(name)
+        fault, outcome = FAULTS[name], Outcome(name)
         outcomes.append(outcome)
         async with clients.asking(arguments.streams):
             for number in range(arguments.injections):
                 await asyncio.sleep(random.uniform(*BETWEEN_FAULTS_S))
                 hit_s = time.monotonic()
-                FAULTS[name]()
+                fault.inject()
                 outcome.injections += 1
-                await wait_until(base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S)
+                if fault.stops_engine:
+                    await wait_until(
+                        base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S
+                    )
+                await wait_for_routers(arguments.routers)
                 await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
                 outcome.recoveries_s.append(time.monotonic() - hit_s)
                 print(
@@ -291,6 +408,7 @@ def judge(outcome: Outcome, streams: Sequence[Stream]) -> None:
     """Count what became of the streams under a fault."""
     outcome.requests = len(streams)
     for stream in streams:
+        outcome.breaks += stream.num_breaks
         outcome.lost += stream.error is not None
         outcome.wrong += stream.is_wrong
         if stream.error is not None:
@@ -313,6 +431,7 @@ def serving(arguments: argparse.Namespace) -> Iterator[str]:
                 "device": "cpu",
                 "dtype": "float32",
                 "num_engines": arguments.engines,
+                "num_routers": arguments.routers,
                 "nnodes": arguments.hosts,
                 "tp_size": arguments.hosts,
                 "context_length": 512,
@@ -335,13 +454,13 @@ def tiny_checkpoint(folder: Path) -> Path:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| fault | injections | requests | lost | wrong | longest pause in a stream: median, max "
-        "| all engines serve again after: median, max |",
-        "|---|---|---|---|---|---|---|",
+        "| fault | injections | requests | asked for the rest | lost | wrong "
+        "| longest pause in a stream: median, max | all serve again after: median, max |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {each.fault} | {each.injections} | {each.requests} | {each.lost} | {each.wrong} | "
-        f"{spread(each.pauses_s)} | {spread(each.recoveries_s)} |"
+        f"| {each.fault} | {each.injections} | {each.requests} | {each.breaks} "
+        f"| {each.lost} | {each.wrong} | {spread(each.pauses_s)} | {spread(each.recoveries_s)} |"
         for each in outcomes
     ]
     return "\n".join(lines)
@@ -361,6 +480,7 @@ def main() -> int:
     parser.add_argument("--injections", type=int, default=20, help="of each fault")
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--hosts", type=int, default=2, help="of each engine")
+    parser.add_argument("--routers", type=int, default=2)
     parser.add_argument("--streams", type=int, default=6, help="requests under way")
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,45 @@
+"""The end of a call to an engine over Serve, as an error of ours where it failed."""
+
+import msgspec
+import ray.exceptions
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentResponse
+
+from cluster.token_socket import CallError, GenerateEnd
+from engine import errors
+from engine.errors import EngineError
+
+# Serve's own failures, such as an engine that was never deployed, are no RayErrors.
+CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
+
+
+async def await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:
+    """The call's end; each way in which Serve and Ray report a failure becomes an error of ours."""
+    try:
+        return msgspec.msgpack.decode(await response, type=GenerateEnd)
+    except ray.exceptions.RayActorError as error:
+        failure = CallError("EngineDiedError", f"The engine's leader died: {error}")
+    except BackPressureError as error:
+        failure = CallError("EngineBusyError", str(error))
+    except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        failure = CallError("EngineNotReadyError", f"No engine can be called: {error.message}")
+    except CALL_FAILURES as error:
+        failure = CallError("EngineError", f"The engine failed: {error}")
+    return GenerateEnd(error=failure)
+
+
+def raise_if_failed(end: GenerateEnd) -> None:
+    error = end.error
+    if error is None:
+        return
+    kind = getattr(errors, error.kind, EngineError)
+    if issubclass(kind, errors.RequestError):
+        raised = kind(error.message)
+        raised.param, raised.code = error.param, error.code
+        raise raised
+    raise kind(error.message)
