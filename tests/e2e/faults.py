@@ -3,12 +3,13 @@
     python tests/e2e/faults.py
     python tests/e2e/faults.py --faults rank-killed leader-killed --injections 3 --json out.json
 
-Starts a Ray of its own with engines of several hosts on this machine, in float32, where a stream
-that was broken must be the very one that was not. Clients stream all the while; every so often a
-fault hits a process by chance, and the next one waits until all engines serve again. For each fault
-the table has the requests that ran meanwhile, how often a client whose connection broke asked for
-the rest of its stream, the requests that ended in an error or too early, those with other text than
-the unbroken one, and the longest pauses within streams.
+Starts a Ray of its own with engines of several hosts, in float32, where a stream that was broken
+must be the very one that was not: processes of this machine, or network namespaces (as root, with
+iproute2) where whole hosts and their links are broken. Clients stream all the while; every so often
+a fault hits something by chance, and the next one waits until all serve again. For each fault the
+table has the requests that ran meanwhile, how often a client whose connection broke asked for the
+rest of its stream, the requests that ended in an error or too early, those with other text than the
+unbroken one, and the longest pauses within streams.
 """
 
 import argparse
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import httpx
 import openai
 import psutil
+from host_cluster import HostCluster, host_cluster
 from own_ray import own_ray  # before Ray, whose environment it sets
 from processes import descendants
 from ray import serve
@@ -120,33 +122,45 @@ class Fault:
     Attributes:
         inject: Does it, to one of several by chance.
         stops_engine: An engine cannot serve until it is mended.
+        needs_hosts: Hosts of their own, not processes on this machine, are what it breaks.
     """
 
-    inject: Callable[[], None]
+    inject: Callable[[HostCluster | None], None]
     stops_engine: bool = True
+    needs_hosts: bool = False
 
 
-def rank_killed() -> None:
+def rank_killed(_: HostCluster | None) -> None:
     os.kill(chance(ranks()).pid, signal.SIGKILL)
 
 
-def rank_frozen() -> None:
+def rank_frozen(_: HostCluster | None) -> None:
     os.kill(chance(ranks()).pid, signal.SIGSTOP)
 
 
-def leader_killed() -> None:
+def leader_killed(_: HostCluster | None) -> None:
     os.kill(chance(leaders()).pid, signal.SIGKILL)
 
 
-def leader_frozen() -> None:
+def leader_frozen(_: HostCluster | None) -> None:
     os.kill(chance(leaders()).pid, signal.SIGSTOP)
 
 
-def router_killed() -> None:
+def router_killed(_: HostCluster | None) -> None:
     os.kill(chance(routers()).pid, signal.SIGKILL)
 
 
-def connection_broken() -> None:
+def host_killed(cluster: HostCluster | None) -> None:
+    assert cluster is not None
+    cluster.kill_host()
+
+
+def link_cut(cluster: HostCluster | None) -> None:
+    assert cluster is not None
+    cluster.cut_link()
+
+
+def connection_broken(_: HostCluster | None) -> None:
     """Every TCP connection between a router and a leader, whoever opened it."""
     pair = [chance(routers()), chance(leaders())]
     listening = [
@@ -167,6 +181,8 @@ FAULTS = {
     "leader-frozen": Fault(leader_frozen),
     "router-killed": Fault(router_killed, stops_engine=False),
     "connection-broken": Fault(connection_broken, stops_engine=False),
+    "host-killed": Fault(host_killed, needs_hosts=True),
+    "link-cut": Fault(link_cut, needs_hosts=True),
 }
 
 
@@ -361,7 +377,13 @@ async def wait_for_routers(number: int) -> None:
             await asyncio.sleep(0.1)
 
 
-async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
+async def inject(
+    arguments: argparse.Namespace,
+    names: Sequence[str],
+    base_url: str,
+    cluster: HostCluster | None = None,
+) -> list[Outcome]:
+    """Inject faults one after the other; `cluster` is what those break that need hosts."""
     works = [
         Work(prompt, seed, arguments.tokens, is_stream)
         for prompt in PROMPTS
@@ -374,14 +396,14 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
     outcomes = []
     await wait_until(base_url, num_ranks, all_serve=True, timeout_s=START_TIMEOUT_S)
     await clients.learn_answers()
-    for name in arguments.faults:
+    for name in names:
         fault, outcome = FAULTS[name], Outcome(name)
         outcomes.append(outcome)
         async with clients.asking(arguments.streams):
             for number in range(arguments.injections):
                 await asyncio.sleep(random.uniform(*BETWEEN_FAULTS_S))
                 hit_s = time.monotonic()
-                fault.inject()
+                fault.inject(cluster)
                 outcome.injections += 1
                 if fault.stops_engine:
                     await wait_until(
@@ -390,6 +412,8 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
                 await wait_for_routers(arguments.routers)
                 await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
                 outcome.recoveries_s.append(time.monotonic() - hit_s)
+                if cluster is not None:
+                    await asyncio.to_thread(cluster.mend)
                 print(
                     f"{name} {number + 1} of {arguments.injections}: all serve again after "
                     f"{outcome.recoveries_s[-1]:.1f} s",
@@ -398,8 +422,7 @@ async def inject(arguments: argparse.Namespace, base_url: str) -> list[Outcome]:
                 )
         judge(outcome, clients.streams)
         clients.streams.clear()
-        if arguments.json:
-            arguments.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
+        print(table([outcome]), file=sys.stderr, flush=True)
     await clients.close()
     return outcomes
 
@@ -424,26 +447,39 @@ def serving(arguments: argparse.Namespace) -> Iterator[str]:
         http_port = free_port(HOST)
         quiet = LoggingConfig(enable_access_log=False)
         serve.start(http_options=HTTPOptions(host=HOST, port=http_port), logging_config=quiet)
-        application = serve_app.build(
-            {
-                "model_path": str(arguments.model or tiny_checkpoint(Path(folder))),
-                "served_model_name": MODEL,
-                "device": "cpu",
-                "dtype": "float32",
-                "num_engines": arguments.engines,
-                "num_routers": arguments.routers,
-                "nnodes": arguments.hosts,
-                "tp_size": arguments.hosts,
-                "context_length": 512,
-                "max_total_tokens": 4096,
-                "max_running_requests": max(4, arguments.streams),
-                "chunked_prefill_size": 64,
-                "hold_timeout_s": RECOVERY_TIMEOUT_S,
-            }
-        )
+        application = serve_app.build(application_args(arguments, Path(folder)))
         serve.run(application, name=MODEL, route_prefix="/")
         yield f"http://{HOST}:{http_port}"
         serve.shutdown()
+
+
+@contextmanager
+def serving_on_hosts(arguments: argparse.Namespace) -> Iterator[HostCluster]:
+    """Serve on hosts of their own, one more than the engines take."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, num_hosts = Path(name), arguments.engines * arguments.hosts + 1
+        with host_cluster(num_hosts, folder, random.Random(arguments.seed)) as cluster:
+            cluster.start(folder, MODEL, application_args(arguments, folder))
+            yield cluster
+
+
+def application_args(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What is served; a checkpoint is made in `folder` if none is given."""
+    return {
+        "model_path": str(arguments.model or tiny_checkpoint(folder / "model")),
+        "served_model_name": MODEL,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_engines": arguments.engines,
+        "num_routers": arguments.routers,
+        "nnodes": arguments.hosts,
+        "tp_size": arguments.hosts,
+        "context_length": 512,
+        "max_total_tokens": 4096,
+        "max_running_requests": max(4, arguments.streams),
+        "chunked_prefill_size": 64,
+        "hold_timeout_s": RECOVERY_TIMEOUT_S,
+    }
 
 
 def tiny_checkpoint(folder: Path) -> Path:
@@ -485,10 +521,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="a checkpoint; default: a tiny one")
-    parser.add_argument("--json", type=Path, help="file for the figures, written after each fault")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
-    with serving(arguments) as base_url:
-        outcomes = asyncio.run(inject(arguments, base_url))
+    outcomes: list[Outcome] = []
+    if here := [name for name in arguments.faults if not FAULTS[name].needs_hosts]:
+        with serving(arguments) as base_url:
+            outcomes += asyncio.run(inject(arguments, here, base_url))
+    if there := [name for name in arguments.faults if FAULTS[name].needs_hosts]:
+        with serving_on_hosts(arguments) as cluster:
+            outcomes += asyncio.run(inject(arguments, there, cluster.base_url, cluster))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
     print(table(outcomes))
     for outcome in outcomes:
         for error in outcome.errors:

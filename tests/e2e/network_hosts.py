@@ -57,10 +57,11 @@ class NetworkHost:
         _run("ip", "-n", self.name, "link", "set", "eth0", "up")
         _run("ip", "-n", self.name, "link", "set", "lo", "up")
 
-    def boot(self, hosts_file: Path) -> None:
+    def boot(self) -> None:
         """Start the host's first process, to which all its others are children."""
         booted = self._folder / f"{self.name}-booted"
-        self.home.mkdir()
+        booted.unlink(missing_ok=True)
+        self.home.mkdir(exist_ok=True)
         users = self._folder / f"{self.name}-passwd"
         root, _, others = Path("/etc/passwd").read_text().partition("\n")
         fields = root.split(":")
@@ -69,8 +70,8 @@ class NetworkHost:
         mounts = " && ".join(f"mount -t tmpfs tmpfs {folder}" for folder in _OWN_FOLDERS)
         # A shell, because the first process must collect children that lost their parent.
         setup = (
-            f"mount --bind {hosts_file} /etc/hosts && mount --bind {users} /etc/passwd && "
-            f"{mounts} && hostname {self.name} && touch {booted} && {{ sleep infinity & wait; }}"
+            f"mount --bind {self._folder / 'hosts'} /etc/hosts && "
+            f"mount --bind {users} /etc/passwd && {mounts} && hostname {self.name} && touch {booted} && {{ sleep infinity & wait; }}"
         )
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         self._init = subprocess.Popen(
@@ -144,6 +145,10 @@ class NetworkHost:
         """Cut the host's link; nobody is told."""
         _run("ip", "-n", self.name, "link", "set", "eth0", "down")
 
+    def connect_again(self) -> None:
+        """Mend the link that `disconnect` cut."""
+        _run("ip", "-n", self.name, "link", "set", "eth0", "up")
+
     def end(self) -> None:
         """Kill every process of the host at once."""
         if self._init_pid:
@@ -189,9 +194,8 @@ def network_hosts(count: int, folder: Path) -> Iterator[list[NetworkHost]]:
     for each in _OWN_FOLDERS:
         each.mkdir(exist_ok=True)
     hosts = [NetworkHost(index, folder) for index in range(count)]
-    hosts_file = folder / "hosts"
     lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in hosts)]
-    hosts_file.write_text("\n".join(lines) + "\n")
+    (folder / "hosts").write_text("\n".join(lines) + "\n")
     try:
         try:
             _run("ip", "netns", "add", _SWITCH)
@@ -199,7 +203,7 @@ def network_hosts(count: int, folder: Path) -> Iterator[list[NetworkHost]]:
             _run("ip", "-n", _SWITCH, "link", "set", "bridge", "up")
             for host in hosts:
                 host.connect()
-                host.boot(hosts_file)
+                host.boot()
         except subprocess.CalledProcessError as error:
             raise HostsUnavailableError(f"{error.cmd} failed: {error.stderr}") from error
         yield hosts
