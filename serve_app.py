@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -23,9 +24,11 @@ from cluster.cli import leave_no_key_in_the_process_list, parse_command_line
 from cluster.needs import Need, need_of, resolve_device
 from cluster.nodes import Cluster, read_cluster
 from cluster.placement import check_capacity
+from cluster.ray_node import LONGEST_STREAM_S
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
 from cluster.router import Router
+from cluster.slices import count_gangs
 from cluster.status import describe_start, failure_of, reason_of
 from engine.config import EngineConfig, parse_config
 from engine.errors import CapacityError, ConfigError, EngineError, QwenOnRayError
@@ -51,8 +54,6 @@ _ROUTER_ENVIRONMENT = MappingProxyType(
 # could not reach on another host: routers bind what it names.
 _ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
 _LOGGING = LoggingConfig(enable_access_log=False)
-# A router that is no longer needed stays until its streams have ended, within reason.
-_ROUTER_DRAIN_S = 600.0
 _HEALTH_PERIOD_S = 2.0
 _HEALTH_TIMEOUT_S = 5.0
 _POLL_S = 0.5
@@ -82,7 +83,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 
 def _build(config: EngineConfig, router_resources: Mapping[str, float]) -> serve.Application:
-    need = None
+    need, surge = None, Surge()
     if ray.is_initialized():
         # The leader asks again; said here, it is said once and before anything is downloaded.
         cluster = read_cluster()
@@ -90,9 +91,39 @@ def _build(config: EngineConfig, router_resources: Mapping[str, float]) -> serve
         check_capacity(need, cluster)
         if router_resources:
             check_room_for_routers(cluster, router_resources, config.num_routers)
+        surge = find_surge(config, need, cluster)
     fields = config.model_dump(exclude_unset=True)
-    router = router_deployment(config, resources=router_resources)
-    return router.bind(fields, engine_deployment(config, Engine, need=need).bind(fields))
+    router = router_deployment(config, resources=router_resources, surge_percent=surge.routers)
+    engine = engine_deployment(config, Engine, need=need, surge_percent=surge.engines)
+    return router.bind(fields, engine.bind(fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Surge:
+    """How many replicas an update may start before it stops as many old ones, in percent.
+
+    Without any, an old replica drains while its successor starts, or waits for what it holds.
+    """
+
+    engines: int = 0
+    routers: int = 0
+
+
+def find_surge(config: EngineConfig, need: Need, cluster: Cluster) -> Surge:
+    """See what the cluster has to spare for an update; what waited for more would wait for ever."""
+    num_engines = config.max_engines or config.num_engines
+    num_routers = config.max_routers or config.num_routers
+    spare = 0
+    # On CPUs, another engine's memory is not counted by Ray.
+    if need.device != "cpu":
+        spare = count_gangs(need, cluster, cpus_beside=_LEADER_CPUS) - num_engines
+    on_cpus = need.num_hosts * need.bundle.get("CPU", 0)
+    # Each engine's leader has a successor beside it in any case.
+    taken = num_engines * (on_cpus + 2 * _LEADER_CPUS) + 2 * num_routers * _ROUTER_CPUS
+    return Surge(
+        engines=max(0, min(100, 100 * spare // num_engines)),
+        routers=100 if cluster.total("CPU") >= taken else 0,
+    )
 
 
 def check_room_for_routers(
@@ -117,12 +148,13 @@ def check_room_for_routers(
 
 
 def engine_deployment(
-    config: EngineConfig, leader: type, *, need: Need | None = None
+    config: EngineConfig, leader: type, *, need: Need | None = None, surge_percent: int = 0
 ) -> serve.Deployment:
     """Make the deployment of an engine's leader, `cluster.replica.Engine` or a stand-in for it.
 
     Args:
         need: What an engine needs of the cluster, which bounds the number of engines.
+        surge_percent: As `Surge` has it.
     """
     number: dict[str, Any] = {"num_replicas": config.num_engines}
     if config.max_engines is not None:
@@ -141,7 +173,8 @@ def engine_deployment(
         # A leader that is frozen holds its hosts until Serve has replaced it.
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=30,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        max_surge_percent=surge_percent,
     )(leader)
 
 
@@ -150,12 +183,14 @@ def router_deployment(
     *,
     environment: Mapping[str, str] = MappingProxyType({}),
     resources: Mapping[str, float] = MappingProxyType({}),
+    surge_percent: int = 0,
 ) -> serve.Deployment:
     """Make the deployment of the routers.
 
     Args:
         environment: Variables of the routers' processes, beside those that they need.
         resources: What a node must have for a router to be put there.
+        surge_percent: As `Surge` has it.
     """
     variables = {**_ROUTER_ENVIRONMENT, **environment}
     options = {
@@ -165,13 +200,15 @@ def router_deployment(
     }
     number: dict[str, Any] = {"num_replicas": config.num_routers}
     if config.max_routers is not None:
-        number = {
-            "autoscaling_config": router_autoscaling(config),
-            "graceful_shutdown_timeout_s": _ROUTER_DRAIN_S,
-        }
+        number = {"autoscaling_config": router_autoscaling(config)}
     # Its decorators hide from type checkers what it has become.
     return cast(serve.Deployment, Router).options(
-        max_ongoing_requests=_max_calls(config), ray_actor_options=options, **number
+        max_ongoing_requests=_max_calls(config),
+        ray_actor_options=options,
+        # A router that is no longer needed stays until its streams have ended.
+        graceful_shutdown_timeout_s=LONGEST_STREAM_S,
+        max_surge_percent=surge_percent,
+        **number,
     )
 
 

@@ -33,12 +33,14 @@ _POLL_S = 0.1
 _ATTEMPT_S = 90.0
 _RETRY_S = 20.0
 """Less time than that is not enough to start a Ray node once more."""
+LONGEST_STREAM_S = 3600
+"""What is stopped, a router or the proxy before it, lets its streams run on for so long."""
+
 _STOP_TIMEOUT_S = 10
 _WORKERS_TIMEOUT_S = 3
 _SHOWN_LINES = 15
 _STARTED = "Ray runtime started."
 _TIMED_OUT = "timed out during startup"
-_LONGEST_STREAM_S = 3600
 _MAX_CONNECTIONS = 20_000
 _FILES_PER_CONNECTION = 2.5
 _OTHER_FILES = 500
@@ -73,7 +75,7 @@ def proxy_environment(folder: Path) -> dict[str, str]:
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "32000",
             "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
             # A change of routers starts HAProxy anew; the old one may finish its streams.
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_LONGEST_STREAM_S),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
             # How long a router that is to end waits for HAProxy to hear of it: 30 s by default.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         }

@@ -175,6 +175,7 @@ class Engine:
     async def _run_call(self, running: Call) -> CallError | None:
         """Run a call to its end, and say what ended it early."""
         try:
+            self._check_weights(running.journal.request.weights)
             core = await self._wait_for_core()
             try:
                 salt = running.journal.request.cache_salt
@@ -190,6 +191,14 @@ class Engine:
         except QwenOnRayError as error:
             return CallError(type(error).__name__, str(error))
         return None
+
+    def _check_weights(self, weights: str) -> None:
+        # While an update goes on, routers of the model before meet engines of the one after it.
+        if weights not in ("", self._config.weights_name):
+            raise EngineNotReadyError(
+                f"This engine serves {self._config.weights_name}, and the request was made for "
+                f"{weights}, which is served no longer. Send it again."
+            )
 
     def _info(self) -> EngineInfo:
         ranks = tuple(self._rank_status(host) for host in self._group.hosts)

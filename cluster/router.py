@@ -62,6 +62,7 @@ SESSION_HEADER = "x-session-id"
 """Requests that have the same go to the same engine where that is possible."""
 
 _MAX_SESSION_CHARS = 128
+_NOT_LEAVING_HEADER = "x-request-disconnect-disabled"
 # The empty one is that of a route prefix without its slash, which is sent on to the page.
 _NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
 _FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
@@ -189,6 +190,9 @@ def _service(request: Request) -> OpenAIService:
 
 
 def _caller(request: Request) -> Caller:
+    if _NOT_LEAVING_HEADER in request.headers:
+        # Serve would not tell that such a client is gone, and its answer would be generated on.
+        raise RequestError(f"{_NOT_LEAVING_HEADER} is not supported.", param=_NOT_LEAVING_HEADER)
     session = request.headers.get(SESSION_HEADER)
     return Caller(
         tenant=request.state.tenant,

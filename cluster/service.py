@@ -334,6 +334,7 @@ class OpenAIService:
             session=caller.session,
             tenant=caller.tenant,
             origin=Origin.of(body, heading).encode(),
+            weights=self._config.weights_name,
         )
 
     def _generation(

@@ -247,6 +247,12 @@ class EngineConfig(BaseModel):
         description="Seconds that a request waits for an engine that is starting. A stream hears "
         "of it every 10 s, by a comment.",
     )
+    drain_timeout_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds that an engine which is stopped or replaced has to finish its "
+        "requests. What lasts longer goes on with another one from its last token.",
+    )
     profile_dir: str | None = Field(
         default=None,
         description="Directory on each host where POST /start_profile has JAX's profiler write a "
@@ -356,6 +362,11 @@ class EngineConfig(BaseModel):
         names = [self.served_model_name or self.model_path, self.model_path]
         names.append(PurePath(self.model_path).name)
         return tuple(dict.fromkeys(names))
+
+    @property
+    def weights_name(self) -> str:
+        """What tells these weights from others: where they come from."""
+        return self.model_path if self.revision is None else f"{self.model_path}@{self.revision}"
 
     @property
     def devices_per_host(self) -> int:

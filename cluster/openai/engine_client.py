@@ -54,6 +54,7 @@ class GenerateRequest:
         session: Requests of one session go to the same engine where that is possible.
         tenant: Who alone may have the rest of it.
         origin: What a router needs to answer the client anew; means nothing to engines.
+        weights: Whose token ids these are: `EngineConfig.weights_name`. Empty goes with any.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class GenerateRequest:
     session: str | None = None
     tenant: bytes = b""
     origin: bytes = b""
+    weights: str = ""
 
 
 class PastChoice(msgspec.Struct, array_like=True):

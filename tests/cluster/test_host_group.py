@@ -26,6 +26,7 @@ from engine.step import Bucket, StartProgress, StepPlan
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 LOW_MEMORY_GANG = Path(__file__).with_name("low_memory_gang.py")
+TESTS = Path(__file__).parents[1]
 
 
 def plan(step: int, *, position: int = 0) -> StepPlan:
@@ -189,7 +190,7 @@ def test_a_host_that_ray_ends_for_want_of_memory_says_so(tmp_path: Path) -> None
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(LOW_MEMORY_GANG.parents[2])},
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
     )
     assert re.search(
         r"Ray ended it because its node ran low on memory: lower --max-total-tokens",

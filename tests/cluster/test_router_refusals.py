@@ -51,6 +51,16 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return body["error"]
 
 
+async def test_a_client_whose_leaving_serve_would_not_tell_is_refused(
+    client: httpx.AsyncClient,
+) -> None:
+    body = {"model": MODEL, "messages": HELLO}
+    name = "x-request-disconnect-disabled"
+    response = await client.post(CHAT, json=body, headers={name: "?1"})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == name
+
+
 def to_json(body: dict[str, Any]) -> str:
     # Python writes 1e400 as Infinity, which is not JSON.
     return json.dumps(body).replace("Infinity", "1e400")

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from fake_slices import cluster_of as hosts_and_head
+from fake_slices import slice_of
 from ray import serve
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
 from ray.serve.schema import (
@@ -17,7 +19,10 @@ from ray.serve.schema import (
 )
 
 import serve_app
+from cluster.needs import need_of
 from cluster.nodes import Cluster, Node
+from cluster.ray_node import LONGEST_STREAM_S
+from cluster.replica import Engine
 from engine.config import parse_config
 from engine.errors import CapacityError, ConfigError, EngineError
 
@@ -68,6 +73,38 @@ def test_a_head_without_cpus_is_told_before_a_router_waits_for_it() -> None:
         serve_app.check_room_for_routers(head_has_one, need, 6)
     with pytest.raises(CapacityError, match=r"The cluster's head.*--num-cpus=1"):
         serve_app.check_room_for_routers(cluster_of(HEAD, {"CPU": 8.0}), need, 1)
+
+
+def surge(cluster: Cluster, **fields: Any) -> serve_app.Surge:
+    config = parse_config({"model_path": "m", **fields})
+    return serve_app.find_surge(config, need_of(config), cluster)
+
+
+def test_an_update_starts_engines_beside_the_old_ones_where_slices_are_spare() -> None:
+    two_hosts = {"device": "tpu", "nnodes": 2, "tp_size": 8}
+    slices = [slice_of(name, "2x4") for name in "abcd"]
+    assert [
+        surge(hosts_and_head(*slices), **two_hosts, num_engines=number).engines
+        for number in range(1, 6)
+    ] == [100, 100, 33, 0, 0]
+    in_parts = hosts_and_head(slice_of("a", "2x4"), slice_of("b", "2x4", 0))
+    assert surge(in_parts, **two_hosts).engines == 0, "an update would wait for ever"
+
+
+def test_an_update_starts_routers_beside_the_old_ones_where_cpus_are_spare() -> None:
+    one_engine = {"device": "cpu", "num_routers": 3}
+    # Half a CPU of the host, and 0.2 for each leader and router, old and new.
+    assert surge(cluster_of({**HEAD, "CPU": 2.2}), **one_engine) == serve_app.Surge(0, 100)
+    assert surge(cluster_of({**HEAD, "CPU": 2.0}), **one_engine) == serve_app.Surge(0, 0)
+
+
+def test_what_is_stopped_may_end_what_it_has() -> None:
+    config = parse_config({"model_path": "m", "drain_timeout_s": 7})
+    engine = serve_app.engine_deployment(config, Engine)
+    router = serve_app.router_deployment(config)
+    assert engine._deployment_config.graceful_shutdown_timeout_s == 7
+    assert router._deployment_config.graceful_shutdown_timeout_s == LONGEST_STREAM_S
+    assert engine._deployment_config.max_surge_percent == 0
 
 
 def test_an_application_that_is_shut_down_elsewhere_ends_the_command(

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -32,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import httpx
@@ -44,7 +42,7 @@ from processes import descendants
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
-from tiny_tokenizer import write_tiny_tokenizer
+from tiny_checkpoint import tiny_checkpoint
 
 import serve_app
 from cluster.addresses import free_port
@@ -480,12 +478,6 @@ def application_args(arguments: argparse.Namespace, folder: Path) -> dict[str, A
         "chunked_prefill_size": 64,
         "hold_timeout_s": RECOVERY_TIMEOUT_S,
     }
-
-
-def tiny_checkpoint(folder: Path) -> Path:
-    """A model that is fast enough to be hit amid many streams; its text means nothing."""
-    shutil.copytree(ROOT / "tests" / "data" / "tiny-qwen2", folder, dirs_exist_ok=True)
-    return write_tiny_tokenizer(folder)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

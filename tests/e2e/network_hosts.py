@@ -71,7 +71,8 @@ class NetworkHost:
         # A shell, because the first process must collect children that lost their parent.
         setup = (
             f"mount --bind {self._folder / 'hosts'} /etc/hosts && "
-            f"mount --bind {users} /etc/passwd && {mounts} && hostname {self.name} && touch {booted} && {{ sleep infinity & wait; }}"
+            f"mount --bind {users} /etc/passwd && {mounts} && hostname {self.name} && "
+            f"touch {booted} && {{ sleep infinity & wait; }}"
         )
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         self._init = subprocess.Popen(

@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import httpx
@@ -29,10 +29,10 @@ from own_ray import own_ray  # before Ray, whose environment it sets
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
+from tiny_checkpoint import tiny_checkpoint
 
 import serve_app
 from cluster.addresses import free_port
-from tests.e2e.faults import tiny_checkpoint
 
 HOST = "127.0.0.1"
 MODEL = "scaling-test"
@@ -159,14 +159,6 @@ def _replica_states() -> dict[str, int]:
     return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
 
 
-def long_checkpoint(folder: Path) -> Path:
-    """The tiny model with a context that takes minutes to fill; its text means nothing anyway."""
-    path = tiny_checkpoint(folder) / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "max_position_embeddings": MAX_CONTEXT}))
-    return folder
-
-
 @contextmanager
 def serving(**fields: object) -> Iterator[str]:
     """Serve a tiny model with a Ray of our own; yields the URL."""
@@ -176,7 +168,7 @@ def serving(**fields: object) -> Iterator[str]:
         serve.start(http_options=HTTPOptions(host=HOST, port=port), logging_config=quiet)
         application = serve_app.build(
             {
-                "model_path": str(long_checkpoint(Path(folder))),
+                "model_path": str(tiny_checkpoint(Path(folder), context_length=MAX_CONTEXT)),
                 "served_model_name": MODEL,
                 "device": "cpu",
                 "dtype": "float32",

@@ -42,8 +42,8 @@ def own_ray(num_cpus: int = 2) -> Iterator[None]:
         ray.init(
             address=f"{host}:{port}",
             log_to_driver=False,
-            # Host programs of the tests lie beside this file.
-            runtime_env={"env_vars": {"PYTHONPATH": f"{_TESTS}:{_TESTS.parents[1]}"}},
+            # Where host programs of the tests lie.
+            runtime_env={"env_vars": {"PYTHONPATH": f"{_TESTS / 'cluster'}:{_TESTS.parent}"}},
         )
         yield
     finally:
