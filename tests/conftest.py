@@ -24,9 +24,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest tests begin, so that no worker of pytest-xdist ends with them alone."""
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    """Mark tests of whole clusters as long ones, and let folders that take longest begin.
+
+    Otherwise a worker of pytest-xdist would end with them alone.
+    """
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.long)
+    items.sort(key=lambda item: not {"e2e", "cluster"} & set(item.path.parts))
 
 
 @pytest.hookimpl(optionalhook=True)
