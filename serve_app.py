@@ -27,7 +27,7 @@ from cluster.placement import check_capacity
 from cluster.ray_node import LONGEST_STREAM_S
 from cluster.rendezvous import form_cluster
 from cluster.replica import Engine
-from cluster.router import Router
+from cluster.router import ROUTER_ENVIRONMENT, Router
 from cluster.slices import count_gangs
 from cluster.status import describe_start, failure_of, reason_of
 from engine.config import EngineConfig, parse_config
@@ -42,14 +42,6 @@ _LEADER_CPUS = 0.2
 _ROUTER_CPUS = 0.2
 # Serve's own bound on requests in flight stands above ours, which answers in OpenAI's words.
 _CALLS_ABOVE_OURS = 1.25
-# Serve runs a replica's code and its handles in threads of their own, so that code that blocks does
-# no harm; each token would change threads twice. Ours does not block: it tokenizes in threads.
-_ROUTER_ENVIRONMENT = MappingProxyType(
-    {
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    }
-)
 # The command line's one HTTP address is rank 0's, and may be a loopback address, which HAProxy
 # could not reach on another host: routers bind what it names.
 _ON_THE_HEAD = MappingProxyType({"node:__internal_head__": 0.001})
@@ -165,8 +157,6 @@ def engine_deployment(
         **number,
         max_ongoing_requests=_max_calls(config),
         ray_actor_options={"num_cpus": _LEADER_CPUS},
-        # Routers ask it how it is each second; a line for each would bury what matters.
-        logging_config=_LOGGING,
         request_router_config=RequestRouterConfig.model_validate(
             {"request_router_class": "cluster.request_router.RouteFollower"}
         ),
@@ -192,7 +182,7 @@ def router_deployment(
         resources: What a node must have for a router to be put there.
         surge_percent: As `Surge` has it.
     """
-    variables = {**_ROUTER_ENVIRONMENT, **environment}
+    variables = {**ROUTER_ENVIRONMENT, **environment}
     options = {
         "num_cpus": _ROUTER_CPUS,
         "resources": dict(resources),

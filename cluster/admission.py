@@ -149,6 +149,11 @@ class Admission:
         self.num_waiting += num_requests
         self.num_waiting_tokens = tokens
 
+    def limit(self, max_waiting: int, max_waiting_tokens: int) -> None:
+        """Change the bounds; what waits already stays, even past them."""
+        self.max_waiting = max_waiting
+        self._max_waiting_tokens = max_waiting_tokens
+
     def remove(self, *, num_requests: int, num_tokens: int) -> None:
         self.num_waiting -= num_requests
         self.num_waiting_tokens -= num_tokens

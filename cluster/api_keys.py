@@ -80,6 +80,15 @@ class ApiKeys:
             raise ConfigError(f"--api-key-file={path} has no key. Leave the flag out to need none.")
         return cls(tuple(keys))
 
+    @classmethod
+    def of(cls, config_file: str | None) -> "ApiKeys":
+        """Read `--api-key-file`; without one no key is asked for.
+
+        Raises:
+            ConfigError: As `from_file`.
+        """
+        return cls() if config_file is None else cls.from_file(Path(config_file))
+
     def check(self, authorization: str | None, *, is_admin_needed: bool = False) -> bytes:
         """Check a request's Authorization header.
 
@@ -158,7 +167,7 @@ class KeyUse:
     """What one key has asked of this router lately."""
 
     def __init__(self, key: ApiKey, clock: Callable[[], float]) -> None:
-        self._key = key
+        self.key = key
         self._num_running = 0
         self._requests = _allowance(key.requests_per_minute, clock)
         self._tokens = _allowance(key.tokens_per_minute, clock)
@@ -169,16 +178,16 @@ class KeyUse:
         Raises:
             EngineBusyError: It is not yet.
         """
-        most = self._key.concurrency
+        most = self.key.concurrency
         if most is not None and self._num_running >= most:
             _refuse(f"{self._num_running} requests are under way", "concurrency", most)
         if self._requests is not None and (wait_s := self._requests.seconds_until(1)):
             _refuse(
-                "Too many requests", "requests-per-minute", self._key.requests_per_minute, wait_s
+                "Too many requests", "requests-per-minute", self.key.requests_per_minute, wait_s
             )
         # How many tokens an answer will have nobody knows: it may begin when one is left.
         if self._tokens is not None and (wait_s := self._tokens.seconds_until(1)):
-            _refuse("Too many tokens", "tokens-per-minute", self._key.tokens_per_minute, wait_s)
+            _refuse("Too many tokens", "tokens-per-minute", self.key.tokens_per_minute, wait_s)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -206,8 +215,19 @@ class KeyUses:
     """
 
     def __init__(self, keys: ApiKeys, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._uses = {key.digest: KeyUse(key, clock) for key in keys.keys}
+        self._clock = clock
         self._unlimited = KeyUse(ApiKey(digest=b""), clock)
+        self._uses: dict[bytes, KeyUse] = {}
+        self.change(keys)
+
+    def change(self, keys: ApiKeys) -> None:
+        """Count these keys instead. One whose line is the same goes on with what it has used."""
+        uses = {}
+        for key in keys.keys:
+            before = self._uses.get(key.digest)
+            is_same = before is not None and before.key == key
+            uses[key.digest] = before if is_same else KeyUse(key, self._clock)
+        self._uses = uses
 
     @contextmanager
     def enter(self, tenant: bytes) -> Iterator[KeyUse]:

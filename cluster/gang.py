@@ -87,11 +87,21 @@ class Gang:
             host's, such as a checkpoint that is missing.
     """
 
-    def __init__(self, config: EngineConfig, claim: Claim, epoch: int, program: str) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        claim: Claim,
+        epoch: int,
+        program: str,
+        *,
+        name: str | None = None,
+    ) -> None:
         self._config = config
         self._claim = claim
         self._epoch = epoch
         self._program = program
+        # The last epoch's actors may be slow to go, and keep their names as long.
+        self._actor_name = name and f"{name}/epoch{epoch}"
         self._processes: list[HostProcess] = []
         self._socket: LeaderSocket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,7 +122,9 @@ class Gang:
     async def start(self, on_progress: ProgressCallback) -> EngineLimits:
         self._on_progress = on_progress
         try:
-            self._processes = await start_processes(self._claim, self._config.nnodes)
+            self._processes = await start_processes(
+                self._claim, self._config.nnodes, name=self._actor_name
+            )
         except ProcessStartError as error:
             self.failed_hosts = {node_id: f"node {node_id}" for node_id in error.node_ids}
             raise

@@ -37,11 +37,15 @@ class HostGroup:
     Args:
         config: `device` may be "auto".
         program: Dotted name of the `HostProgram` that every host runs.
+        name: Unique in the cluster; what the names of its actors begin with. None for no names.
     """
 
-    def __init__(self, config: EngineConfig, *, program: str = MODEL_PROGRAM) -> None:
+    def __init__(
+        self, config: EngineConfig, *, program: str = MODEL_PROGRAM, name: str | None = None
+    ) -> None:
         self._config = config
         self._program = program
+        self._name = name
         self._claim: Claim | None = None
         self._gang: Gang | None = None
         self._lock = asyncio.Lock()
@@ -63,7 +67,7 @@ class HostGroup:
             await self._end_gang()
             self.epoch += 1
             claim = await self._claim_hosts(on_progress)
-            self._gang = Gang(self._config, claim, self.epoch, self._program)
+            self._gang = Gang(self._config, claim, self.epoch, self._program, name=self._name)
             try:
                 return await self._gang.start(on_progress)
             except BaseException:

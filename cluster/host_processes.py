@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.claim import Claim
 from cluster.host_worker import HostFacts, HostFailure, HostTask, HostWorker
-from cluster.nodes import read_cluster
+from cluster.nodes import Node, read_cluster
 from engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,16 @@ class HostProcess:
         return await _answer(self.actor.run.remote(task))
 
 
-async def start_processes(claim: Claim, num_hosts: int) -> list[HostProcess]:
+async def start_processes(
+    claim: Claim, num_hosts: int, *, name: str | None = None
+) -> list[HostProcess]:
     """Make the actors of a gang on the hosts that it has claimed.
+
+    Args:
+        claim: Granted.
+        num_hosts: Bundles of the claim.
+        name: What Ray's dashboard and `ray list actors` show, followed by `/rank1@host`; unique in
+            the cluster, because a name is taken until its actor is gone. None for no names.
 
     Returns:
         By rank, not by bundle: TPUs have an order of their own.
@@ -70,10 +78,21 @@ async def start_processes(claim: Claim, num_hosts: int) -> list[HostProcess]:
     Raises:
         ProcessStartError: A process did not start or did not answer.
     """
+    node_ids, cluster = await asyncio.to_thread(lambda: (claim.node_ids(), read_cluster()))
+    if len(node_ids) != num_hosts:
+        raise ProcessStartError("Hosts were lost between their claim and their start.", [])
+    nodes = {node.node_id: node for node in cluster.nodes}
+    own_node = ray.get_runtime_context().get_node_id()
+    order = rank_order(
+        [nodes[node_id].rank if node_id in nodes else None for node_id in node_ids],
+        [node_id == own_node for node_id in node_ids],
+    )
+    node_ids = [node_ids[index] for index in order]
     bundle = claim.need.bundle
     worker: Any = ray.remote(HostWorker)
     actors: list[ActorHandle] = [
         worker.options(
+            name=name and _actor_name(name, rank, nodes.get(node_ids[rank])),
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             resources={name: bundle[name] for name in bundle if name not in ("CPU", "GPU")},
@@ -83,21 +102,14 @@ async def start_processes(claim: Claim, num_hosts: int) -> list[HostProcess]:
                 placement_group=claim.group, placement_group_bundle_index=index
             ),
         ).remote()
-        for index in range(num_hosts)
+        for rank, index in enumerate(order)
     ]
     try:
-        facts = await _facts_of(actors, await asyncio.to_thread(claim.node_ids))
-        cluster = await asyncio.to_thread(read_cluster)
+        facts = await _facts_of(actors, node_ids)
     except BaseException:
         await _kill(actors)
         raise
-    node_ranks = {node.node_id: node.rank for node in cluster.nodes}
-    own_node = ray.get_runtime_context().get_node_id()
-    order = rank_order(
-        [node_ranks.get(fact.node_id) for fact in facts],
-        [fact.node_id == own_node for fact in facts],
-    )
-    return [HostProcess(actor=actors[index], facts=facts[index]) for index in order]
+    return [HostProcess(actor=actor, facts=fact) for actor, fact in zip(actors, facts, strict=True)]
 
 
 async def end_processes(processes: Sequence[HostProcess]) -> None:
@@ -129,6 +141,10 @@ def rank_order(node_ranks: Sequence[int | None], is_local: Sequence[bool]) -> li
     if len(set(ranks)) == len(node_ranks):
         return sorted(range(len(node_ranks)), key=lambda index: ranks[index])
     return sorted(range(len(node_ranks)), key=lambda index: not is_local[index])
+
+
+def _actor_name(prefix: str, rank: int, node: Node | None) -> str:
+    return f"{prefix}/rank{rank}@{node.hostname if node else 'unknown'}"
 
 
 async def _facts_of(actors: Sequence[ActorHandle], node_ids: Sequence[str]) -> list[HostFacts]:

@@ -24,7 +24,7 @@ import ray
 from cluster.addresses import free_port
 from cluster.gang_socket import GangInvitation, HostSocket, MessageKind
 from cluster.jax_rendezvous import join_jax_distributed
-from cluster.tpu_host import check_device, leave_other_slices
+from cluster.tpu_host import check_device, leave_other_slices, let_ray_profile
 from engine.config import EngineConfig
 from engine.errors import EngineError, QwenOnRayError
 from engine.step import (
@@ -187,6 +187,8 @@ def start_model_runner(task: HostTask, on_progress: ProgressCallback) -> Runner:
         address=task.address,
         coordinator_address=task.coordinator_address,
     )
+    if task.config.device == "tpu":
+        let_ray_profile(task.config.profile_dir)
     on_progress(StartProgress(phase="rendezvous", done=task.num_hosts, total=task.num_hosts))
     return ModelRunner(task.config, rank=task.rank)
 

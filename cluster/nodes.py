@@ -25,6 +25,7 @@ class Node:
 
     Attributes:
         address: Of its raylet.
+        hostname: Of its machine, as people know it.
         port: Of its raylet.
         resources: All that it has, used or not.
         available: What nobody uses; None for all of it, as of a node that has just joined.
@@ -32,6 +33,7 @@ class Node:
 
     node_id: str
     address: str
+    hostname: str = ""
     port: int = 0
     resources: Mapping[str, float]
     available: Mapping[str, float] | None = None
@@ -77,6 +79,7 @@ def read_cluster() -> Cluster:
         Node(
             node_id=node["NodeID"],
             address=node["NodeManagerAddress"],
+            hostname=node["NodeManagerHostname"],
             port=node["NodeManagerPort"],
             resources=node["Resources"],
             available=available.get(node["NodeID"]),

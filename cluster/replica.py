@@ -21,13 +21,20 @@ from cluster.journal import ChoiceRest, GenerateCall
 from cluster.metrics import ENGINE_METRICS
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_metrics import RayMetrics
-from cluster.serve_log import log_into_serve
+from cluster.serve_log import leave_out_calls, log_into_serve
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, GenerateEnd
+from cluster.user_config import ENGINE_SETTINGS, chosen_log_level, lay_over
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
-from engine.errors import EngineDiedError, EngineNotReadyError, QwenOnRayError, RequestError
+from engine.errors import (
+    ConfigError,
+    EngineDiedError,
+    EngineNotReadyError,
+    QwenOnRayError,
+    RequestError,
+)
 from engine.hub import resolve_checkpoint
 from engine.models.config import load_model_config
 from engine.models.generation_config import load_generation_defaults
@@ -55,11 +62,14 @@ class Engine:
             CapacityError, CheckpointError, ConfigError: Naming what to change.
         """
         self._config: EngineConfig = parse_config(config_fields)
-        log_into_serve(self._config.log_level)
+        log_into_serve(chosen_log_level(self._config))
+        # Routers ask it how it is each second; a line for each would bury what matters.
+        leave_out_calls("describe")
         context = serve.get_replica_context()
         self._status = StartStatus(context.app_name, context.replica_id.unique_id)
         self._status.forget_the_dead()
-        self._group = HostGroup(self._config)
+        name = f"{self._config.model_names[0]}/{context.replica_id.unique_id}"
+        self._group = HostGroup(self._config, name=name)
         self._core: EngineCore | None = None
         self._core_ready = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
@@ -74,6 +84,7 @@ class Engine:
         # Of earlier epochs: counters that fell would count twice.
         self._past_stats = EngineStats()
         self._has_served = False
+        self._is_in_service = False
         self._context_length = 0
         try:
             await self._load_model_facts()
@@ -101,6 +112,25 @@ class Engine:
             # Why a start failed stays to be read after this replica.
             self._status.clear()
 
+    async def reconfigure(self, user_config: object) -> None:
+        """Take a `user_config`: Serve's way to change a deployment without a restart.
+
+        Raises:
+            ConfigError: It is at fault, and this engine has not served so far. One that serves
+                says so in its log and goes on as before: Serve would stop it if it raised.
+        """
+        try:
+            config = lay_over(
+                self._config, user_config, deployment="Engine", settings=ENGINE_SETTINGS
+            )
+        except ConfigError as error:
+            if not self._is_in_service:
+                raise
+            logger.error("%s Nothing was changed.", error)
+            return
+        log_into_serve(chosen_log_level(config))
+        logger.info("The user_config holds from here on: %s", user_config)
+
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.
 
@@ -111,6 +141,7 @@ class Engine:
             EngineError: A task that should run as long as the replica has ended.
         """
         self._tasks.check()
+        self._is_in_service = True
 
     # Of each call's `route` only Serve's choice of a replica makes use.
 

@@ -5,10 +5,12 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray.util
@@ -23,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster.api_keys import ApiKeys
 from cluster.engine_link import EngineLink
 from cluster.fleet_page import PAGE_PATH, PUBLIC_PATHS, FleetState, PageFiles
 from cluster.metrics import ROUTER_METRICS
@@ -49,14 +52,27 @@ from cluster.request_router import list_running
 from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
 from cluster.status import read_all
+from cluster.user_config import ROUTER_SETTINGS, chosen_log_level, lay_over
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
-from engine.errors import QwenOnRayError, RequestError
+from engine.errors import ConfigError, QwenOnRayError, RequestError
 from engine.hub import resolve_checkpoint
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+ROUTER_ENVIRONMENT = MappingProxyType(
+    {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    }
+)
+"""Of a router's process.
+
+Serve runs a replica's code and its handles in threads of their own, so that code that blocks does
+no harm; each token would change threads twice. Ours does not block: it tokenizes in threads.
+"""
 
 SESSION_HEADER = "x-session-id"
 """Requests that have the same go to the same engine where that is possible."""
@@ -304,6 +320,19 @@ def _describe(app: FastAPI, body_schemas: Mapping[str, Any]) -> dict[str, Any]:
     return app.openapi_schema
 
 
+def _warn_of_missing_environment() -> None:
+    """Say that an override has left out what routers run faster with."""
+    if all(os.environ.get(name) == value for name, value in ROUTER_ENVIRONMENT.items()):
+        return
+    missing = ", ".join(f'{name}: "{value}"' for name, value in ROUTER_ENVIRONMENT.items())
+    logger.warning(
+        "The ray_actor_options of this router replaced those of the program, its environment among "
+        "them; without it a streamed token takes about twice the CPU. Add to them "
+        "runtime_env: {env_vars: {%s}}.",
+        missing,
+    )
+
+
 def make_service(config: EngineConfig, engine: EngineLink, router_id: str) -> OpenAIService:
     """Read tokenizer, template and keys, and put them together; blocks while they download.
 
@@ -341,9 +370,10 @@ class Router:
     """
 
     async def __init__(self, config: Mapping[str, Any], engine: DeploymentHandle) -> None:
-        parsed = parse_config(config)
-        log_into_serve(parsed.log_level)
+        self._config = parsed = parse_config(config)
+        log_into_serve(chosen_log_level(parsed))
         warn_of_missing_haproxy()
+        _warn_of_missing_environment()
         self._link = EngineLink(
             engine,
             bind_host=ray.util.get_node_ip_address(),
@@ -360,6 +390,7 @@ class Router:
         except BaseException:
             await self._link.close()
             raise
+        self._is_in_service = False
         self._tasks = WatchedTasks()
         labels = {"model_name": parsed.model_names[0], "router": router_id}
         metrics = RayMetrics(ROUTER_METRICS, labels)
@@ -370,6 +401,27 @@ class Router:
         # Serve calls this after the constructor: the app can hold what only a replica has.
         return create_app(self.service)
 
+    async def reconfigure(self, user_config: object) -> None:
+        """Take a `user_config`: Serve's way to change a deployment without a restart.
+
+        Raises:
+            ConfigError: It is at fault, and this router has not served so far. One that serves
+                says so in its log and goes on as before: Serve would stop it if it raised.
+        """
+        try:
+            config = lay_over(
+                self._config, user_config, deployment="Router", settings=ROUTER_SETTINGS
+            )
+            keys = await asyncio.to_thread(ApiKeys.of, config.api_key_file)
+        except ConfigError as error:
+            if not self._is_in_service:
+                raise
+            logger.error("%s Nothing was changed.", error)
+            return
+        self.service.change(config, keys)
+        log_into_serve(chosen_log_level(config))
+        logger.info("The user_config holds from here on: %s", user_config)
+
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.
 
@@ -378,6 +430,7 @@ class Router:
         """
         self._link.check()
         self._tasks.check()
+        self._is_in_service = True
 
     async def __del__(self) -> None:
         # Serve calls it for a constructor that failed, too, which has cleaned up by itself.

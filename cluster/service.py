@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from cluster.admission import Admission, Ticket
@@ -99,9 +98,7 @@ class OpenAIService:
         self._config = config
         self._tokenizer = tokenizer
         self._template = template
-        self._keys = (
-            ApiKeys.from_file(Path(config.api_key_file)) if config.api_key_file else ApiKeys()
-        )
+        self._keys = ApiKeys.of(config.api_key_file)
         self._key_uses = KeyUses(self._keys)
         self._admission = Admission(config.max_queued_requests, config.max_queued_tokens)
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -109,6 +106,12 @@ class OpenAIService:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def change(self, config: EngineConfig, keys: ApiKeys) -> None:
+        """Go by other limits and keys from the next request on; those that run are left alone."""
+        self._keys = keys
+        self._key_uses.change(keys)
+        self._admission.limit(config.max_queued_requests, config.max_queued_tokens)
 
     def check_key(self, authorization: str | None, *, is_admin_needed: bool) -> bytes:
         """Check a request's Authorization header, and say whose it is; see `ApiKeys.check`."""

@@ -1,6 +1,6 @@
-"""A TPU host before JAX starts on it: what is left of others in its environment, on its device.
+"""A TPU host as JAX starts on it: what is left of others there, and a door for profilers.
 
-Runs in the host's own process. Must not import JAX, nor know of Ray.
+Runs in the host's own process. Must not import JAX by itself.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import ray.util.tpu
 
 from engine.errors import HostError
 
@@ -44,6 +45,19 @@ def leave_other_slices(environment: MutableMapping[str, str]) -> None:
     stale = sorted(name for name in environment if name.startswith("MEGASCALE_"))
     for name in stale:
         logger.info("not heeding %s=%s: a gang is one slice", name, environment.pop(name))
+
+
+def let_ray_profile(profile_dir: str | None) -> None:
+    """Let Ray's dashboard profile this process, where profiling was asked for.
+
+    It opens a port without any guard, 9999 or that of JAX_PROFILER_PORT. Does not raise: a port
+    that is taken, as by another engine's process on this host, is an error in the log.
+
+    Args:
+        profile_dir: As `--profile-dir`; None opens nothing.
+    """
+    if profile_dir is not None:
+        ray.util.tpu.init_jax_profiler()
 
 
 def check_device(

@@ -8,8 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray.util.tpu
 
-from cluster.tpu_host import HostPaths, check_device, leave_other_slices, lock_holder
+from cluster.tpu_host import (
+    HostPaths,
+    check_device,
+    leave_other_slices,
+    let_ray_profile,
+    lock_holder,
+)
 from engine.errors import HostError
 
 LOCK = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
@@ -104,3 +111,14 @@ def test_variables_of_other_slices_are_dropped_and_no_others() -> None:
     environment = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_PORT": "1", "TPU_WORKER_ID": "0"}
     leave_other_slices(environment)
     assert environment == {"TPU_WORKER_ID": "0"}
+
+
+def test_ray_may_profile_a_host_only_where_profiling_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(ray.util.tpu, "init_jax_profiler", lambda: opened.append("port"))
+    let_ray_profile(None)
+    assert not opened
+    let_ray_profile("/tmp/traces")
+    assert opened == ["port"]
