@@ -27,6 +27,7 @@ DEFAULT_PORT = 30000
 
 COMMANDS = {
     "serve": "Serve a model behind an OpenAI-compatible API.",
+    "status": "Say how each engine of a running cluster is, and how far its start has come.",
     "plan": "Say what serving a model on a TPU slice would take and give; needs no TPU.",
     "compile": "Compile a model's programs ahead of time; needs no TPU.",
 }
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # They bring JAX, and a compiler.
         module = importlib.import_module("cluster.plan_command")
         return {"plan": module.plan_main, "compile": module.compile_main}[command](words[1:])
+    if command == "status":
+        return importlib.import_module("cluster.status_command").status_main(words[1:])
     if "-h" in words or "--help" in words:
         make_parser(f"qwen-on-ray {command}").print_help()
         return 0

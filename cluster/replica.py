@@ -22,7 +22,7 @@ from cluster.metrics import ENGINE_METRICS
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_metrics import RayMetrics
 from cluster.serve_log import leave_out_calls, log_into_serve
-from cluster.status import StartStatus
+from cluster.status import StartStatus, tell_user_config
 from cluster.token_socket import CallError, GenerateEnd
 from cluster.user_config import ENGINE_SETTINGS, chosen_log_level, lay_over
 from cluster.watched_tasks import WatchedTasks
@@ -85,6 +85,7 @@ class Engine:
         self._past_stats = EngineStats()
         self._has_served = False
         self._is_in_service = False
+        self._lost_s = 0.0
         self._context_length = 0
         try:
             await self._load_model_facts()
@@ -127,20 +128,34 @@ class Engine:
             if not self._is_in_service:
                 raise
             logger.error("%s Nothing was changed.", error)
+            self._tell_user_config(str(error))
             return
+        self._tell_user_config(None)
         log_into_serve(chosen_log_level(config))
         logger.info("The user_config holds from here on: %s", user_config)
+
+    def _tell_user_config(self, refusal: str | None) -> None:
+        context = serve.get_replica_context()
+        tell_user_config(context.app_name, self._engine_id, refusal)
 
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.
 
         A dead gang is no reason, because this replica brings it back. That nobody is left to do
-        so is one.
+        so is one, and so is that there have been no hosts for so long that requests are turned
+        away: Serve has no other way to hear of it, and shows the deployment as unhealthy until an
+        engine serves.
 
         Raises:
             EngineError: A task that should run as long as the replica has ended.
+            EngineNotReadyError: There have been no hosts for `hold_timeout_s`.
         """
         self._tasks.check()
+        lost_s = time.monotonic() - self._lost_s
+        if self._core is None and not self._group.hosts and lost_s > self._config.hold_timeout_s:
+            raise EngineNotReadyError(
+                f"The engine has been without hosts for {lost_s:.0f} s (epoch {self._group.epoch})."
+            )
         self._is_in_service = True
 
     # Of each call's `route` only Serve's choice of a replica makes use.
@@ -297,6 +312,7 @@ class Engine:
 
     async def _start_core(self) -> None:
         started_s = time.monotonic()
+        self._status.epoch = self._group.epoch + 1
         self._limits = await self._group.start(self._status.update)
         core = EngineCore(self._config, self._limits, self._group, self._calls.deliver)
         self._run = asyncio.create_task(core.run())
@@ -374,6 +390,7 @@ class Engine:
         cause = error.cause if isinstance(error, EngineDiedError) else "failed"
         count(self._past_stats.restarts_total, cause)
         self._core = None
+        self._lost_s = time.monotonic()
         self._core_ready.clear()
         logger.error(
             "Epoch %d ended, %d calls go back: %s", self._group.epoch, self._calls.num_calls, error

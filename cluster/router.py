@@ -51,7 +51,7 @@ from cluster.ray_node import warn_of_missing_haproxy
 from cluster.request_router import list_running
 from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
-from cluster.status import read_all
+from cluster.status import read_all, tell_user_config
 from cluster.user_config import ROUTER_SETTINGS, chosen_log_level, lay_over
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
@@ -417,10 +417,16 @@ class Router:
             if not self._is_in_service:
                 raise
             logger.error("%s Nothing was changed.", error)
+            self._tell_user_config(str(error))
             return
+        self._tell_user_config(None)
         self.service.change(config, keys)
         log_into_serve(chosen_log_level(config))
         logger.info("The user_config holds from here on: %s", user_config)
+
+    def _tell_user_config(self, refusal: str | None) -> None:
+        context = serve.get_replica_context()
+        tell_user_config(context.app_name, context.replica_id.unique_id, refusal)
 
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.

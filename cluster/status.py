@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
 _NAMESPACE = "qwen-on-ray-status"
+_REFUSALS = "qwen-on-ray-refused-user-config"
 _WRITE_PERIOD_S = 0.2
 _OWN_ERROR = "\nengine.errors."
 
@@ -36,6 +37,9 @@ class StartStatus:
     Args:
         app: Name of the Serve application.
         replica: Id of the replica, unique in the application.
+
+    Attributes:
+        epoch: Of the gang that starts or serves.
     """
 
     def __init__(self, app: str, replica: str) -> None:
@@ -47,6 +51,7 @@ class StartStatus:
         self._ranks: dict[int, StartProgress] = {}
         self._written_s = 0.0
         self._phases: dict[int | None, str] = {}
+        self.epoch = 1
 
     def update(self, progress: StartProgress) -> None:
         """Take in what a host or the gang reports; fit for a `ProgressCallback`."""
@@ -75,8 +80,7 @@ class StartStatus:
 
         What they wrote last, perhaps that they are ready, would be read as the state of things.
         """
-        actors = cast("list[dict[str, str]]", ray.util.list_named_actors(all_namespaces=True))
-        living = {actor["name"] for actor in actors}
+        living = living_actors()
         for replica, status in read_all(self._app).items():
             if status["actor"] is not None and status["actor"] not in living:
                 _internal_kv_del(f"{self._app}/{replica}", namespace=_NAMESPACE)
@@ -90,6 +94,7 @@ class StartStatus:
         status = {
             **_as_json(self._whole),
             "ranks": [_as_json(self._ranks[rank]) for rank in sorted(self._ranks)],
+            "epoch": self.epoch,
             "actor": self._actor,
             "time": time.time(),
         }
@@ -100,8 +105,9 @@ def read_all(app: str) -> dict[str, dict[str, Any]]:
     """Status of each replica of an application, by replica id.
 
     Returns:
-        Values {phase, done, total, note, ranks: [{rank, phase, done, total, note}], actor, time},
-        where phase is one of `StartProgress`'s, or ready, or failed; actor is the replica's name.
+        Values {phase, done, total, note, ranks: [{rank, phase, done, total, note}], epoch, actor,
+        time}, where phase is one of `StartProgress`'s, or ready, or failed; actor is the replica's
+        name.
     """
     statuses = {}
     for key in _internal_kv_list(f"{app}/", namespace=_NAMESPACE):
@@ -109,6 +115,30 @@ def read_all(app: str) -> dict[str, dict[str, Any]]:
         if value is not None:
             statuses[key.decode().partition("/")[2]] = json.loads(value)
     return statuses
+
+
+def living_actors() -> set[str]:
+    """Names of the actors that live, in all of Ray's namespaces."""
+    actors = cast("list[dict[str, str]]", ray.util.list_named_actors(all_namespaces=True))
+    return {actor["name"] for actor in actors}
+
+
+def tell_user_config(app: str, replica: str, refusal: str | None) -> None:
+    """Write down why a replica refused its user_config; None if it took it."""
+    if refusal is None:
+        _internal_kv_del(f"{app}/{replica}", namespace=_REFUSALS)
+    else:
+        _internal_kv_put(f"{app}/{replica}", refusal, overwrite=True, namespace=_REFUSALS)
+
+
+def read_refusals(app: str) -> dict[str, str]:
+    """Why replicas of an application refused their user_config, by replica id; dead ones too."""
+    refusals = {}
+    for key in _internal_kv_list(f"{app}/", namespace=_REFUSALS):
+        value = _internal_kv_get(key, namespace=_REFUSALS)
+        if value is not None:
+            refusals[key.decode().partition("/")[2]] = value.decode()
+    return refusals
 
 
 def describe_start(app: str) -> str:

@@ -16,8 +16,8 @@ from cluster.engine_choice import Route
 from cluster.gang import HostStatus
 from cluster.openai.engine_client import EngineInfo
 from cluster.replica import Engine
-from cluster.status import read_all
-from engine.errors import EngineDiedError, QwenOnRayError
+from cluster.status import read_all, read_refusals
+from engine.errors import ConfigError, EngineDiedError, EngineNotReadyError, QwenOnRayError
 from engine.step import Bucket, EngineLimits, ProgressCallback, StepPlan, StepResult
 
 pytestmark = [
@@ -72,7 +72,7 @@ async def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     hosts = Hosts()
     context = SimpleNamespace(app_name="app", replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(replica, "HostGroup", lambda config: hosts)
+    monkeypatch.setattr(replica, "HostGroup", lambda config, name: hosts)
     monkeypatch.setattr(replica, "log_into_serve", lambda level: None)
     return hosts
 
@@ -134,3 +134,44 @@ async def test_the_context_is_known_while_the_hosts_are_rebuilt(hosts: Hosts) ->
         info = await describe(engine)
         assert not info.is_ready
         assert info.context_length == LIMITS.context_length
+
+
+async def stay_healthy(engine: Engine) -> None:
+    """Ask as Serve does, only more often, until it raises."""
+    while True:
+        await engine.check_health()
+        await asyncio.sleep(0.01)
+
+
+async def test_an_engine_that_stays_without_hosts_is_told_to_serve(hosts: Hosts) -> None:
+    fields = {"skip_server_warmup": True, "hold_timeout_s": 0.2}
+    async with leader(**fields) as engine, asyncio.timeout(TIMEOUT_S):
+        await engine.check_health()
+        hosts.may_start.clear()
+        hosts.is_starting.clear()
+        hosts.failure.set_result(EngineDiedError("a host died"))
+        await hosts.is_starting.wait()
+        await engine.check_health()  # That may happen to anybody.
+        with pytest.raises(EngineNotReadyError, match=r"without hosts for \d+ s \(epoch 2\)"):
+            await stay_healthy(engine)
+        hosts.failure = asyncio.get_running_loop().create_future()
+        hosts.may_start.set()
+        while not (await describe(engine)).is_ready:
+            await asyncio.sleep(0.01)
+        await engine.check_health()
+
+
+async def test_a_user_config_at_fault_stops_no_engine_that_serves(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[str | None] = []
+    monkeypatch.setattr(replica, "log_into_serve", levels.append)
+    async with leader(skip_server_warmup=True) as engine:
+        with pytest.raises(ConfigError, match="--log-level='loud'"):
+            await engine.reconfigure({"log_level": "loud"})
+        await engine.check_health()
+        await engine.reconfigure({"log_level": "loud"})
+        assert "--log-level='loud'" in read_refusals("app")["one"]
+        await engine.reconfigure({"log_level": "debug"})
+        assert read_refusals("app") == {}
+        assert levels == [None, "debug"]
