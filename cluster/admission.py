@@ -131,7 +131,8 @@ class Admission:
     def add(self, *, num_requests: int = 0, num_tokens: int = 0) -> None:
         """Grow by so much, or raise EngineBusyError and stay as it is."""
         excess = self.num_waiting + num_requests - self.max_waiting
-        if excess > 0:
+        # Who was let in stays, even past a bound that was lowered since.
+        if num_requests and excess > 0:
             raise EngineBusyError(
                 f"{self.num_waiting} requests wait, and {self.max_waiting} may "
                 "(--max-queued-requests). Try again later.",

@@ -209,6 +209,14 @@ class Engine:
             error = await self._run_call(running)
         finally:
             self._calls.close(running)
+        logger.log(
+            logging.DEBUG if error is None else logging.INFO,
+            "%s, attempt %d, ended after %d tokens: %s",
+            call.request_id,
+            call.attempt,
+            running.num_tokens,
+            "whole" if error is None else error.message,
+        )
         end = GenerateEnd(running.num_tokens, error, running.was_computed)
         return msgspec.msgpack.encode(end)
 

@@ -73,6 +73,17 @@ def test_requests_under_way_are_bounded_until_they_end(clock: Clock) -> None:
     enter(use)
 
 
+def test_a_key_whose_line_stays_goes_on_with_what_it_has_used(clock: Clock) -> None:
+    key = ApiKey(digest=KEY, requests_per_minute=1)
+    use = KeyUses(ApiKeys((key,)), clock=clock)
+    enter(use)
+    use.change(ApiKeys((key, ApiKey(digest=b"o" * 32))))
+    with pytest.raises(EngineBusyError, match="requests-per-minute=1"):
+        enter(use)
+    use.change(ApiKeys((ApiKey(digest=KEY, requests_per_minute=2),)))
+    enter(use)
+
+
 def test_a_refused_request_costs_nothing(clock: Clock) -> None:
     use = uses(clock, requests_per_minute=1, concurrency=1)
     with use.enter(KEY), pytest.raises(EngineBusyError):

@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,7 +71,7 @@ def applications(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
             logging_config={"encoding": "JSON"},
             deployments=[
                 {"name": "Router", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.05}},
-                {"name": "Engine", "logging_config": {"encoding": "JSON", "log_level": "WARNING"}},
+                {"name": "Engine", "logging_config": {"encoding": "JSON", "log_level": "DEBUG"}},
             ],
         ),
     ]
@@ -176,22 +177,31 @@ async def test_overrides_of_a_file_hold_for_the_deployment_that_they_name(base_u
 async def test_a_request_is_found_in_json_logs_by_both_of_its_ids(client, logs):
     answer = await complete(client, "qwen3")
 
-    def timelines() -> list[dict[str, Any]]:
-        records = map(json.loads, lines_of(logs, "qwen3", "Router"))
-        return [each for each in records if answer.json()["id"] in each["message"]]
+    def records(deployment: str) -> list[dict[str, Any]]:
+        found = map(json.loads, lines_of(logs, "qwen3", deployment))
+        return [record for record in found if answer.json()["id"] in record["message"]]
 
-    (record,) = await found(timelines)
-    assert record["message"].startswith("timeline {")
-    assert record["request_id"] == answer.headers["x-request-id"]
-    assert (record["application"], record["deployment"]) == ("qwen3", "Router")
+    for deployment, start in (("Router", "timeline {"), ("Engine", "cmpl-")):
+        (record,) = await found(partial(records, deployment))
+        assert record["message"].startswith(start)
+        assert record["request_id"] == answer.headers["x-request-id"]
+        assert (record["application"], record["deployment"]) == ("qwen3", deployment)
 
 
 async def test_a_logging_config_holds_where_it_stands(client, logs):
-    assert [line for line in lines_of(logs, "qwen2", "Engine") if "Epoch 1 serves" in line]
-    # Its own logging_config says WARNING.
-    assert not [line for line in lines_of(logs, "qwen3", "Engine") if "Epoch 1 serves" in line]
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(lines_of(logs, "qwen2", "Router")[0])
+    for name in ("qwen2", "qwen3"):
+        await complete(client, name)
+    ends = "attempt 0, ended after 4 tokens: whole"
+    (line, *_) = await found(
+        lambda: [line for line in lines_of(logs, "qwen3", "Engine") if ends in line]
+    )
+    assert json.loads(line)["levelname"] == "DEBUG"
+    # Of the application's logging_config this deployment's own takes the place.
+    routers = map(json.loads, lines_of(logs, "qwen3", "Router"))
+    assert not [record for record in routers if record["levelname"] == "DEBUG"]
+    plain = lines_of(logs, "qwen2", "Engine")
+    assert [line for line in plain if line.startswith("INFO") and "Epoch 1 serves" in line]
+    assert not [line for line in plain if ends in line]
 
 
 def actors() -> list[str]:

@@ -196,6 +196,22 @@ def test_the_waiting_room_is_empty_when_all_tickets_are_closed() -> None:
     assert (admission.num_waiting, admission.num_waiting_tokens) == (0, 0)
 
 
+def test_a_lowered_bound_holds_for_who_comes_and_leaves_alone_who_waits() -> None:
+    admission = Admission(max_waiting=4, max_waiting_tokens=100)
+    with admission.admit(3) as ticket:
+        admission.limit(max_waiting=1, max_waiting_tokens=10)
+        ticket.add_tokens(60)
+        with pytest.raises(EngineBusyError, match="3 requests wait, and 1 may"):
+            admission.admit(1)
+        ticket.started(20)
+        ticket.started(20)
+        ticket.started(20)
+        with admission.admit(1) as next_one, pytest.raises(EngineBusyError, match="and 10 may"):
+            next_one.add_tokens(5)
+            next_one.add_tokens(6)
+    assert (admission.num_waiting, admission.num_waiting_tokens) == (0, 0)
+
+
 def test_a_request_longer_than_all_may_wait_comes_in_alone() -> None:
     admission = Admission(max_waiting=4, max_waiting_tokens=100)
     with admission.admit(1) as ticket:
