@@ -21,15 +21,14 @@ from cluster.journal import ChoiceRest, GenerateCall
 from cluster.metrics import ENGINE_METRICS
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_metrics import RayMetrics
-from cluster.serve_log import leave_out_calls, log_into_serve
-from cluster.status import StartStatus, tell_user_config
+from cluster.serve_log import leave_out_calls
+from cluster.status import StartStatus
 from cluster.token_socket import CallError, GenerateEnd
-from cluster.user_config import ENGINE_SETTINGS, chosen_log_level, lay_over
+from cluster.user_config import ENGINE_SETTINGS, UserConfig
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
 from engine.core import EngineCore
 from engine.errors import (
-    ConfigError,
     EngineDiedError,
     EngineNotReadyError,
     QwenOnRayError,
@@ -62,10 +61,15 @@ class Engine:
             CapacityError, CheckpointError, ConfigError: Naming what to change.
         """
         self._config: EngineConfig = parse_config(config_fields)
-        log_into_serve(chosen_log_level(self._config))
         # Routers ask it how it is each second; a line for each would bury what matters.
         leave_out_calls("describe")
         context = serve.get_replica_context()
+        self._user_config = UserConfig(
+            self._config,
+            deployment="Engine",
+            settings=ENGINE_SETTINGS,
+            replica=(context.app_name, context.replica_id.unique_id),
+        )
         self._status = StartStatus(context.app_name, context.replica_id.unique_id)
         self._status.forget_the_dead()
         name = f"{self._config.model_names[0]}/{context.replica_id.unique_id}"
@@ -84,7 +88,6 @@ class Engine:
         # Of earlier epochs: counters that fell would count twice.
         self._past_stats = EngineStats()
         self._has_served = False
-        self._is_in_service = False
         self._lost_s = 0.0
         self._context_length = 0
         try:
@@ -114,29 +117,8 @@ class Engine:
             self._status.clear()
 
     async def reconfigure(self, user_config: object) -> None:
-        """Take a `user_config`: Serve's way to change a deployment without a restart.
-
-        Raises:
-            ConfigError: It is at fault, and this engine has not served so far. One that serves
-                says so in its log and goes on as before: Serve would stop it if it raised.
-        """
-        try:
-            config = lay_over(
-                self._config, user_config, deployment="Engine", settings=ENGINE_SETTINGS
-            )
-        except ConfigError as error:
-            if not self._is_in_service:
-                raise
-            logger.error("%s Nothing was changed.", error)
-            self._tell_user_config(str(error))
-            return
-        self._tell_user_config(None)
-        log_into_serve(chosen_log_level(config))
-        logger.info("The user_config holds from here on: %s", user_config)
-
-    def _tell_user_config(self, refusal: str | None) -> None:
-        context = serve.get_replica_context()
-        tell_user_config(context.app_name, self._engine_id, refusal)
+        """Serve's way to change a deployment without a restart; see `UserConfig.take`."""
+        await self._user_config.take(user_config)
 
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.
@@ -156,7 +138,7 @@ class Engine:
             raise EngineNotReadyError(
                 f"The engine has been without hosts for {lost_s:.0f} s (epoch {self._group.epoch})."
             )
-        self._is_in_service = True
+        self._user_config.is_in_service = True
 
     # Of each call's `route` only Serve's choice of a replica makes use.
 
@@ -212,8 +194,8 @@ class Engine:
         logger.log(
             logging.DEBUG if error is None else logging.INFO,
             "%s, attempt %d, ended after %d tokens: %s",
-            call.request_id,
-            call.attempt,
+            running.journal.request.request_id,
+            running.attempt,
             running.num_tokens,
             "whole" if error is None else error.message,
         )

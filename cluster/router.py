@@ -49,13 +49,12 @@ from cluster.openai.sse import AnswerResponse
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_node import warn_of_missing_haproxy
 from cluster.request_router import list_running
-from cluster.serve_log import log_into_serve
 from cluster.service import OpenAIService
-from cluster.status import read_all, tell_user_config
-from cluster.user_config import ROUTER_SETTINGS, chosen_log_level, lay_over
+from cluster.status import read_all
+from cluster.user_config import ROUTER_SETTINGS, UserConfig
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
-from engine.errors import ConfigError, QwenOnRayError, RequestError
+from engine.errors import QwenOnRayError, RequestError
 from engine.hub import resolve_checkpoint
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import load_tokenizer
@@ -370,8 +369,15 @@ class Router:
     """
 
     async def __init__(self, config: Mapping[str, Any], engine: DeploymentHandle) -> None:
-        self._config = parsed = parse_config(config)
-        log_into_serve(chosen_log_level(parsed))
+        parsed = parse_config(config)
+        context = serve.get_replica_context()
+        router_id = context.replica_id.unique_id
+        self._user_config = UserConfig(
+            parsed,
+            deployment="Router",
+            settings=ROUTER_SETTINGS,
+            replica=(context.app_name, router_id),
+        )
         warn_of_missing_haproxy()
         _warn_of_missing_environment()
         self._link = EngineLink(
@@ -380,17 +386,15 @@ class Router:
             silence_timeout_s=parsed.host_timeout_s,
             hold_timeout_s=parsed.hold_timeout_s,
             random_seed=parsed.random_seed,
-            read_statuses=partial(read_all, serve.get_replica_context().app_name),
+            read_statuses=partial(read_all, context.app_name),
             list_running=partial(list_running, engine),
             may_sleep=parsed.fewest_engines == 0,
         )
         try:
-            router_id = serve.get_replica_context().replica_id.unique_id
             self.service = await asyncio.to_thread(make_service, parsed, self._link, router_id)
         except BaseException:
             await self._link.close()
             raise
-        self._is_in_service = False
         self._tasks = WatchedTasks()
         labels = {"model_name": parsed.model_names[0], "router": router_id}
         metrics = RayMetrics(ROUTER_METRICS, labels)
@@ -402,31 +406,12 @@ class Router:
         return create_app(self.service)
 
     async def reconfigure(self, user_config: object) -> None:
-        """Take a `user_config`: Serve's way to change a deployment without a restart.
+        """Serve's way to change a deployment without a restart; see `UserConfig.take`."""
+        await self._user_config.take(user_config, self._change)
 
-        Raises:
-            ConfigError: It is at fault, and this router has not served so far. One that serves
-                says so in its log and goes on as before: Serve would stop it if it raised.
-        """
-        try:
-            config = lay_over(
-                self._config, user_config, deployment="Router", settings=ROUTER_SETTINGS
-            )
-            keys = await asyncio.to_thread(ApiKeys.of, config.api_key_file)
-        except ConfigError as error:
-            if not self._is_in_service:
-                raise
-            logger.error("%s Nothing was changed.", error)
-            self._tell_user_config(str(error))
-            return
-        self._tell_user_config(None)
+    async def _change(self, config: EngineConfig) -> None:
+        keys = await asyncio.to_thread(ApiKeys.of, config.api_key_file)
         self.service.change(config, keys)
-        log_into_serve(chosen_log_level(config))
-        logger.info("The user_config holds from here on: %s", user_config)
-
-    def _tell_user_config(self, refusal: str | None) -> None:
-        context = serve.get_replica_context()
-        tell_user_config(context.app_name, context.replica_id.unique_id, refusal)
 
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.
@@ -436,7 +421,7 @@ class Router:
         """
         self._link.check()
         self._tasks.check()
-        self._is_in_service = True
+        self._user_config.is_in_service = True
 
     async def __del__(self) -> None:
         # Serve calls it for a constructor that failed, too, which has cleaned up by itself.

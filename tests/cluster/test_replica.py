@@ -11,7 +11,7 @@ import null_program
 import pytest
 from ray import serve
 
-from cluster import replica
+from cluster import replica, user_config
 from cluster.engine_choice import Route
 from cluster.gang import HostStatus
 from cluster.openai.engine_client import EngineInfo
@@ -73,7 +73,7 @@ async def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
     context = SimpleNamespace(app_name="app", replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(replica, "HostGroup", lambda config, name: hosts)
-    monkeypatch.setattr(replica, "log_into_serve", lambda level: None)
+    monkeypatch.setattr(user_config, "log_into_serve", lambda level: None)
     return hosts
 
 
@@ -165,7 +165,7 @@ async def test_a_user_config_at_fault_stops_no_engine_that_serves(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     levels: list[str | None] = []
-    monkeypatch.setattr(replica, "log_into_serve", levels.append)
+    monkeypatch.setattr(user_config, "log_into_serve", levels.append)
     async with leader(skip_server_warmup=True) as engine:
         with pytest.raises(ConfigError, match="--log-level='loud'"):
             await engine.reconfigure({"log_level": "loud"})

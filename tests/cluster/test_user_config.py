@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.user_config import ENGINE_SETTINGS, ROUTER_SETTINGS, chosen_log_level, lay_over
+from cluster.user_config import ENGINE_SETTINGS, ROUTER_SETTINGS, lay_over
 from engine.config import parse_config
 from engine.errors import ConfigError
 
@@ -18,9 +18,9 @@ def lay_over_router(user_config: object) -> Any:
 def test_what_a_user_config_leaves_out_is_as_the_args_have_it() -> None:
     changed = lay_over_router({"max_queued_requests": 7, "log_level": "debug"})
     assert (changed.max_queued_requests, changed.max_queued_tokens) == (7, 5000)
-    assert chosen_log_level(changed) == "debug"
+    assert changed.log_level == "debug"
     back = lay_over_router({"api_keys_revision": 2})
-    assert (back.max_queued_requests, chosen_log_level(back)) == (100, None)
+    assert (back.max_queued_requests, back.log_level) == (100, "info")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,6 @@ def test_each_deployment_has_settings_of_its_own() -> None:
     changed = lay_over(
         config, {"log_level": "warning"}, deployment="Engine", settings=ENGINE_SETTINGS
     )
-    assert chosen_log_level(changed) == "warning"
+    assert changed.log_level == "warning"
     with pytest.raises(ConfigError, match=r"user_config of Engine: max_queued_requests cannot"):
         lay_over(config, {"max_queued_requests": 7}, deployment="Engine", settings=ENGINE_SETTINGS)
