@@ -196,7 +196,7 @@ class Engine:
             "%s, attempt %d, ended after %d tokens: %s",
             running.journal.request.request_id,
             running.attempt,
-            running.num_tokens,
+            sum(running.num_tokens.values()),
             "whole" if error is None else error.message,
         )
         end = GenerateEnd(running.num_tokens, error, running.was_computed)

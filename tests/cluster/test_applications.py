@@ -185,7 +185,7 @@ async def test_a_request_is_found_in_json_logs_by_both_of_its_ids(client, logs):
         (record,) = await found(partial(records, deployment))
         assert record["message"].startswith(start)
         assert record["request_id"] == answer.headers["x-request-id"]
-        assert (record["application"], record["deployment"]) == ("qwen3", deployment)
+        assert (record["application"], record["deployment"]) == ("qwen3", f"qwen3_{deployment}")
 
 
 async def test_a_logging_config_holds_where_it_stands(client, logs):
@@ -242,7 +242,7 @@ class Streams:
             async with self._client.stream(
                 "POST", "/qwen2/v1/completions", json=request, headers=headers
             ) as answer:
-                lines = [line async for line in answer.aiter_lines() if line]
+                lines = [line async for line in answer.aiter_lines() if line.startswith("data: ")]
             assert (answer.status_code, lines[-1]) == (200, "data: [DONE]"), lines
             events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
             self.texts.append("".join(event["choices"][0]["text"] for event in events))
