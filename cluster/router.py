@@ -15,25 +15,22 @@ from typing import Any
 
 import ray.util
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.api_keys import ApiKeys
 from cluster.engine_link import EngineLink
-from cluster.fleet_page import PAGE_PATH, PUBLIC_PATHS, FleetState, PageFiles
+from cluster.fleet_page import PAGE_PATH, FleetState, PageFiles
+from cluster.gate import KeyCheck, on_fault, on_http_error, on_own_error, service_of
 from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
 from cluster.openai.engine_client import Caller
-from cluster.openai.errors import ErrorReply, describe_error, describe_status, internal_error
 from cluster.openai.heading import make_request_id
 from cluster.openai.http import read_body
+from cluster.openai.openapi import body_reference, body_schemas, describe_app
 from cluster.openai.schema import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -78,9 +75,6 @@ SESSION_HEADER = "x-session-id"
 
 _MAX_SESSION_CHARS = 128
 _NOT_LEAVING_HEADER = "x-request-disconnect-disabled"
-# The empty one is that of a route prefix without its slash, which is sent on to the page.
-_NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
-_FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
 
 
 def create_app(service: OpenAIService) -> FastAPI:
@@ -92,12 +86,12 @@ def create_app(service: OpenAIService) -> FastAPI:
     )
     app.state.service = service
     _add_routes(app)
-    app.add_middleware(_KeyCheck)
-    app.add_exception_handler(QwenOnRayError, _on_own_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_fault)
-    schemas = _body_schemas()
-    app.openapi = lambda: _describe(app, schemas)
+    app.add_middleware(KeyCheck)
+    app.add_exception_handler(QwenOnRayError, on_own_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_fault)
+    schemas = body_schemas()
+    app.openapi = lambda: describe_app(app, schemas)
     return app
 
 
@@ -105,23 +99,23 @@ def _add_routes(app: FastAPI) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        openapi_extra=_body_reference(ChatCompletionRequest),
+        openapi_extra=body_reference(ChatCompletionRequest),
     )
     async def create_chat_completion(request: Request) -> Response:
         body = parse_body(ChatCompletionRequest, await read_body(request))
         request_id = make_request_id("chatcmpl")
-        parts = _service(request).chat(body, request_id, _caller(request))
+        parts = service_of(request).chat(body, request_id, _caller(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.post(
         "/v1/completions",
         response_model=Completion,
-        openapi_extra=_body_reference(CompletionRequest),
+        openapi_extra=body_reference(CompletionRequest),
     )
     async def create_completion(request: Request) -> Response:
         body = parse_body(CompletionRequest, await read_body(request))
         request_id = make_request_id("cmpl")
-        parts = _service(request).complete(body, request_id, _caller(request))
+        parts = service_of(request).complete(body, request_id, _caller(request))
         return _answer(request, parts, request_id, is_stream=body.stream)
 
     @app.get("/v1/streams/{request_id}")
@@ -130,23 +124,23 @@ def _add_routes(app: FastAPI) -> None:
 
         `request_id` is the `id` in the answer's objects; the key is the one that asked for it.
         """
-        service, caller = _service(request), _caller(request)
+        service, caller = service_of(request), _caller(request)
         recalled = await service.recall(request_id, request.headers.get("last-event-id"), caller)
         parts = service.resume(recalled, caller)
         return _answer(request, parts, request_id, is_stream=recalled.body.stream)
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> ModelList:
-        return await _service(request).models()
+        return await service_of(request).models()
 
     @app.get("/v1/models/{model_id:path}")
     async def retrieve_model(request: Request, model_id: str) -> ModelCard:
-        return await _service(request).model(model_id)
+        return await service_of(request).model(model_id)
 
     @app.get("/health")
     async def health(request: Request) -> JSONResponse:
         """200 while requests are served, or held until an engine is ready."""
-        info = await _service(request).engine.engine_info()
+        info = await service_of(request).engine.engine_info()
         return JSONResponse(
             {"status": "ready" if info.is_ready else "starting", "detail": info.status}
         )
@@ -154,7 +148,7 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/health/ready")
     async def ready(request: Request) -> JSONResponse:
         """200 only if every rank of some engine answered lately."""
-        info = await _service(request).engine.engine_info()
+        info = await service_of(request).engine.engine_info()
         state = {
             "is_ready": info.is_ready,
             "status": info.status,
@@ -165,26 +159,26 @@ def _add_routes(app: FastAPI) -> None:
     @app.post(
         "/start_profile",
         response_model=ProfileStatus,
-        openapi_extra=_body_reference(ProfileRequest, is_required=False),
+        openapi_extra=body_reference(ProfileRequest, is_required=False),
     )
     async def start_profile(request: Request) -> ProfileStatus:
         """Trace the engine's next steps by JAX's profiler, below --profile-dir on every host."""
         body = parse_body(ProfileRequest, await read_body(request) or b"{}")
-        return await _service(request).profile(body.num_steps)
+        return await service_of(request).profile(body.num_steps)
 
     @app.post("/stop_profile")
     async def stop_profile(request: Request) -> ProfileStatus:
         """End a trace before its steps were taken; one that has ended is left alone."""
-        return await _service(request).profile(0)
+        return await service_of(request).profile(0)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        return Response(await _service(request).exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service_of(request).exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/fleet")
     async def fleet(request: Request) -> FleetState:
         """How each engine is, with what happened to them lately; what the page at / shows."""
-        return await _service(request).fleet()
+        return await service_of(request).fleet()
 
     page = PageFiles()
 
@@ -198,10 +192,6 @@ def _add_routes(app: FastAPI) -> None:
         if response is None:
             raise HTTPException(404)
         return response
-
-
-def _service(request: Request) -> OpenAIService:
-    return request.app.state.service
 
 
 def _caller(request: Request) -> Caller:
@@ -223,100 +213,8 @@ def _answer(
         parts,
         is_stream=is_stream,
         request_id=request_id,
-        describe_failure=_service(request).describe_stream_failure,
+        describe_failure=service_of(request).describe_stream_failure,
     )
-
-
-class _KeyCheck:
-    """Asks for an API key before anything else is read."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (path := _path(scope)) not in _NO_KEY_NEEDED:
-            request = Request(scope)
-            try:
-                request.state.tenant = _service(request).check_key(
-                    request.headers.get("authorization"), is_admin_needed=path in _FOR_ADMINS
-                )
-            except RequestError as error:
-                await _send_error(request, describe_error(error))(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _path(scope: Scope) -> str:
-    # Serve names an application's route prefix in both.
-    return scope["path"].removeprefix(scope.get("root_path", ""))
-
-
-def _send_error(request: Request, reply: ErrorReply) -> Response:
-    _service(request).count_request(reply.status)
-    return Response(
-        reply.json(),
-        status_code=reply.status,
-        headers=dict(reply.headers),
-        media_type="application/json",
-    )
-
-
-async def _on_own_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, QwenOnRayError)
-    return _send_error(request, describe_error(error))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    messages = {
-        404: f"Unknown request URL: {request.method} {request.url.path}.",
-        405: f"{request.method} is not allowed for {request.url.path}.",
-    }
-    message = messages.get(error.status_code, error.detail)
-    return _send_error(
-        request,
-        describe_status(
-            error.status_code,
-            message,
-            code="unknown_url" if error.status_code == 404 else None,
-            headers=error.headers,
-        ),
-    )
-
-
-async def _on_fault(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _send_error(request, internal_error())
-
-
-def _body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
-    # Bodies are read raw, so that each fault can be explained in OpenAI's way; FastAPI has to be
-    # told of their schema.
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {
-        "requestBody": {
-            "required": is_required,
-            "content": {"application/json": {"schema": schema}},
-        }
-    }
-
-
-def _body_schemas() -> dict[str, Any]:
-    kinds = (ChatCompletionRequest, CompletionRequest, ProfileRequest)
-    _, schemas = models_json_schema(
-        [(kind, "validation") for kind in kinds],
-        ref_template="#/components/schemas/{model}",
-    )
-    return schemas["$defs"]
-
-
-def _describe(app: FastAPI, body_schemas: Mapping[str, Any]) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        app.openapi_schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        app.openapi_schema["components"]["schemas"].update(body_schemas)
-    return app.openapi_schema
 
 
 def _warn_of_missing_environment() -> None:

@@ -14,11 +14,10 @@ from cluster.admission import Admission, Ticket
 from cluster.api_keys import ApiKeys, KeyUse, KeyUses
 from cluster.exposition import Exposition
 from cluster.fleet_page import FleetState, describe_fleet
-from cluster.openai.chat import answer_chat, render_messages
+from cluster.openai.chat import answer_chat
 from cluster.openai.completions import answer_completion, encode_prompts, make_echoes
 from cluster.openai.engine_client import (
     Caller,
-    ChoiceRequest,
     EngineClient,
     EngineInfo,
     GenerateRequest,
@@ -27,8 +26,8 @@ from cluster.openai.errors import describe_error, internal_error
 from cluster.openai.event_id import parse_event_id
 from cluster.openai.generation import Generation, Resumption
 from cluster.openai.heading import Heading, make_heading
+from cluster.openai.model_text import ModelText
 from cluster.openai.origin import Origin
-from cluster.openai.sampling import make_sampling_params
 from cluster.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -42,7 +41,6 @@ from cluster.router_stats import RouterStats
 from engine.config import EngineConfig
 from engine.errors import ModelNotFoundError, QwenOnRayError, RequestError
 from engine.text.chat_template import ChatTemplate
-from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,8 +94,7 @@ class OpenAIService:
         self._stats = RouterStats()
         self._exposition = Exposition(config.model_names[0], router_id)
         self._config = config
-        self._tokenizer = tokenizer
-        self._template = template
+        self._text = ModelText(tokenizer, template)
         self._keys = ApiKeys.of(config.api_key_file)
         self._key_uses = KeyUses(self._keys)
         self._admission = Admission(config.max_queued_requests, config.max_queued_tokens)
@@ -133,7 +130,7 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, 1, caller) as entry:
             info = await self._ready_info()
-            prompt, has_special = await self._in_thread(partial(self._encode_chat, body))
+            prompt, has_special = await self._in_thread(partial(self._text.encode_chat, body))
             self._stats.special_tokens_in_messages_total += has_special
             heading = make_heading(request_id, body.model, info.fingerprint)
             request = self._make_request(body, heading, [prompt], info, entry, caller)
@@ -149,7 +146,7 @@ class OpenAIService:
         with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
             prompts = await self._in_thread(
-                partial(encode_prompts, body, self._tokenizer, vocab_size=info.vocab_size)
+                partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
             )
             heading = make_heading(request_id, body.model, info.fingerprint)
             request = self._make_request(body, heading, prompts, info, entry, caller)
@@ -203,16 +200,19 @@ class OpenAIService:
             request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
         ) as watch:
             generation = self._generation(body, request, watch, resumption)
+            tokenizer = self._text.tokenizer
             if isinstance(body, ChatCompletionRequest):
-                parts = answer_chat(body, generation, heading, self._tokenizer)
+                parts = answer_chat(body, generation, heading, tokenizer)
             else:
                 prompts = [
                     choice.prompt_token_ids
                     for choice in request.choices
                     if choice.sample_index == 0
                 ]
-                echoes = await self._in_thread(partial(make_echoes, body, prompts, self._tokenizer))
-                parts = answer_completion(body, generation, heading, self._tokenizer, echoes)
+                echoes = await self._in_thread(
+                    partial(make_echoes, body, prompts, self._text.tokenizer)
+                )
+                parts = answer_completion(body, generation, heading, self._text.tokenizer, echoes)
             async with aclosing(parts):
                 async for part in parts:
                     yield part
@@ -294,14 +294,6 @@ class OpenAIService:
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _encode_chat(self, body: ChatCompletionRequest) -> tuple[list[int], bool]:
-        """The prompt, and whether a message spells out a control token; runs in a thread."""
-        prompt = self._tokenizer.encode(render_messages(body, self._template))
-        if not prompt:
-            raise RequestError("The chat template made an empty prompt.", param="messages")
-        contents = (message.content or "" for message in body.messages)
-        return prompt, any(self._tokenizer.find_special(content) for content in contents)
-
     def _make_request(
         self,
         body: ChatCompletionRequest | CompletionRequest,
@@ -311,28 +303,12 @@ class OpenAIService:
         entry: Entry,
         caller: Caller,
     ) -> GenerateRequest:
-        prompt_field = "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
-        choices = []
-        for prompt in prompts:
-            sampling = make_sampling_params(
-                body,
-                info=info,
-                prompt_len=len(prompt),
-                prompt_field=prompt_field,
-                stop_token_ids=self._format_stop_token_ids(prompt_field),
-            )
-            prompt_token_ids = tuple(prompt)
-            choices += [
-                ChoiceRequest(
-                    prompt_token_ids=prompt_token_ids, sampling=sampling, sample_index=index
-                )
-                for index in range(body.n)
-            ]
+        choices = self._text.make_choices(body, prompts, info)
         entry.ticket.add_tokens(body.n * sum(map(len, prompts)))
         entry.key_use.take_tokens(sum(map(len, prompts)))
         return GenerateRequest(
             request_id=heading.id,
-            choices=tuple(choices),
+            choices=choices,
             cache_salt=caller.tenant + (body.cache_salt or "").encode(),
             session=caller.session,
             tenant=caller.tenant,
@@ -350,25 +326,11 @@ class OpenAIService:
         return Generation(
             self.engine,
             request,
-            make_detokenizer=lambda: Detokenizer(
-                self._tokenizer,
-                stop=body.stop,
-                include_stop=body.include_stop_str_in_output,
-                skip_special_tokens=body.skip_special_tokens,
-                min_tokens=body.min_tokens,
-            ),
+            make_detokenizer=partial(self._text.detokenizer, body),
             own_stop_token_ids=frozenset(body.stop_token_ids),
             on_update=watch.take,
             resumption=resumption,
         )
-
-    def _format_stop_token_ids(self, prompt_field: str) -> list[int]:
-        """End tokens that the checkpoint's config may not name: the tokenizer's, the format's."""
-        tokens = [self._tokenizer.eos_token]
-        if prompt_field == "messages" and self._template is not None:
-            tokens += self._template.stop_tokens
-        ids = [self._tokenizer.token_id(token) for token in tokens if token]
-        return [token_id for token_id in ids if token_id is not None]
 
     def describe_stream_failure(self, error: Exception) -> bytes:
         """The event that ends a stream whose status is long sent."""

@@ -349,7 +349,7 @@ async def test_a_body_that_is_too_large_is_refused(client: httpx.AsyncClient) ->
 async def test_a_base_model_takes_completions_but_no_chats(tmp_path: Path) -> None:
     service, engine = make_service(tmp_path)
     base = OpenAIService(
-        config=service._config, tokenizer=service._tokenizer, template=None, engine=engine
+        config=service._config, tokenizer=service._text.tokenizer, template=None, engine=engine
     )
     transport = httpx.ASGITransport(create_app(base))
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:

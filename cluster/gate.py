@@ -1,0 +1,86 @@
+"""What stands before and behind every route: the API key, and an error's way to the client."""
+
+import logging
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.fleet_page import PUBLIC_PATHS
+from cluster.openai.errors import ErrorReply, describe_error, describe_status, internal_error
+from cluster.service import OpenAIService
+from engine.errors import QwenOnRayError, RequestError
+
+logger = logging.getLogger(__name__)
+
+# The empty one is that of a route prefix without its slash, which is sent on to the page.
+_NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
+_FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
+
+
+def service_of(request: Request) -> OpenAIService:
+    """The service that the request's app answers with."""
+    return request.app.state.service
+
+
+class KeyCheck:
+    """Asks for an API key before anything else is read."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (path := _path(scope)) not in _NO_KEY_NEEDED:
+            request = Request(scope)
+            try:
+                request.state.tenant = service_of(request).check_key(
+                    request.headers.get("authorization"), is_admin_needed=path in _FOR_ADMINS
+                )
+            except RequestError as error:
+                await _send_error(request, describe_error(error))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _path(scope: Scope) -> str:
+    # Serve names an application's route prefix in both.
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
+def _send_error(request: Request, reply: ErrorReply) -> Response:
+    service_of(request).count_request(reply.status)
+    return Response(
+        reply.json(),
+        status_code=reply.status,
+        headers=dict(reply.headers),
+        media_type="application/json",
+    )
+
+
+async def on_own_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, QwenOnRayError)
+    return _send_error(request, describe_error(error))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"Unknown request URL: {request.method} {request.url.path}.",
+        405: f"{request.method} is not allowed for {request.url.path}.",
+    }
+    message = messages.get(error.status_code, error.detail)
+    return _send_error(
+        request,
+        describe_status(
+            error.status_code,
+            message,
+            code="unknown_url" if error.status_code == 404 else None,
+            headers=error.headers,
+        ),
+    )
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _send_error(request, internal_error())

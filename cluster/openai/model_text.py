@@ -1,0 +1,82 @@
+"""A model's text: what its tokenizer and its template make of requests, and of tokens again."""
+
+from collections.abc import Sequence
+
+from cluster.openai.chat import render_messages
+from cluster.openai.engine_client import ChoiceRequest, EngineInfo
+from cluster.openai.sampling import make_sampling_params
+from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
+from engine.errors import RequestError
+from engine.text.chat_template import ChatTemplate
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+
+class ModelText:
+    """Requests to token ids and tokens to text; may be called from several threads.
+
+    Args:
+        tokenizer: The model's.
+        template: None for a model that knows no conversations.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self.tokenizer = tokenizer
+        self._template = template
+
+    def encode_chat(self, body: ChatCompletionRequest) -> tuple[list[int], bool]:
+        """The prompt of a conversation, and whether a message spells out a control token.
+
+        Raises:
+            RequestError: The template refuses the messages, or makes nothing of them.
+        """
+        prompt = self.tokenizer.encode(render_messages(body, self._template))
+        if not prompt:
+            raise RequestError("The chat template made an empty prompt.", param="messages")
+        contents = (message.content or "" for message in body.messages)
+        return prompt, any(self.tokenizer.find_special(content) for content in contents)
+
+    def make_choices(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        prompts: Sequence[Sequence[int]],
+        info: EngineInfo,
+    ) -> tuple[ChoiceRequest, ...]:
+        """Each prompt's n choices.
+
+        Raises:
+            RequestError: The engine can never serve one of them.
+        """
+        is_chat = isinstance(body, ChatCompletionRequest)
+        choices: list[ChoiceRequest] = []
+        for prompt in map(tuple, prompts):
+            sampling = make_sampling_params(
+                body,
+                info=info,
+                prompt_len=len(prompt),
+                prompt_field="messages" if is_chat else "prompt",
+                stop_token_ids=self._format_stop_token_ids(is_chat=is_chat),
+            )
+            choices += [
+                ChoiceRequest(prompt_token_ids=prompt, sampling=sampling, sample_index=index)
+                for index in range(body.n)
+            ]
+        return tuple(choices)
+
+    def detokenizer(self, body: ChatCompletionRequest | CompletionRequest) -> Detokenizer:
+        """What makes text of one choice's tokens, as the request wants it."""
+        return Detokenizer(
+            self.tokenizer,
+            stop=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
+            min_tokens=body.min_tokens,
+        )
+
+    def _format_stop_token_ids(self, *, is_chat: bool) -> list[int]:
+        """End tokens that the checkpoint's config may not name: the tokenizer's, the format's."""
+        tokens = [self.tokenizer.eos_token]
+        if is_chat and self._template is not None:
+            tokens += self._template.stop_tokens
+        ids = [self.tokenizer.token_id(token) for token in tokens if token]
+        return [token_id for token_id in ids if token_id is not None]
