@@ -19,34 +19,30 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import aiohttp
-import msgspec
 import numpy as np
 import psutil
 from ray import serve
 
 import serve_app
 from benchmarks.serving.answer import StreamedAnswer
-from benchmarks.streaming.client import HeldRequest, make_request, send
-from benchmarks.streaming.fake_leader import CONTEXT_LENGTH, MODEL, FakeEngine, Pace
-from benchmarks.streaming.processes import cpu_seconds, find_processes
+from benchmarks.streaming.client import HOST, MODEL, HeldRequest, make_request, send
+from benchmarks.streaming.fake_leader import CONTEXT_LENGTH, FakeEngine, Pace
+from benchmarks.streaming.flood import FloodBeside
+from benchmarks.streaming.processes import CpuMeter, find_processes
 from benchmarks.streaming.server import (
-    HOST,
     proxy_variables,
     ray_and_serve,
     server_beside,
     tell_port_and_wait,
 )
-from cluster.openai.schema import ErrorResponse
 from cluster.ray_node import raise_file_limit
 from engine.config import EngineConfig
 from engine.text.tokenizer import load_tokenizer
@@ -56,9 +52,7 @@ from scripts.demo_model import ensure_demo_model
 TEXT = "The sky looks blue because air scatters short waves of light more than long ones. "
 TICK_S = 0.02
 SETTLE_S = 3.0
-REFUSAL_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 60.0
-POLITE = (429, 503)
 
 
 @dataclass(slots=True)
@@ -77,27 +71,6 @@ class Phase:
     gaps_ms: list[float] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Flood:
-    """What came of the requests beyond the bound.
-
-    Attributes:
-        polite: Refused as OpenAI refuses, and told when to come again.
-        statuses: How many answers had each; 0 where none came in time.
-        failures: Connections that failed, by why.
-        odd: Some answers that were not polite.
-    """
-
-    requests: int
-    polite: int = 0
-    statuses: dict[int, int] = field(default_factory=dict)
-    failures: dict[str, int] = field(default_factory=dict)
-    retry_after_s: list[int] = field(default_factory=list)
-    answer_s: list[float] = field(default_factory=list)
-    odd: list[str] = field(default_factory=list)
-    cpu_s: float = 0.0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,14 +84,10 @@ def main() -> int:
     parser.add_argument("--front", choices=("haproxy", "python", "router"), default="haproxy")
     parser.add_argument("--json", action="store_true", help="one object, not a table")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--flood-port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     raise_file_limit()
     if arguments.serve:
         serve_until_stdin_ends(arguments)
-        return 0
-    if arguments.flood_port:
-        print(json.dumps(asdict(asyncio.run(flood(arguments.flood, arguments.flood_port)))))
         return 0
     with server_beside(__file__, proxy_variables(arguments.front)) as server:
         figures = asyncio.run(measure(arguments, server.pid, server.port))
@@ -171,11 +140,12 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
     await asyncio.sleep(SETTLE_S)
 
     phases: list[Phase] = []
-    totals: dict[str, float] = cpu_seconds(processes)
+    meter = CpuMeter(processes)
+    totals = meter.read()
 
     def begin(name: str) -> None:
         nonlocal totals
-        now_s, before, totals = time.monotonic(), totals, cpu_seconds(processes)
+        now_s, before, totals = time.monotonic(), totals, meter.read()
         if phases:
             last = phases[-1]
             last.end_s = now_s
@@ -183,18 +153,17 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
             last.cpu = {role: (totals[role] - before[role]) / seconds for role in totals}
         phases.append(Phase(name, now_s))
 
-    begin("quiet")
-    await asyncio.sleep(arguments.seconds / 3)
-    begin("flood")
-    flooded = await flood_from_beside(arguments.flood, port)
+    async with FloodBeside(arguments.flood, port) as flood:
+        begin("quiet")
+        await asyncio.sleep(arguments.seconds / 3)
+        begin("flood")
+        flooded = await flood.run()
     begin("after")
-    first_end = asyncio.wait(
-        [stream.ended for stream in streams], return_when=asyncio.FIRST_COMPLETED
-    )
-    await asyncio.wait_for(first_end, arguments.seconds + END_TIMEOUT_S)
-    begin("end")
+    ends = [stream.ended for stream in streams]
     async with asyncio.timeout(arguments.seconds + END_TIMEOUT_S):
-        await asyncio.gather(*(each.ended for each in (*streams, *waiting)))
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        begin("end")
+        await asyncio.gather(*ends, *(each.ended for each in waiting))
     expected = expected_text(num_tokens)
     lost = wrong = 0
     for stream in streams:
@@ -207,6 +176,7 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
         "front": arguments.front,
         "lost": lost,
         "wrong": wrong,
+        "ended": meter.ended,
         "waiting": len(waiting),
         "waiting_lost": sum(judge(each, 1, "", [])[0] for each in waiting),
         "phases": [figures_of(phase) for phase in phases[:-1]],
@@ -258,67 +228,6 @@ async def find_http_port(router: psutil.Process) -> int:
     raise RuntimeError("the router has no HTTP port of its own; HAProxy has to be there")
 
 
-async def flood_from_beside(num_requests: int, port: int) -> Flood:
-    """Send the flood from a process of its own, so that this one goes on reading."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, __file__, "--flood", str(num_requests), "--flood-port", str(port)),
-        stdout=subprocess.PIPE,
-    )
-    try:
-        output, _ = await asyncio.wait_for(process.communicate(), 2 * REFUSAL_TIMEOUT_S)
-    finally:
-        if process.returncode is None:
-            process.kill()
-    return msgspec.json.decode(output, type=Flood)
-
-
-async def flood(num_requests: int, port: int) -> Flood:
-    """Send all requests at once and wait for their answers."""
-    done = Flood(num_requests)
-    statuses: Counter[int] = Counter()
-    failures: Counter[str] = Counter()
-    request = make_request(1)
-
-    async def ask() -> None:
-        started_s = time.monotonic()
-        try:
-            async with asyncio.timeout(REFUSAL_TIMEOUT_S):
-                held = await send(request, port)
-                await held.ended
-        except TimeoutError:
-            statuses[0] += 1
-            return
-        except OSError as error:
-            failures[repr(error)] += 1
-            return
-        if not held.is_whole:
-            failures["the connection was closed before the answer's end"] += 1
-            return
-        statuses[held.status] += 1
-        done.answer_s.append(held.ended_s - started_s)
-        if is_polite(held):
-            done.polite += 1
-            done.retry_after_s.append(int(held.headers["retry-after"]))
-        elif len(done.odd) < 3:
-            done.odd.append(f"{held.status} {held.headers} {held.body[:300]!r}")
-
-    await asyncio.gather(*(ask() for _ in range(num_requests)))
-    done.statuses, done.failures = dict(statuses), dict(failures)
-    times = psutil.Process().cpu_times()
-    done.cpu_s = times.user + times.system
-    return done
-
-
-def is_polite(held: HeldRequest) -> bool:
-    """Refused as OpenAI refuses, with a time to come again."""
-    if held.status not in POLITE or not held.headers.get("retry-after", "").isdigit():
-        return False
-    try:
-        return bool(ErrorResponse.model_validate_json(held.body).error.message)
-    except ValueError:
-        return False
-
-
 def figures_of(phase: Phase) -> dict[str, Any]:
     gaps = phase.gaps_ms or [float("nan")]
     return {
@@ -365,6 +274,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{rounded(flooded['answer_s'])}, Retry-After {rounded(flooded['retry_after_s'])}, "
         f"{flooded['cpu_s']:.1f} s of CPU in their client",
         *flooded["odd"],
+        *(f"a {role} ended meanwhile" for role in figures["ended"]),
     ]
     return "\n".join(lines)
 

@@ -43,8 +43,8 @@ from benchmarks.routing.conversations import (
 from benchmarks.serving.client import RequestOptions, ServingClient
 from benchmarks.serving.plot import check_can_plot
 from benchmarks.serving.prompts import PromptMaker
+from benchmarks.streaming.client import HOST
 from benchmarks.streaming.server import (
-    HOST,
     ray_and_serve,
     server_beside,
     tell_port_and_wait,

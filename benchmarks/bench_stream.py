@@ -30,11 +30,10 @@ import psutil
 from ray import serve
 
 import serve_app
-from benchmarks.streaming.client import make_request
-from benchmarks.streaming.fake_leader import CONTEXT_LENGTH, MODEL, TEXT, FakeEngine, Pace
-from benchmarks.streaming.processes import ROLES, cpu_seconds, find_processes
+from benchmarks.streaming.client import HOST, MODEL, make_request
+from benchmarks.streaming.fake_leader import CONTEXT_LENGTH, TEXT, FakeEngine, Pace
+from benchmarks.streaming.processes import ROLES, CpuMeter, find_processes
 from benchmarks.streaming.server import (
-    HOST,
     Server,
     proxy_variables,
     ray_and_serve,
@@ -162,19 +161,20 @@ class Round:
 
 async def measure(arguments: argparse.Namespace, server: Server) -> None:
     """Run all rounds and print them."""
-    await run_round(server.port, WARM_UP_STREAMS, 20, arguments.endpoint, {})
+    await run_round(server.port, WARM_UP_STREAMS, 20, arguments.endpoint, CpuMeter({}))
     # HAProxy is started anew when Serve tells it of the router, and once more of its fallback.
     await asyncio.sleep(IDLE_S)
     processes = find_processes(server.pid)
-    before = cpu_seconds(processes)
+    meter = CpuMeter(processes)
+    before = meter.read()
     await asyncio.sleep(IDLE_S)
-    after = cpu_seconds(processes)
+    after = meter.read()
     idle_share = sum(after[role] - before[role] for role in ROLES) / IDLE_S
     profilers = start_profilers(arguments, processes) if arguments.profile else []
     for index in range(arguments.repeat * len(arguments.streams)):
         num_streams = arguments.streams[index % len(arguments.streams)]
         done = await run_round(
-            server.port, num_streams, arguments.tokens, arguments.endpoint, processes
+            server.port, num_streams, arguments.tokens, arguments.endpoint, meter
         )
         done.idle_s = idle_share * done.seconds
         print_round(done.figures(), has_heading=index == 0, as_json=arguments.json)
@@ -188,13 +188,13 @@ async def run_round(
     num_streams: int,
     num_tokens: int,
     endpoint: str,
-    processes: dict[str, list[psutil.Process]],
+    meter: CpuMeter,
 ) -> Round:
     """Stream `num_tokens` to each of `num_streams` clients at once."""
     request = make_request(num_tokens, endpoint=endpoint)
     loop = asyncio.get_running_loop()
     done = Round(num_streams)
-    before, start_s = cpu_seconds(processes), time.monotonic()
+    before, start_s = meter.read(), time.monotonic()
     connections = [
         loop.create_connection(lambda: StreamClient(request), HOST, port)
         for _ in range(num_streams)
@@ -203,7 +203,7 @@ async def run_round(
     async with asyncio.timeout(ROUND_TIMEOUT_S):
         answers = await asyncio.gather(*(client.ended for client in clients))
     done.seconds = time.monotonic() - start_s
-    after = cpu_seconds(processes)
+    after = meter.read()
     done.cpu_s = {role: after[role] - before[role] for role in after}
     done.ttft_s = [client.first_s for client in clients]
     for answer in answers:

@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import httptools
 
-from benchmarks.streaming.fake_leader import MODEL
-from benchmarks.streaming.server import HOST
-
+HOST = "127.0.0.1"
+MODEL = "fake"
 QUESTION = "Why is the sky blue?"
 
 

@@ -10,6 +10,7 @@ import msgspec
 import zmq
 from ray import serve
 
+from benchmarks.streaming.client import MODEL
 from cluster.calls import CallTable
 from cluster.engine_choice import Route
 from cluster.journal import GenerateCall
@@ -19,7 +20,6 @@ from cluster.token_socket import GenerateEnd, TokenSender
 from engine.request import RequestOutput
 from engine.stats import EngineStats
 
-MODEL = "fake"
 CONTEXT_LENGTH = 1 << 20
 TEXT = (
     "The sky looks blue because air scatters short waves of light more than long ones, and so blue "

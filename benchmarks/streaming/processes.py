@@ -23,10 +23,31 @@ def find_processes(server_pid: int) -> dict[str, list[psutil.Process]]:
     return found | {"client": [psutil.Process()]}
 
 
-def cpu_seconds(processes: dict[str, list[psutil.Process]]) -> dict[str, float]:
-    """CPU that each role has taken so far, in user and system mode."""
-    totals = {}
-    for role, members in processes.items():
-        times = [process.cpu_times() for process in members]
-        totals[role] = sum(each.user + each.system for each in times)
-    return totals
+class CpuMeter:
+    """Adds up CPU by role; of a process that has ended, what it had taken when last read.
+
+    Attributes:
+        ended: Roles of which a process has ended.
+    """
+
+    def __init__(self, processes: dict[str, list[psutil.Process]]) -> None:
+        self._processes = processes
+        self._seconds: dict[psutil.Process, float] = {}
+        self.ended: list[str] = []
+
+    def read(self) -> dict[str, float]:
+        """CPU that each role has taken so far, in user and system mode."""
+        return {
+            role: sum(self._read_one(role, process) for process in members)
+            for role, members in self._processes.items()
+        }
+
+    def _read_one(self, role: str, process: psutil.Process) -> float:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            if role not in self.ended:
+                self.ended.append(role)
+        else:
+            self._seconds[process] = times.user + times.system
+        return self._seconds.get(process, 0.0)

@@ -20,11 +20,11 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from benchmarks.streaming.client import HOST
 from cluster.addresses import free_port
 from cluster.ray_node import RayNode, raise_file_limit, start_node
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST = "127.0.0.1"
 RAY_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60.0
 QUIET = LoggingConfig(enable_access_log=False)
