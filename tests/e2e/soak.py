@@ -200,7 +200,11 @@ def main() -> int:
         figures = {
             "seconds": seen.seconds,
             "faults": seen.faults,
-            "tally": asdict(seen.tally),
+            "whole": seen.tally.whole,
+            "left": seen.tally.left,
+            "lost": seen.tally.lost,
+            "wrong": seen.tally.wrong,
+            "errors": seen.tally.errors,
             "leftovers": seen.leftovers,
             "processes": [asdict(each) | {"grown": grown(arguments, each)} for each in growths],
         }
