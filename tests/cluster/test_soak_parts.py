@@ -45,10 +45,6 @@ def _break_off(engine: FakeEngine) -> None:
     engine.failure = (5, EngineDiedError("gone"))
 
 
-def _stall(engine: FakeEngine) -> None:
-    engine.steps = asyncio.Semaphore(0)
-
-
 SPOILS = {"other text": _say_something_else, "broken off": _break_off}
 
 
@@ -74,14 +70,14 @@ async def test_a_client_that_leaves_counts_neither_as_lost_nor_as_wrong(tmp_path
         load = MixedLoad(url, "tiny", make_works(100, num_sentences=2))
         try:
             await load.learn_answers()
-            _stall(engine)
+            engine.steps = steps = asyncio.Semaphore(0)
             async with load.asking(8):
                 async with asyncio.timeout(60):
                     while load.tally.left < 1:
                         await asyncio.sleep(0.01)
                 assert load.tally.whole.total() == 0
                 for _ in range(10_000):
-                    engine.steps.release()
+                    steps.release()
         finally:
             await load.close()
     assert (load.tally.lost, load.tally.wrong) == (0, 0)

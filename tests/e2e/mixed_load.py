@@ -1,6 +1,7 @@
 """Clients that ask in all the ways there are, and know each answer before they ask."""
 
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -18,6 +19,8 @@ LONGEST_STAY_S = 1.5
 # Rounding depends on which requests share a step.
 LOGPROB_TOLERANCE = 1e-3
 MAX_ERRORS = 50
+MAX_TRIES = 20
+RETRY_PAUSE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -66,11 +69,13 @@ class Tally:
     Attributes:
         whole: Answers that came to their end, by the work's name.
         left: Requests that their client left on purpose.
+        breaks: How often a connection broke, and the client asked again.
         errors: Why requests were lost, the first ones.
     """
 
     whole: Counter[str] = field(default_factory=Counter)
     left: int = 0
+    breaks: int = 0
     lost: int = 0
     wrong: int = 0
     errors: list[str] = field(default_factory=list)
@@ -113,6 +118,7 @@ class MixedLoad:
 
     def __init__(self, base_url: str, model: str, works: Sequence[Work]) -> None:
         self._url = f"{base_url}/v1/chat/completions"
+        self._streams_url = f"{base_url}/v1/streams"
         self._model = model
         self._works = list(works)
         self._answers: list[Answer] = []
@@ -186,19 +192,68 @@ class MixedLoad:
             tally.add_error(f"{work.name}: {answer} and not {expected}")
 
     async def _ask(self, work: Work, answer: Answer, *, is_stream: bool) -> None:
-        """Ask, and put into `answer` what has come; ValueError if it is no whole answer."""
+        """Ask, and put into `answer` what has come; ValueError if it is no whole answer.
+
+        Where a connection breaks, the rest of a stream is asked for, and a whole answer once more.
+        """
         body = {"model": self._model, "ignore_eos": True, "stream": is_stream, **work.body}
-        async with self._session.post(self._url, json=body) as response:
-            if response.status != 200:
-                raise ValueError(f"HTTP {response.status}: {(await response.read())[:300]!r}")
-            if not is_stream:
-                _take(answer, await response.json(), "message")
-            else:
-                async for line in response.content:
-                    if line.startswith(b"data: {"):
-                        _take(answer, json.loads(line[6:]), "delta")
+        place = _Place()
+        for num_tries in itertools.count():
+            try:
+                if is_stream:
+                    await self._read_stream(body, answer, place)
+                else:
+                    async with self._session.post(self._url, json=body) as response:
+                        await _check_status(response)
+                        _take(answer, await response.json(), "message")
+                break
+            except aiohttp.ClientError:
+                if num_tries == MAX_TRIES:
+                    raise
+                self.tally.breaks += 1
+                await asyncio.sleep(RETRY_PAUSE_S)
         if not answer or any(choice.finish_reason is None for choice in answer.values()):
-            raise ValueError("the stream ended without a finish reason")
+            raise ValueError("the answer ended without a finish reason")
+
+    async def _read_stream(self, body: Mapping[str, Any], answer: Answer, place: "_Place") -> None:
+        """Read a stream from the place that it has come to; ClientError if it breaks off."""
+        if place.name is None:
+            asked = self._session.post(self._url, json=body)
+        else:
+            headers = {"Last-Event-ID": place.last_id} if place.last_id else {}
+            asked = self._session.get(f"{self._streams_url}/{place.name}", headers=headers)
+        event_id = ""
+        async with asked as response:
+            await _check_status(response)
+            async for line in response.content:
+                field, _, value = line.decode().rstrip().partition(": ")
+                if field == "id":
+                    event_id = value
+                elif value == "[DONE]":
+                    return
+                elif field == "data":
+                    event = json.loads(value)
+                    _take(answer, event, "delta")
+                    place.name, place.last_id = event["id"], event_id or place.last_id
+        raise aiohttp.ClientPayloadError("the stream ended without its end")
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far a stream has been read, by its own names."""
+
+    name: str | None = None
+    last_id: str = ""
+
+
+async def _check_status(response: aiohttp.ClientResponse) -> None:
+    """Raise for an answer that is none; what a proxy says for a router that is gone may pass."""
+    if response.status == 200:
+        return
+    body = (await response.read()).decode(errors="replace")
+    if response.status >= 500 and not body.startswith('{"error"'):
+        raise aiohttp.ClientPayloadError(f"HTTP {response.status}: {body[:300]}")
+    raise ValueError(f"HTTP {response.status}: {body[:300]}")
 
 
 def leftovers_of(fleet: dict[str, Any]) -> list[str]:

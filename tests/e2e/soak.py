@@ -37,12 +37,14 @@ from tests.e2e.faults import (
     RECOVERY_TIMEOUT_S,
     START_TIMEOUT_S,
     serving,
+    wait_for_routers,
     wait_until,
 )
 from tests.e2e.mixed_load import MixedLoad, Tally, leftovers_of, make_works
 from tests.e2e.process_sizes import Growth, ProcessSizes
 
-KINDS = ("rank-killed", "rank-frozen", "leader-killed", "leader-frozen")
+# Those that need no hosts of their own, but for the one that needs a kernel which ends connections.
+KINDS = ("rank-killed", "rank-frozen", "leader-killed", "leader-frozen", "router-killed")
 QUIET_TIMEOUT_S = 60
 # The tiny model has a token for each letter, more or less, and a context of 512.
 NUM_SENTENCES = 6
@@ -81,7 +83,7 @@ async def soak(arguments: argparse.Namespace, base_url: str) -> Soak:
             await break_until(calm_s, arguments, base_url, num_ranks, seen.faults)
             await asyncio.sleep(max(0.0, end_s - time.monotonic()))
         await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
-        seen.leftovers = await find_leftovers(base_url)
+        seen.leftovers = await find_leftovers(base_url, 4 * arguments.routers)
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
@@ -104,9 +106,11 @@ async def break_until(
             return
         await asyncio.sleep(pause_s)
         name = random.choice(arguments.faults)
-        FAULTS[name]()
+        FAULTS[name].inject(None)
         faults[name] += 1
-        await wait_until(base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S)
+        if FAULTS[name].stops_engine:
+            await wait_until(base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S)
+        await wait_for_routers(arguments.routers)
         await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
 
 
@@ -126,12 +130,18 @@ async def watch(arguments: argparse.Namespace, seen: Soak, started_s: float) -> 
         await asyncio.sleep(arguments.sample_s)
 
 
-async def find_leftovers(base_url: str) -> list[str]:
-    """What still holds something though nobody asks; what engines tell may be a second old."""
+async def find_leftovers(base_url: str, num_answers: int) -> list[str]:
+    """What still holds something though nobody asks; what engines tell may be a second old.
+
+    Args:
+        num_answers: Each is one router's, by chance, and all must be good.
+    """
     deadline_s = time.monotonic() + QUIET_TIMEOUT_S
     async with httpx.AsyncClient(base_url=base_url, timeout=30) as client:
         while True:
-            leftovers = leftovers_of((await client.get("/fleet")).json())
+            leftovers = []
+            for _ in range(num_answers):
+                leftovers += leftovers_of((await client.get("/fleet")).json())
             if not leftovers or time.monotonic() > deadline_s:
                 return leftovers
             await asyncio.sleep(0.5)
@@ -151,7 +161,7 @@ def table(arguments: argparse.Namespace, seen: Soak, growths: list[Growth]) -> s
     lines = [
         f"{seen.seconds / 60:.1f} minutes; faults: {faults}",
         f"{tally.whole.total()} whole answers ({kinds}), {tally.left} left by their client, "
-        f"{tally.lost} lost, {tally.wrong} wrong",
+        f"{tally.breaks} connections broken, {tally.lost} lost, {tally.wrong} wrong",
         "at the end: " + ("; ".join(seen.leftovers) or "nothing runs or waits, no page is in use"),
         "",
         "| process | lived, s | memory, MB: first third, last | open files: first third, last | |",
@@ -172,12 +182,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    here = [name for name, fault in FAULTS.items() if not fault.needs_hosts]
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--hosts", type=int, default=2, help="of each engine")
+    parser.add_argument("--routers", type=int, default=2)
     parser.add_argument("--streams", type=int, default=6, help="requests under way")
     parser.add_argument("--tokens", type=int, default=120, help="of each answer")
-    parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(KINDS))
+    parser.add_argument("--faults", nargs="*", choices=here, default=list(KINDS))
     parser.add_argument(
         "--between-faults-s", type=float, default=10.0, help="mean pause after a recovery"
     )
@@ -202,6 +214,7 @@ def main() -> int:
             "faults": seen.faults,
             "whole": seen.tally.whole,
             "left": seen.tally.left,
+            "breaks": seen.tally.breaks,
             "lost": seen.tally.lost,
             "wrong": seen.tally.wrong,
             "errors": seen.tally.errors,
