@@ -5,10 +5,11 @@
     python benchmarks/bench_load.py --front router             # no proxy: the router's own port
 
 Starts a Ray of its own with one real router, and a leader whose tokens come from a clock and are
-sent by the code that the real leader sends with. The streams begin within --ramp-s; a few more
-requests fill the waiting room. After a quiet time another process sends --flood requests at once,
-each over a connection of its own, and all of them should be refused: by status 429 or 503, with
-OpenAI's error object and a Retry-After.
+sent by the code that the real leader sends with. The streams begin within --ramp-s, or more slowly
+where the waiting room would be full; then a few more requests fill it. After a quiet time another
+process sends --flood requests at once, each over a connection of its own, and all of them should be
+refused: by status 429 or 503, with OpenAI's error object and a Retry-After. Streams have to last
+beyond that, or there is room again: --seconds.
 
 Printed for the quiet time, the flood, and the time after it: milliseconds between a stream's tokens
 (median, p99, largest), and the share of a core that each role took; the client is this process.
@@ -38,8 +39,10 @@ from benchmarks.streaming.fake_leader import CONTEXT_LENGTH, FakeEngine, Pace
 from benchmarks.streaming.flood import FloodBeside
 from benchmarks.streaming.processes import CpuMeter, find_processes
 from benchmarks.streaming.server import (
+    QUIET,
     proxy_variables,
     ray_and_serve,
+    read_pairs,
     server_beside,
     tell_port_and_wait,
 )
@@ -52,6 +55,7 @@ from scripts.demo_model import ensure_demo_model
 TEXT = "The sky looks blue because air scatters short waves of light more than long ones. "
 TICK_S = 0.02
 SETTLE_S = 3.0
+RAMP_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 60.0
 
 
@@ -82,6 +86,9 @@ def main() -> int:
     parser.add_argument("--flood", type=int, default=10_000, help="requests to be refused")
     parser.add_argument("--waiting", type=int, default=64, help="requests that may wait")
     parser.add_argument("--front", choices=("haproxy", "python", "router"), default="haproxy")
+    parser.add_argument(
+        "--node-env", nargs="+", default=[], metavar="NAME=VALUE", help="of Ray and all workers"
+    )
     parser.add_argument("--json", action="store_true", help="one object, not a table")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -89,7 +96,8 @@ def main() -> int:
     if arguments.serve:
         serve_until_stdin_ends(arguments)
         return 0
-    with server_beside(__file__, proxy_variables(arguments.front)) as server:
+    environment = proxy_variables(arguments.front) | read_pairs(arguments.node_env)
+    with server_beside(__file__, environment) as server:
         figures = asyncio.run(measure(arguments, server.pid, server.port))
     print(json.dumps(figures) if arguments.json else table(figures), flush=True)
     is_good = not (figures["lost"] or figures["wrong"])
@@ -116,7 +124,7 @@ def serve_until_stdin_ends(arguments: argparse.Namespace) -> None:
         engine = serve_app.engine_deployment(config, FakeEngine).bind(
             tokenizer.encode(TEXT), tokenizer.vocab_size, pace
         )
-        router = serve_app.router_deployment(config)
+        router = serve_app.router_deployment(config).options(logging_config=QUIET)
         fields = config.model_dump(exclude_unset=True)
         serve.run(router.bind(fields, engine), name="load", route_prefix="/")
         tell_port_and_wait(port)
@@ -130,12 +138,7 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
     if arguments.front == "router":
         port = await find_http_port(processes["router"][0])
     num_tokens = round(arguments.seconds * arguments.tokens_per_second)
-    request = make_request(num_tokens)
-    streams: list[HeldRequest] = []
-    for _ in range(arguments.streams):
-        streams.append(await send(request, port))
-        await asyncio.sleep(arguments.ramp_s / arguments.streams)
-    await asyncio.gather(*(stream.has_begun.wait() for stream in streams))
+    streams = await open_streams(arguments, make_request(num_tokens), port)
     waiting = [await send(make_request(1), port) for _ in range(arguments.waiting)]
     await asyncio.sleep(SETTLE_S)
 
@@ -183,6 +186,23 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
         "flood": asdict(flooded)
         | {"answer_s": spread(flooded.answer_s), "retry_after_s": spread(flooded.retry_after_s)},
     }
+
+
+async def open_streams(
+    arguments: argparse.Namespace, request: bytes, port: int
+) -> list[HeldRequest]:
+    """Open all streams, never more at once than may wait for their first token; all have theirs."""
+    room = asyncio.Semaphore(max(1, arguments.waiting // 2))
+
+    async def open_one(number: int) -> HeldRequest:
+        await asyncio.sleep(number * arguments.ramp_s / arguments.streams)
+        async with room:
+            stream = await send(request, port)
+            await stream.has_begun.wait()
+        return stream
+
+    async with asyncio.timeout(arguments.ramp_s + RAMP_TIMEOUT_S):
+        return await asyncio.gather(*map(open_one, range(arguments.streams)))
 
 
 def judge(

@@ -37,6 +37,7 @@ from benchmarks.streaming.server import (
     Server,
     proxy_variables,
     ray_and_serve,
+    read_pairs,
     server_beside,
     tell_port_and_wait,
 )
@@ -101,10 +102,6 @@ def serve_until_stdin_ends(arguments: argparse.Namespace) -> None:
         fields = config.model_dump(exclude_unset=True)
         serve.run(router.bind(fields, engine), name="bench", route_prefix="/")
         tell_port_and_wait(port)
-
-
-def read_pairs(pairs: list[str]) -> dict[str, str]:
-    return dict(cast("tuple[str, str]", pair.split("=", 1)) for pair in pairs)
 
 
 class StreamClient(asyncio.Protocol):

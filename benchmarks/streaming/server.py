@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import psutil
 import ray
@@ -67,6 +68,11 @@ def server_beside(script: str, environment: Mapping[str, str]) -> Iterator[Serve
 def proxy_variables(proxy: str) -> dict[str, str]:
     """What makes Serve put its `python` proxy in front of the routers, and not HAProxy."""
     return {"RAY_SERVE_ENABLE_HA_PROXY": "0"} if proxy == "python" else {}
+
+
+def read_pairs(pairs: list[str]) -> dict[str, str]:
+    """Environment variables as they stand on a command line."""
+    return dict(cast("tuple[str, str]", pair.split("=", 1)) for pair in pairs)
 
 
 @contextmanager
