@@ -79,7 +79,9 @@ class ServingClient:
         start_s = time.perf_counter()
         latency_s = 0.0
         try:
-            async with self._session.post(self._url, data=body) as response:
+            async with self._session.post(
+                self._url, data=body, headers=request.headers
+            ) as response:
                 if response.status != 200:
                     error = f"HTTP {response.status}: {explain(await response.read())}"
                 elif self._options.streams:
@@ -131,7 +133,8 @@ class ServingClient:
         options = self._options
         body: dict[str, Any] = {"model": options.model, "temperature": options.temperature}
         if options.is_chat:
-            body["messages"] = [{"role": "user", "content": request.prompt}]
+            message = {"role": "user", "content": request.prompt}
+            body["messages"] = [*request.history, message]
             body["max_completion_tokens"] = request.output_len
         else:
             body["prompt"] = request.prompt

@@ -3,8 +3,8 @@
 Knows neither HTTP nor the engine: both fill in a `RequestResult`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,11 +15,15 @@ class BenchRequest:
         prompt: Text, or token ids.
         prompt_len: In tokens; None where there is no tokenizer to count a text with.
         output_len: Most tokens to generate; exactly as many where end tokens are ignored.
+        history: Messages of the chat before this one.
+        headers: Sent beside those that all requests have.
     """
 
     prompt: str | list[int]
     prompt_len: int | None
     output_len: int
+    history: Sequence[Mapping[str, str]] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from engine.request import SamplingParams
 from engine.stats import EngineStats
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import load_tokenizer
+from tests.e2e.mixed_load import MixedLoad, leftovers_of, make_works
 
 DATA = Path(__file__).parents[1] / "data"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
@@ -241,6 +242,24 @@ async def test_a_stop_string_ends_the_request_in_the_engine_too(client, expected
     async with asyncio.timeout(TIMEOUT_S):
         while (await engine_stats()).num_running:
             await asyncio.sleep(0.02)
+
+
+async def test_requests_of_all_kinds_are_answered_right_and_leave_nothing_behind(base_url):
+    load = MixedLoad(base_url, "tiny", make_works(12, num_sentences=3))
+    try:
+        await load.learn_answers()
+        async with asyncio.timeout(TIMEOUT_S), load.asking(6):
+            while load.tally.whole.total() < 30 or load.tally.left < 5:
+                await asyncio.sleep(0.05)
+    finally:
+        await load.close()
+    assert load.tally.errors == []
+    assert len(load.tally.whole) >= 4
+    async with httpx.AsyncClient(base_url=base_url, timeout=TIMEOUT_S) as client:
+        async with asyncio.timeout(TIMEOUT_S):
+            # Engines tell their figures each second; one that has leaked never tells this.
+            while leftovers_of((await client.get("/fleet")).json()):
+                await asyncio.sleep(0.05)
 
 
 async def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(client):
