@@ -13,6 +13,7 @@ os.environ.setdefault(
 
 import jax
 import pytest
+from ray_environment import set_ray_environment
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -20,20 +21,22 @@ from engine.runner.model_runner import ModelRunner, PendingStep
 from engine.step import StepPlan
 from scripts import demo_model
 
+# Whichever test imports Ray first.
+set_ray_environment()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests of whole clusters as long ones, and let folders that take longest begin.
+    """Mark tests of whole clusters as long ones, and let what takes longest begin.
 
-    Otherwise a worker of pytest-xdist would end with them alone.
+    Otherwise a worker of pytest-xdist would end with it alone.
     """
     for item in items:
         if "e2e" in item.path.parts:
             item.add_marker(pytest.mark.long)
-    items.sort(key=lambda item: not {"e2e", "cluster"} & set(item.path.parts))
+    items.sort(key=lambda item: not {"e2e", "cluster", "test_llm.py"} & set(item.path.parts))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,18 +1,13 @@
 """A Ray of the tests' own; to be imported before ray is."""
 
-import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Ray reads these once, when imported; without a token it would write one into the user's home.
-os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-# Milliseconds between what processes tell of themselves, ten seconds by default.
-os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112
+from ray_environment import set_ray_environment
+
+set_ray_environment()
 
 import ray
 

@@ -37,6 +37,7 @@ SHORT_FORMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHORT_FORMS)
 def test_a_benchmark_runs_and_prints_its_rows(name: str):
     arguments, rows = SHORT_FORMS[name]

@@ -92,7 +92,8 @@ def test_the_policy_decides_in_a_controller_that_cannot_import_this_project(
         nodes = [
             {
                 "NodeID": "a", "Alive": True, "NodeManagerAddress": "10.0.0.1",
-                "NodeManagerPort": 1, "Resources": {"TPU": 4.0}, "Labels": {},
+                "NodeManagerPort": 1, "NodeManagerHostname": "a",
+                "Resources": {"TPU": 4.0}, "Labels": {},
             }
         ]
         ray.nodes = lambda: nodes

@@ -69,6 +69,7 @@ def test_a_plan_is_json_for_machines_and_a_plot(tmp_path: Path, config_file: Pat
     assert "compiling for v6e:1x1: 4/4" in done.stderr
 
 
+@pytest.mark.long
 def test_programs_compiled_for_a_slice_are_written_with_what_their_keys_are_made_of(
     tmp_path: Path, config_file: Path
 ) -> None:

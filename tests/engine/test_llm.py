@@ -135,7 +135,14 @@ def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, samplin
         assert llm.core.stats.preemptions_total > 0
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        pytest.param("tiny-qwen1", marks=pytest.mark.long),
+        pytest.param("tiny-qwen2-tied", marks=pytest.mark.long),
+        "tiny-qwen3",
+    ],
+)
 def test_every_family_serves_chunked_cached_and_preempted(checkpoint):
     with engine(checkpoint, enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
         expected = [llm.generate([prompt], GREEDY)[0] for prompt in PROMPTS]

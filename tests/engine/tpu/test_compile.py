@@ -69,8 +69,8 @@ def make_config(directory: Path, architecture: str, tpu: str, **flags: object) -
     [
         ("v6e:2x2", "Qwen3ForCausalLM", {}),
         # Heads of 64, and fewer of them than chips.
-        ("v6e:2x2", "Qwen2ForCausalLM", {"page_size": 1}),
-        ("v5e:1x1", "Qwen3ForCausalLM", {"page_size": 128}),
+        pytest.param("v6e:2x2", "Qwen2ForCausalLM", {"page_size": 1}, marks=pytest.mark.long),
+        pytest.param("v5e:1x1", "Qwen3ForCausalLM", {"page_size": 128}, marks=pytest.mark.long),
     ],
 )
 def test_steps_compile_with_our_kernels_and_update_the_cache_in_place(
