@@ -9,11 +9,6 @@ from ray_environment import set_ray_environment
 
 set_ray_environment()
 
-import ray
-
-from cluster.addresses import free_port
-from cluster.ray_node import start_node
-
 _TESTS = Path(__file__).parent
 _START_TIMEOUT_S = 270
 
@@ -25,6 +20,11 @@ def own_ray(num_cpus: int = 2) -> Iterator[None]:
     Args:
         num_cpus: That Ray counts, whatever the machine has.
     """
+    import ray
+
+    from cluster.addresses import free_port
+    from cluster.ray_node import start_node
+
     host = ray.util.get_node_ip_address()
     port = free_port(host)
     arguments = ["--head", "--node-ip-address", host, "--port", str(port)]

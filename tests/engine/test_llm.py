@@ -102,7 +102,18 @@ VARIATIONS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("overrides", VARIATIONS.values(), ids=VARIATIONS.keys())
+LONG_VARIATIONS = ("on pages of 128 tokens", "on two devices", "on three devices")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(
+            overrides, id=name, marks=[pytest.mark.long] if name in LONG_VARIATIONS else []
+        )
+        for name, overrides in VARIATIONS.items()
+    ],
+)
 def test_requests_get_the_tokens_that_each_gets_alone(alone, sampling, overrides):
     with engine(**overrides) as llm:
         assert_same(llm.generate(PROMPTS, sampling), alone)
