@@ -8,6 +8,7 @@ import pytest
 from fake_engine import FakeEngine, make_service, serve_on_loopback
 
 from engine.errors import EngineDiedError
+from tests.e2e import mixed_load
 from tests.e2e.mixed_load import MixedLoad, leftovers_of, make_works
 from tests.e2e.process_sizes import ProcessSizes, Sample, role_of
 
@@ -64,7 +65,10 @@ async def test_an_answer_with_other_text_is_wrong_and_one_broken_off_is_lost(
     assert _count(load, "lost" if counted == "wrong" else "wrong") == 0
 
 
-async def test_a_client_that_leaves_counts_neither_as_lost_nor_as_wrong(tmp_path):
+async def test_a_client_that_leaves_counts_neither_as_lost_nor_as_wrong(tmp_path, monkeypatch):
+    # Else it might be that none of them wants to, and all wait for answers that do not come.
+    monkeypatch.setattr(mixed_load, "SHARE_THAT_LEAVES", 1.0)
+    monkeypatch.setattr(mixed_load, "LONGEST_STAY_S", 0.1)
     service, engine = make_service(tmp_path, served_model_name="tiny")
     async with serve_on_loopback(service) as url:
         load = MixedLoad(url, "tiny", make_works(100, num_sentences=2))
