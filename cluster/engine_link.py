@@ -8,7 +8,6 @@ millisecond of CPU, a message a tenth of that.
 import asyncio
 import logging
 import random
-import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -291,7 +290,7 @@ class EngineLink:
             self._check_reader(journal)
             if end.done():
                 return await self._late_tokens(stream, end.result())
-            silence_s = time.monotonic() - stream.heard_s
+            silence_s = self._receiver.clock() - stream.heard_s
             if stream.leader is None:
                 # Where no engine is ready, Serve keeps the call until one is.
                 is_expected = bool(self._chooser.ready)
@@ -316,8 +315,10 @@ class EngineLink:
                 while not (tokens := stream.take()):
                     await stream.wait()
         except TimeoutError:
-            raise_if_failed(end)
-            raise EngineDiedError("The engine's last tokens did not arrive.") from None
+            await self._receiver.catch_up()
+            if not (tokens := stream.take()):
+                raise_if_failed(end)
+                raise EngineDiedError("The engine's last tokens did not arrive.") from None
         return tokens
 
     async def _watch_silence(self) -> None:

@@ -12,12 +12,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain
 
 import msgspec
 import zmq.asyncio
 
 from cluster.curve import CurveKeys, CurveServer, connect, send_at_once
+from cluster.lived_time import LivedTime
 from cluster.watched_tasks import WatchedTasks
 from engine.errors import EngineDiedError
 from engine.request import FinishReason, RequestTiming, TokenLogprobs
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 0.5
 _MESSAGES_PER_TURN = 8
+# A message takes as many: the socket's event, the end of the wait for it, whoever waited.
+_QUIET_TURNS = 4
 _TOKENS, _BEAT, _ABORT = b"tokens", b"beat", b"abort"
 
 
@@ -101,17 +104,18 @@ class TokenStream:
 
     Args:
         num_tokens: Tokens that earlier attempts received, per choice.
+        now_s: When it begins, by the receiver's clock.
 
     Attributes:
         num_tokens: Tokens received so far, per choice.
-        heard_s: When the engine was heard last (monotonic clock).
+        heard_s: When the engine was heard last, by the receiver's clock.
         leader: Id of the engine that took the call, once it has said so.
     """
 
-    def __init__(self, num_tokens: Sequence[int]) -> None:
+    def __init__(self, num_tokens: Sequence[int], now_s: float = 0.0) -> None:
         self.num_tokens = list(num_tokens)
         self._num_before = tuple(num_tokens)
-        self.heard_s = time.monotonic()
+        self.heard_s = now_s
         self.leader: bytes | None = None
         self._received: list[ChoiceTokens] = []
         self._has_gap = False
@@ -192,16 +196,22 @@ class TokenReceiver:
     """A router's socket: hands the tokens that arrive to the streams that wait for them.
 
     Belongs to the event loop that it is opened in.
+
+    Attributes:
+        clock: By which silence is measured.
     """
 
     def __init__(self, bind_host: str) -> None:
         """Bind to a free port of one of this host's own addresses."""
+        self.clock = LivedTime()
         self._streams: dict[tuple[str, int], TokenStream] = {}
+        self._num_received = 0
         self._server = CurveServer(bind_host)
         self.invitation = RouterInvitation(
             self._server.address, self._server.public_key, *self._server.client_keys
         )
         self._tasks = WatchedTasks()
+        self._tasks.start("measure the time", self.clock.tick())
         self._tasks.start("receive tokens", self._receive())
         self._tasks.start("beat to the engines", self._beat())
 
@@ -215,7 +225,7 @@ class TokenReceiver:
 
     def open_stream(self, request_id: str, attempt: int, num_tokens: Sequence[int]) -> TokenStream:
         """Expect tokens of a call that is about to be made; of those before it, so many came."""
-        stream = TokenStream(num_tokens)
+        stream = TokenStream(num_tokens, self.clock())
         self._streams[request_id, attempt] = stream
         return stream
 
@@ -225,7 +235,7 @@ class TokenReceiver:
 
     def wake_silent_streams(self, silence_s: float) -> None:
         """Wake whoever waits for an engine that was not heard for so long."""
-        now_s = time.monotonic()
+        now_s = self.clock()
         for stream in self._streams.values():
             if now_s - stream.heard_s > silence_s:
                 stream.wake()
@@ -243,18 +253,27 @@ class TokenReceiver:
             payload = msgspec.msgpack.encode(AbortChoice(request_id, attempt, choice))
             self._server.send(stream.leader, _ABORT, payload)
 
+    async def catch_up(self) -> None:
+        """Hand out what has arrived and was not read, because the loop had other things to do."""
+        num_quiet_turns = 0
+        while num_quiet_turns < _QUIET_TURNS:
+            num_received = self._num_received
+            await asyncio.sleep(0)
+            num_quiet_turns = num_quiet_turns + 1 if self._num_received == num_received else 0
+
     async def close(self) -> None:
         await self._tasks.close()
         self._server.close()
 
     async def _receive(self) -> None:
-        for num_received in count(1):
+        while True:
             leader, kind, *payload = await self._server.receive()
-            if num_received % _MESSAGES_PER_TURN == 0:
+            self._num_received += 1
+            if self._num_received % _MESSAGES_PER_TURN == 0:
                 # A message that lies there is received without a pause, and a leader may be faster
                 # than this loop: let the streams send on what they have.
                 await asyncio.sleep(0)
-            now_s = time.monotonic()
+            now_s = self.clock()
             if kind == _BEAT:
                 for stream in self._streams.values():
                     if stream.leader == leader:

@@ -21,7 +21,9 @@ DONE = b"data: [DONE]\n\n"
 COMMENT_PERIOD_S = 10.0
 """A stream that has nothing to say for so long says that it waits: proxies cut silent ones."""
 
-_COMMENT = b": waiting for an engine\n\n"
+# No blank line after it: once an event had an id, OpenAI's Python client takes a blank line for the
+# end of another event.
+_COMMENT = b": waiting for an engine\n"
 
 _REQUEST_ID = b"x-request-id"
 

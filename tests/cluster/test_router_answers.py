@@ -1,5 +1,6 @@
 """Answers through the openai SDK over a loopback server; the engine is a fake."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service, serve_on_loopback
 from openai import AsyncOpenAI
 
+from cluster.openai.sse import AnswerResponse
 from cluster.service import OpenAIService
 from engine.errors import EngineDiedError, RequestGivenUpError
 
@@ -70,6 +72,38 @@ async def test_a_streamed_chat_says_the_same_as_a_whole_one(client: Client) -> N
     assert all(c.choices[0].finish_reason is None for c in chunks[:-1])
     assert len({c.id for c in chunks}) == 1
     assert all(c.usage is None for c in chunks)
+
+
+async def test_openais_client_reads_on_when_a_stream_says_that_it_waits(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.openai.sse.COMMENT_PERIOD_S", 0.01)
+    engine.steps = steps = asyncio.Semaphore(3)
+    text = ""
+    stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    has_commented = _next_comment(monkeypatch)
+    async with asyncio.timeout(30):
+        async for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            if text and not has_commented.is_set():
+                await has_commented.wait()
+                for _ in range(100):
+                    steps.release()
+    assert text == "Once upon a time"
+
+
+def _next_comment(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when a stream has sent a comment from here on."""
+    has_commented = asyncio.Event()
+    send = AnswerResponse._send
+
+    async def watched(self: AnswerResponse, to: Any, body: bytes, **options: Any) -> None:
+        await send(self, to, body, **options)
+        if body.startswith(b":"):
+            has_commented.set()
+
+    monkeypatch.setattr(AnswerResponse, "_send", watched)
+    return has_commented
 
 
 async def test_the_stream_ends_with_usage_if_asked_for(client: Client) -> None:

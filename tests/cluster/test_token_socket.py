@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+import zmq
 
 from cluster.curve import CurveKeys
+from cluster.lived_time import TICK_S, LivedTime
 from cluster.token_socket import (
     AbortChoice,
     ChoiceTokens,
@@ -246,10 +248,10 @@ async def test_a_leader_is_the_same_one_after_its_connection_broke(receiver: Tok
             leader.sender.send([tokens(0, 0, 4)])
             await receive(stream)
             wire.cut()
-            cut_s = time.monotonic()
+            cut_s, leader_cut_s = receiver.clock(), time.monotonic()
             # No tokens come: beats alone say, both ways, that the other side is there.
             async with asyncio.timeout(TIMEOUT_S):
-                while min(stream.heard_s, leader.sender.heard_s) < cut_s:
+                while stream.heard_s <= cut_s or leader.sender.heard_s < leader_cut_s:
                     await asyncio.sleep(0.01)
             receiver.abort_choice("r", 0, 0)
             assert await asyncio.wait_for(leader.aborts.get(), TIMEOUT_S) == AbortChoice("r", 0, 0)
@@ -273,3 +275,40 @@ async def test_a_leader_without_the_key_is_not_heard(receiver: TokenReceiver):
                 await asyncio.sleep(0.01)
         leader.sender.send([tokens(0, 0, 1)])
         assert (await receive(stream)).token_ids == (1,)
+
+
+def arrive(receiver: TokenReceiver) -> None:
+    """Hold the event loop up until something lies in the receiver's socket."""
+    assert zmq.Socket.shadow(receiver._server._socket).poll(TIMEOUT_S * 1000)
+
+
+async def test_what_has_arrived_while_the_loop_was_held_up_is_caught_up_with(
+    receiver: TokenReceiver,
+) -> None:
+    stream = receiver.open_stream("r", 0, [0])
+    with Leader(receiver) as leader:
+        leader.sender.send([ChoiceTokens("r", 0, 0, 0, (1,))])
+        async with asyncio.timeout(TIMEOUT_S):
+            await stream.wait()
+        assert [tokens.token_ids for tokens in stream.take()] == [(1,)]
+        for index in range(1, 40):
+            leader.sender.send([ChoiceTokens("r", 0, 0, index, (index + 1,))])
+        arrive(receiver)
+        assert stream.take() == []
+        while stream.num_tokens != [40]:
+            await receiver.catch_up()
+
+
+async def test_time_stands_while_the_loop_is_held_up() -> None:
+    clock = LivedTime()
+    ticking = asyncio.create_task(clock.tick())
+    await asyncio.sleep(2 * TICK_S)
+    began_s, lived_s = time.monotonic(), clock()
+    while time.monotonic() - began_s < 10 * TICK_S:
+        pass
+    await asyncio.sleep(0)
+    assert 0 < clock() - lived_s < 5 * TICK_S
+    lived_s = clock()
+    while clock() - lived_s < 5 * TICK_S:  # It goes on.
+        await asyncio.sleep(TICK_S)
+    ticking.cancel()
