@@ -179,7 +179,9 @@ async def test_an_id_of_no_event_of_the_stream_is_refused(
     request = {"model": MODEL, "stream": True, **CHAT}
     whole = read((await client.post("/v1/chat/completions", json=request)).text)
     name = whole.events[0]["id"]
-    response = await client.get(f"/v1/streams/{name}", headers={"Last-Event-ID": last_id.encode()})
+    response = await client.get(
+        f"/v1/streams/{name}", headers=[(b"Last-Event-ID", last_id.encode())]
+    )
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "Last-Event-ID")
 

@@ -14,6 +14,7 @@ from cluster.openai.engine_client import (
     EngineInfo,
     Fleet,
     GenerateRequest,
+    StreamRecord,
     TokenDelta,
 )
 from cluster.openai.generation import Generation, WholeChoice, collect
@@ -43,6 +44,14 @@ class Replay:
         return EngineInfo(is_ready=True)
 
     async def profile(self, num_steps: int) -> None:
+        raise NotImplementedError
+
+    async def recall(
+        self, request_id: str, *, engine_id: str | None, tenant: bytes
+    ) -> StreamRecord:
+        raise NotImplementedError
+
+    def resume(self, record: StreamRecord) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         raise NotImplementedError
 
     def abort_choice(self, request_id: str, index: int) -> None:
