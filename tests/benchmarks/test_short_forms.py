@@ -38,6 +38,7 @@ SHORT_FORMS = {
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SHORT_FORMS)
 def test_a_benchmark_runs_and_prints_its_rows(name: str):
     arguments, rows = SHORT_FORMS[name]
@@ -45,7 +46,7 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str):
         [sys.executable, ROOT / "benchmarks" / name, *shlex.split(arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         check=False,
     )
