@@ -55,7 +55,12 @@ def proxy_environment(folder: Path) -> dict[str, str]:
     Args:
         folder: For HAProxy's files; short, because a Unix socket will lie in it.
     """
-    chosen = {"RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy() else "0"}
+    chosen = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if has_haproxy() else "0",
+        # A proxy that is not there after so long is killed, and Serve's start fails with it: 5 s by
+        # default, which a busy machine takes to import it.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    }
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", chosen["RAY_SERVE_ENABLE_HA_PROXY"]) != "1":
         logger.info("Serve runs behind its own proxy, which takes more CPU per token than HAProxy.")
     else:
