@@ -52,6 +52,8 @@ class FolderScheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, _ = nodeid.partition("::")
+        if path == "tests/benchmarks/test_short_forms.py":
+            return "tests/e2e"  # Two clusters at a time are too many for two cores.
         for folder in ("tests/e2e", "tests/cluster"):
             if path.startswith(folder):
                 return folder
