@@ -1,4 +1,8 @@
-"""The end of a call to an engine over Serve, as an error of ours where it failed."""
+"""The end of a call to an engine over Serve: its answer, an error of ours, or silence."""
+
+import asyncio
+import logging
+from typing import Any, cast
 
 import msgspec
 import ray.exceptions
@@ -8,7 +12,7 @@ from ray.serve.exceptions import (
     RayServeException,
     ReplicaUnavailableError,
 )
-from ray.serve.handle import DeploymentResponse
+from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 
 from cluster.token_socket import CallError, GenerateEnd
 from engine import errors
@@ -16,6 +20,23 @@ from engine.errors import EngineError
 
 # Serve's own failures, such as an engine that was never deployed, are no RayErrors.
 CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
+
+
+logger = logging.getLogger(__name__)
+
+
+async def answer_within(
+    timeout_s: float, response: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
+) -> bytes | None:
+    """What an engine answers; None if it does not in time, or cannot be called."""
+    try:
+        # Not `wait_for`, which in Python 3.11 may answer in the place of being cancelled.
+        async with asyncio.timeout(timeout_s):
+            return await cast("DeploymentResponse[bytes]", response)
+    except (TimeoutError, *CALL_FAILURES) as error:
+        response.cancel()
+        logger.debug("an engine did not answer: %r", error)
+        return None
 
 
 async def await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from ray.serve.handle import DeploymentHandle
 
-from cluster.engine_call import CALL_FAILURES
+from cluster.engine_call import CALL_FAILURES, answer_within
 from cluster.engine_choice import EngineChooser, Route
 from cluster.fleet_events import FleetEvents
 from cluster.openai.engine_client import EngineInfo, Fleet, RankStatus
@@ -158,15 +158,12 @@ class EngineFleet:
         if running is not None and name not in running:
             return self._silent(name)
         response = self._engine.describe.remote(route=Route((name,)))
-        try:
-            payload = await asyncio.wait_for(response, _INFO_TIMEOUT_S)
+        payload = await answer_within(_INFO_TIMEOUT_S, response)
+        if payload is not None:
             info = msgspec.msgpack.decode(payload, type=EngineInfo)
             if info.engine_id == name:
                 return info
             logger.debug("engine %s answered in the place of %s", info.engine_id, name)
-        except (TimeoutError, *CALL_FAILURES) as error:
-            response.cancel()
-            logger.debug("engine %s did not describe itself: %r", name, error)
         return self._silent(name)
 
     def _silent(self, name: str) -> EngineInfo:

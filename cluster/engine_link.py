@@ -17,7 +17,7 @@ import msgspec
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from cluster.attempts import AttemptError, Failures
-from cluster.engine_call import CALL_FAILURES, await_end, raise_if_failed
+from cluster.engine_call import answer_within, await_end, raise_if_failed
 from cluster.engine_choice import Demand, EngineChooser, Route
 from cluster.engine_fleet import EngineFleet
 from cluster.journal import KEEP_S, GenerateCall, Journal, Journals
@@ -131,7 +131,8 @@ class EngineLink:
             "DeploymentResponse[bytes]", self._engine.profile.remote(num_steps, route=route)
         )
         try:
-            end = await asyncio.wait_for(await_end(response), PROFILE_TIMEOUT_S)
+            async with asyncio.timeout(PROFILE_TIMEOUT_S):
+                end = await await_end(response)
         except TimeoutError:
             raise EngineNotReadyError("No engine answered the call to profile.") from None
         raise_if_failed(end)
@@ -176,12 +177,7 @@ class EngineLink:
             if running is not None and name not in running:
                 return []
             response = self._engine.recall.remote(request_id, tenant, route=Route((name,)))
-            try:
-                payload = await asyncio.wait_for(response, RECALL_TIMEOUT_S)
-            except (TimeoutError, *CALL_FAILURES) as error:
-                response.cancel()
-                logger.debug("engine %s was not asked for %s: %r", name, request_id, error)
-                return []
+            payload = await answer_within(RECALL_TIMEOUT_S, response)
             return [msgspec.msgpack.decode(payload, type=StreamRecord)] if payload else []
 
         found = await asyncio.gather(*map(ask, engine_ids))
