@@ -14,7 +14,6 @@ unbroken one, and the longest pauses within streams.
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import random
@@ -24,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import aiohttp
 import httpx
 import openai
 import psutil
@@ -46,16 +46,14 @@ from tiny_checkpoint import tiny_checkpoint
 
 import serve_app
 from cluster.addresses import free_port
+from tests.e2e.patient_client import REQUEST_TIMEOUT_S, AnswerError, PatientClient, asking
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 MODEL = "fault-test"
 START_TIMEOUT_S = 400
 RECOVERY_TIMEOUT_S = 240
-REQUEST_TIMEOUT_S = 400
 NOTICE_TIMEOUT_S = 30
-MAX_TRIES = 20
-RETRY_PAUSE_S = 0.5
 BETWEEN_FAULTS_S = (1.0, 3.0)
 PROMPTS = (
     "Why is the sky blue?",
@@ -89,6 +87,9 @@ class Stream:
     is_wrong: bool = False
     pause_s: float = 0.0
     num_breaks: int = 0
+
+    def count_break(self) -> None:
+        self.num_breaks += 1
 
 
 @dataclass(slots=True)
@@ -236,7 +237,7 @@ class Clients:
         self._client = openai.AsyncOpenAI(
             base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=2
         )
-        self._http = httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S)
+        self._streaming = PatientClient(base_url)
         self._works = works
         self._answers: dict[Work, str] = {}
         self.streams: list[Stream] = []
@@ -247,40 +248,28 @@ class Clients:
         answers = await asyncio.gather(*(self._ask(each, lambda: None) for each in streams))
         self._answers = dict(zip(self._works, answers, strict=True))
 
-    @asynccontextmanager
-    async def asking(self, num_clients: int) -> AsyncIterator[None]:
+    def asking(self, num_clients: int) -> AbstractAsyncContextManager[None]:
         """Keep so many requests under way; at the end all are brought to their ends."""
-        is_over = asyncio.Event()
-        tasks = [
-            asyncio.create_task(self._ask_on(number, is_over)) for number in range(num_clients)
-        ]
+        return asking(num_clients, self._ask_one)
+
+    async def _ask_one(self, turn: int) -> None:
+        work = self._works[turn % len(self._works)]
+        stream = Stream(work, started_s=time.monotonic())
+        self.streams.append(stream)
+        last_s = stream.started_s
+
+        def on_text() -> None:
+            nonlocal last_s
+            now_s = time.monotonic()
+            stream.pause_s = max(stream.pause_s, now_s - last_s)
+            last_s = now_s
+
         try:
-            yield
-        finally:
-            is_over.set()
-            await asyncio.gather(*tasks)
-
-    async def _ask_on(self, number: int, is_over: asyncio.Event) -> None:
-        turn = number
-        while not is_over.is_set():
-            work = self._works[turn % len(self._works)]
-            turn += 1
-            stream = Stream(work, started_s=time.monotonic())
-            self.streams.append(stream)
-            last_s = stream.started_s
-
-            def on_text(stream: Stream = stream) -> None:
-                nonlocal last_s
-                now_s = time.monotonic()
-                stream.pause_s = max(stream.pause_s, now_s - last_s)
-                last_s = now_s
-
-            try:
-                text = await self._ask(stream, on_text)
-            except (openai.OpenAIError, httpx.HTTPError) as error:
-                stream.error = repr(error)
-            else:
-                stream.is_wrong = text != self._answers[work]
+            text = await self._ask(stream, on_text)
+        except (openai.OpenAIError, aiohttp.ClientError, AnswerError, TimeoutError) as error:
+            stream.error = repr(error)
+        else:
+            stream.is_wrong = text != self._answers[work]
 
     async def _ask(self, stream: Stream, on_text: Callable[[], None]) -> str:
         work = stream.work
@@ -293,61 +282,21 @@ class Clients:
             **options,
         }
         if work.is_stream:
-            return await self._read_stream(request | {"stream": True}, stream, on_text)
+            text = ""
+            async with aclosing(self._streaming.events(request, stream.count_break)) as events:
+                async for event in events:
+                    if content := event["choices"][0]["delta"].get("content"):
+                        text += content
+                        on_text()
+            return text
         extra_body = {"ignore_eos": request.pop("ignore_eos")}
         answer = await self._client.chat.completions.create(**request, extra_body=extra_body)
         on_text()
         return answer.choices[0].message.content or ""
 
-    async def _read_stream(
-        self, request: dict[str, Any], stream: Stream, on_text: Callable[[], None]
-    ) -> str:
-        """Read a stream to its end, and the rest of it where the connection to it breaks."""
-        text, name, event_id, last_id = "", None, "", ""
-        for num_tries in itertools.count():
-            if name is None:
-                asked = self._http.stream("POST", "/v1/chat/completions", json=request)
-            else:
-                headers = {"Last-Event-ID": last_id} if last_id else {}
-                asked = self._http.stream("GET", f"/v1/streams/{name}", headers=headers)
-            try:
-                async with asked as response:
-                    await check_status(response)
-                    async for line in response.aiter_lines():
-                        field, _, value = line.partition(": ")
-                        if field == "id":
-                            event_id = value
-                        elif value == "[DONE]":
-                            return text
-                        elif field == "data":
-                            event = json.loads(value)
-                            if "error" in event:
-                                raise openai.OpenAIError(event["error"]["message"])
-                            name, last_id = event["id"], event_id
-                            if content := event["choices"][0]["delta"].get("content"):
-                                text += content
-                                on_text()
-                    raise httpx.RemoteProtocolError("the stream ended without its end")
-            except httpx.TransportError:
-                if num_tries == MAX_TRIES:
-                    raise
-                stream.num_breaks += 1
-                await asyncio.sleep(RETRY_PAUSE_S)
-        raise AssertionError("tries are counted above")
-
     async def close(self) -> None:
         await self._client.close()
-        await self._http.aclose()
-
-
-async def check_status(response: httpx.Response) -> None:
-    """Raise for an answer that is none; what a proxy says for a router that is gone may pass."""
-    if response.status_code == 200:
-        return
-    body = (await response.aread()).decode()
-    if response.status_code >= 500 and not body.startswith('{"error"'):
-        raise httpx.RemoteProtocolError(f"HTTP {response.status_code}: {body}")
-    raise openai.OpenAIError(f"HTTP {response.status_code}: {body}")
+        await self._streaming.close()
 
 
 async def wait_until(base_url: str, num_ranks: int, *, all_serve: bool, timeout_s: float) -> None:

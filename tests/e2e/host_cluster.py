@@ -5,9 +5,7 @@ of which is to spare, so that a gang that lost a host goes on elsewhere.
 """
 
 import os
-import secrets
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,30 +14,12 @@ from random import Random
 from typing import Any
 
 import yaml
-from network_hosts import NetworkHost, network_hosts
+from network_hosts import NetworkHost, network_hosts, ray_environment, start_ray
 
-ROOT = Path(__file__).resolve().parents[2]
 RAY_PORT, HTTP_PORT = 6379, 8000
 RANK_TITLE = "^ray::HostWorker"
-START_TIMEOUT_S = 180.0
 
-_ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-_ROUTER_OPTIONS = {
-    "num_cpus": 0.2,
-    "resources": {"node:__internal_head__": 0.001},
-    "runtime_env": {
-        "env_vars": {
-            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        }
-    },
-}
+_ENVIRONMENT = ray_environment()
 
 
 class HostCluster:
@@ -70,7 +50,7 @@ class HostCluster:
             "import_path": "serve_app:build",
             "route_prefix": "/",
             "args": dict(args),
-            "deployments": [{"name": "Router", "ray_actor_options": _ROUTER_OPTIONS}],
+            "deployments": [{"name": "Router", "ray_actor_options": _on_the_head()}],
         }
         config = {
             "proxy_location": "HeadOnly",
@@ -116,17 +96,19 @@ class HostCluster:
         self._start_ray(host, [f"--address={self._head.address}:{RAY_PORT}", "--num-cpus=1"])
 
     def _start_ray(self, host: NetworkHost, flags: Sequence[str]) -> None:
-        command = ["ray", "start", *flags, f"--node-ip-address={host.address}"]
-        command.append("--object-store-memory=80000000")
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                host.run(*command, environment=_ENVIRONMENT)
-                return
-            except AssertionError as error:
-                # `ray start` gives up after 30 s, which a busy machine may need.
-                if "timed out" not in str(error) or time.monotonic() > deadline_s:
-                    raise
+        memory = "--object-store-memory=80000000"
+        start_ray(host, *flags, memory, environment=_ENVIRONMENT)
+
+
+def _on_the_head() -> dict[str, Any]:
+    """The routers' options, for the head alone."""
+    from cluster.router import ROUTER_ENVIRONMENT  # not before Ray's environment is set
+
+    return {
+        "num_cpus": 0.2,
+        "resources": {"node:__internal_head__": 0.001},
+        "runtime_env": {"env_vars": dict(ROUTER_ENVIRONMENT)},
+    }
 
 
 @contextmanager

@@ -1,26 +1,23 @@
 """Clients that ask in all the ways there are, and know each answer before they ask."""
 
 import asyncio
-import itertools
-import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 
-REQUEST_TIMEOUT_S = 400
+from tests.e2e.patient_client import PatientClient, asking
+
 SHARE_THAT_LEAVES = 0.25
 LONGEST_STAY_S = 1.5
 # Rounding depends on which requests share a step.
 LOGPROB_TOLERANCE = 1e-3
 MAX_ERRORS = 50
-MAX_TRIES = 20
-RETRY_PAUSE_S = 0.5
 
 
 @dataclass(slots=True)
@@ -117,15 +114,10 @@ class MixedLoad:
     """Clients that ask for one answer after another, streamed or whole, and some of them leave."""
 
     def __init__(self, base_url: str, model: str, works: Sequence[Work]) -> None:
-        self._url = f"{base_url}/v1/chat/completions"
-        self._streams_url = f"{base_url}/v1/streams"
+        self._client = PatientClient(base_url)
         self._model = model
         self._works = list(works)
         self._answers: list[Answer] = []
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-            connector=aiohttp.TCPConnector(limit=0),
-        )
         self.tally = Tally()
 
     async def learn_answers(self) -> None:
@@ -143,26 +135,18 @@ class MixedLoad:
             stopped = replace(answer[0], text=text[: text.find(stop)], finish_reason="stop")
             self._answers.append({0: stopped})
 
-    @asynccontextmanager
-    async def asking(self, num_clients: int) -> AsyncIterator[None]:
+    def asking(self, num_clients: int) -> AbstractAsyncContextManager[None]:
         """Keep so many requests under way; at the end all are brought to their ends."""
-        is_over = asyncio.Event()
-        tasks = [asyncio.create_task(self._ask_on(is_over)) for _ in range(num_clients)]
-        try:
-            yield
-        finally:
-            is_over.set()
-            await asyncio.gather(*tasks)
+        return asking(num_clients, self._ask_at_random)
 
     async def close(self) -> None:
-        await self._session.close()
+        await self._client.close()
 
-    async def _ask_on(self, is_over: asyncio.Event) -> None:
-        while not is_over.is_set():
-            number = random.randrange(len(self._works))
-            is_leaving = random.random() < SHARE_THAT_LEAVES
-            stay_s = random.uniform(0, LONGEST_STAY_S) if is_leaving else None
-            await self._ask_one(number, is_stream=random.random() < 0.7, stay_s=stay_s)
+    async def _ask_at_random(self, _: int) -> None:
+        number = random.randrange(len(self._works))
+        is_leaving = random.random() < SHARE_THAT_LEAVES
+        stay_s = random.uniform(0, LONGEST_STAY_S) if is_leaving else None
+        await self._ask_one(number, is_stream=random.random() < 0.7, stay_s=stay_s)
 
     async def _ask_one(self, number: int, *, is_stream: bool, stay_s: float | None) -> None:
         work, expected, tally = self._works[number], self._answers[number], self.tally
@@ -192,68 +176,19 @@ class MixedLoad:
             tally.add_error(f"{work.name}: {answer} and not {expected}")
 
     async def _ask(self, work: Work, answer: Answer, *, is_stream: bool) -> None:
-        """Ask, and put into `answer` what has come; ValueError if it is no whole answer.
-
-        Where a connection breaks, the rest of a stream is asked for, and a whole answer once more.
-        """
-        body = {"model": self._model, "ignore_eos": True, "stream": is_stream, **work.body}
-        place = _Place()
-        for num_tries in itertools.count():
-            try:
-                if is_stream:
-                    await self._read_stream(body, answer, place)
-                else:
-                    async with self._session.post(self._url, json=body) as response:
-                        await _check_status(response)
-                        _take(answer, await response.json(), "message")
-                break
-            except aiohttp.ClientError:
-                if num_tries == MAX_TRIES:
-                    raise
-                self.tally.breaks += 1
-                await asyncio.sleep(RETRY_PAUSE_S)
+        """Ask, and put into `answer` what has come; ValueError if it is no whole answer."""
+        body = {"model": self._model, "ignore_eos": True, **work.body}
+        if is_stream:
+            async with aclosing(self._client.events(body, self._count_break)) as events:
+                async for event in events:
+                    _take(answer, event, "delta")
+        else:
+            _take(answer, await self._client.whole(body, self._count_break), "message")
         if not answer or any(choice.finish_reason is None for choice in answer.values()):
             raise ValueError("the answer ended without a finish reason")
 
-    async def _read_stream(self, body: Mapping[str, Any], answer: Answer, place: "_Place") -> None:
-        """Read a stream from the place that it has come to; ClientError if it breaks off."""
-        if place.name is None:
-            asked = self._session.post(self._url, json=body)
-        else:
-            headers = {"Last-Event-ID": place.last_id} if place.last_id else {}
-            asked = self._session.get(f"{self._streams_url}/{place.name}", headers=headers)
-        event_id = ""
-        async with asked as response:
-            await _check_status(response)
-            async for line in response.content:
-                field, _, value = line.decode().rstrip().partition(": ")
-                if field == "id":
-                    event_id = value
-                elif value == "[DONE]":
-                    return
-                elif field == "data":
-                    event = json.loads(value)
-                    _take(answer, event, "delta")
-                    place.name, place.last_id = event["id"], event_id or place.last_id
-        raise aiohttp.ClientPayloadError("the stream ended without its end")
-
-
-@dataclass(slots=True)
-class _Place:
-    """How far a stream has been read, by its own names."""
-
-    name: str | None = None
-    last_id: str = ""
-
-
-async def _check_status(response: aiohttp.ClientResponse) -> None:
-    """Raise for an answer that is none; what a proxy says for a router that is gone may pass."""
-    if response.status == 200:
-        return
-    body = (await response.read()).decode(errors="replace")
-    if response.status >= 500 and not body.startswith('{"error"'):
-        raise aiohttp.ClientPayloadError(f"HTTP {response.status}: {body[:300]}")
-    raise ValueError(f"HTTP {response.status}: {body[:300]}")
+    def _count_break(self) -> None:
+        self.tally.breaks += 1
 
 
 def leftovers_of(fleet: dict[str, Any]) -> list[str]:
@@ -272,8 +207,6 @@ def leftovers_of(fleet: dict[str, Any]) -> list[str]:
 
 
 def _take(answer: Answer, event: Mapping[str, Any], key: str) -> None:
-    if "choices" not in event:
-        raise ValueError(f"an error amid a stream: {event}")
     for part in event["choices"]:
         choice = answer.setdefault(part["index"], Choice())
         choice.text += part[key].get("content") or ""

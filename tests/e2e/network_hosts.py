@@ -10,19 +10,24 @@ below, /etc/hosts and the folder in which who logs in finds himself. Needs root 
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # Names carry our process id, so that two runs of the tests do not meet.
 _PREFIX = f"qor{os.getpid()}"
 _SWITCH = f"{_PREFIX}-switch"
 _SUBNET = "10.213.77"
+_RAY_START_TIMEOUT_S = 180.0
 _OWN_FOLDERS = (Path("/dev/shm"), Path("/tmp/ray"), Path("/tmp/haproxy-serve"))
 
 
@@ -159,6 +164,36 @@ class NetworkHost:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
         self._init_pid = 0
+
+
+def ray_environment() -> dict[str, str]:
+    """What Ray's commands, and this project's, are given on hosts of one cluster."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        # One token on all hosts; else Ray writes one into the user's home.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def start_ray(host: NetworkHost, *flags: str, environment: Mapping[str, str]) -> None:
+    """Start a Ray node on a host, at its own address.
+
+    Raises:
+        AssertionError: It did not start; with what it printed.
+    """
+    command = ["ray", "start", *flags, f"--node-ip-address={host.address}"]
+    deadline_s = time.monotonic() + _RAY_START_TIMEOUT_S
+    while True:
+        try:
+            host.run(*command, environment=environment)
+            return
+        except AssertionError as error:
+            # `ray start` gives up after 30 s, which a busy machine may need.
+            if "timed out" not in str(error) or time.monotonic() > deadline_s:
+                raise
 
 
 def _on_a_host(environment: Mapping[str, str] | None) -> dict[str, str]:

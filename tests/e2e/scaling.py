@@ -16,8 +16,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from tiny_checkpoint import tiny_checkpoint
 
 import serve_app
 from cluster.addresses import free_port
+from tests.e2e.patient_client import asking
 
 HOST = "127.0.0.1"
 MODEL = "scaling-test"
@@ -127,21 +128,9 @@ class Clients:
             )
         return seen
 
-    @asynccontextmanager
-    async def asking(self, num_clients: int, num_tokens: int) -> AsyncIterator[None]:
+    def asking(self, num_clients: int, num_tokens: int) -> AbstractAsyncContextManager[None]:
         """Keep so many requests under way; at the end all are brought to their ends."""
-        is_over = asyncio.Event()
-
-        async def ask_on() -> None:
-            while not is_over.is_set():
-                await self.ask(num_tokens)
-
-        tasks = [asyncio.create_task(ask_on()) for _ in range(num_clients)]
-        try:
-            yield
-        finally:
-            is_over.set()
-            await asyncio.gather(*tasks)
+        return asking(num_clients, lambda _: self.ask(num_tokens))
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -13,24 +11,18 @@ from typing import Any
 
 import pytest
 from fake_slices import TPU_HOST_FLAGS, tpu_variables
-from network_hosts import NetworkHost, hosts_or_skip
+from network_hosts import ROOT, NetworkHost, hosts_or_skip, ray_environment, start_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(400)]
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 GANG = Path(__file__).with_name("gang_on_slices.py")
-SCRIPTS = Path(sys.executable).parent
 SILENCE_S = 4.0
 PORT = 6379
 
-ENVIRONMENT = {
+ENVIRONMENT = ray_environment() | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'cluster'}",
-    "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    "RAY_USAGE_STATS_ENABLED": "0",
     # Else fake hosts would be asked for a metadata server, once for each fact.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -42,24 +34,17 @@ def hosts(tmp_path: Path) -> Iterator[list[NetworkHost]]:
         yield made
 
 
-def start_ray(head: NetworkHost, slices: dict[str, list[NetworkHost]]) -> None:
+def start_ray_everywhere(head: NetworkHost, slices: dict[str, list[NetworkHost]]) -> None:
     """Ray on all hosts; the worker ids run against the order in which the hosts join."""
-    start = ["ray", "start", "--disable-usage-stats"]
     flags = ["--head", f"--port={PORT}", "--include-dashboard=false", "--num-cpus=1"]
     flags += ["--object-store-memory=80000000"]
-    address = f"--node-ip-address={head.address}"
-    head.run(*start, *flags, address, environment=ENVIRONMENT)
+    start_ray(head, *flags, environment=ENVIRONMENT)
 
     def join(place: tuple[str, int, NetworkHost]) -> None:
         name, worker_id, host = place
-        flags = [f"--address={head.address}:{PORT}", f"--node-ip-address={host.address}"]
         environment = ENVIRONMENT | tpu_variables(name, worker_id, "2x4", "v6e-8")
-        try:
-            host.run(*start, *flags, *TPU_HOST_FLAGS, environment=environment)
-        except AssertionError as error:
-            # `ray start` gives up after 30 s, which a busy machine may need.
-            logger.warning("%s", error)
-            host.run(*start, *flags, *TPU_HOST_FLAGS, environment=environment)
+        address = f"--address={head.address}:{PORT}"
+        start_ray(host, address, *TPU_HOST_FLAGS, environment=environment)
 
     places = [
         (name, worker_id, host)
@@ -91,7 +76,7 @@ def test_gang_moves_to_the_other_slice_while_ray_still_takes_the_lost_host_for_a
     head, *others = hosts
     slices = {"a": others[:2], "b": others[2:]}
     started_s = time.monotonic()
-    start_ray(head, slices)
+    start_ray_everywhere(head, slices)
     logger.info("Ray on five hosts after %.1f s", time.monotonic() - started_s)
 
     command = [sys.executable, str(GANG), str(tmp_path), str(SILENCE_S)]

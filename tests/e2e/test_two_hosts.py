@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from network_hosts import NetworkHost, hosts_or_skip
+from network_hosts import ROOT, NetworkHost, hosts_or_skip, ray_environment, start_ray
 
 from cluster.nodes import NODE_RANK_LABEL
 
@@ -20,10 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.namespaces, pytest.mark.timeout(900)
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo-cpu.yaml"
 CLIENT = Path(__file__).with_name("chat_client.py")
-SCRIPTS = Path(sys.executable).parent
 QUESTION = "Why is the sky blue?"
 NUM_TOKENS, NUM_LONG_TOKENS = 24, 200
 START_TIMEOUT_S = 400
@@ -31,14 +27,7 @@ RECOVERY_TIMEOUT_S = 240
 PORT = 8000
 WORKER_TITLE = "^ray::HostWorker"
 
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
-    # One token on both hosts; else Ray writes one into the user's home.
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+ENVIRONMENT = ray_environment()
 
 
 @pytest.fixture
@@ -101,17 +90,12 @@ def test_killed_rank_comes_back_and_its_stream_goes_on(
 ) -> None:
     head, other = hosts
     started_s = time.monotonic()
-    ray_start = ["ray", "start", "--num-cpus=1", "--object-store-memory=100000000"]
+    each = ["--num-cpus=1", "--object-store-memory=100000000"]
     head_flags = ["--head", "--port=6379", "--include-dashboard=false"]
     for rank, flags in enumerate([head_flags, [f"--address={head.address}:6379"]]):
         # The label makes the second host rank 1, as --node-rank=1 of the command line does.
-        hosts[rank].run(
-            *ray_start,
-            *flags,
-            f"--node-ip-address={hosts[rank].address}",
-            f"--labels={NODE_RANK_LABEL}={rank}",
-            environment=ENVIRONMENT,
-        )
+        label = f"--labels={NODE_RANK_LABEL}={rank}"
+        start_ray(hosts[rank], *each, *flags, label, environment=ENVIRONMENT)
     logger.info("Ray on both hosts after %.1f s", time.monotonic() - started_s)
 
     config = write_config(tmp_path, demo_checkpoint)
