@@ -300,13 +300,19 @@ def test_haproxy_stands_in_front_where_ray_has_it(base_url):
     assert listening == ({"haproxy"} if has_haproxy() else {"ray::ProxyActor"})
 
 
-def timeline_of(logs: Path, request_id: str) -> dict[str, Any]:
-    """What a request has left in its router's log; waits for it."""
-    for path in logs.glob("serve/replica_*_Router_*.log"):
-        for line in path.read_text().splitlines():
-            if "timeline {" in line and request_id in line:
-                return json.loads(line[line.index("{") :])
-    return {}
+def timelines(logs: Path) -> dict[str, dict[str, Any]]:
+    """What requests have left in the logs of this application's routers, by their ids.
+
+    Other tests' applications lie in the same folder, some of whose logs are JSON.
+    """
+    lines = [
+        line
+        for path in logs.glob("serve/replica_tiny_Router_*.log")
+        for line in path.read_text().splitlines()
+        if "timeline {" in line
+    ]
+    records = [json.loads(line[line.index("{") :]) for line in lines]
+    return {record["request_id"]: record for record in records}
 
 
 async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_trace(
@@ -319,7 +325,7 @@ async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_
         extra_body={"ignore_eos": True},
     )
     async with asyncio.timeout(TIMEOUT_S):
-        while not (timeline := timeline_of(logs, answer.id)):
+        while not (timeline := timelines(logs).get(answer.id)):
             await asyncio.sleep(0.05)
     (choice,) = timeline["choices"]
     (visit,) = choice["visits"]
@@ -423,12 +429,10 @@ async def test_what_a_killed_rank_has_cost_is_told(base_url, logs: Path):
         # The stream and the whole answer; they may have been turned away while it restarted.
         assert await shown(client, "engine_requests_moved_total") >= 2
         assert await shown(client, "router_choices_moved_total") >= 2
-    router_logs = [path.read_text() for path in logs.glob("serve/replica_*_Router_*.log")]
-    moved = [line for text in router_logs for line in text.splitlines() if "timeline {" in line]
     visits = [
         choice["visits"]
-        for line in moved
-        for choice in json.loads(line[line.index("{") :])["choices"]
+        for timeline in timelines(logs).values()
+        for choice in timeline["choices"]
         if len(choice["visits"]) > 1
     ]
     assert visits
