@@ -6,11 +6,11 @@ for it nor how hosts live and die.
 
 import asyncio
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
 from cluster.journal import GenerateCall, Journal, Journals
+from cluster.lived_time import LivedTime
 from cluster.openai.engine_client import StreamRecord
 from cluster.token_socket import AbortChoice, ChoiceTokens, RouterInvitation, TokenSender
 from engine.errors import EngineDiedError, QwenOnRayError, StreamResumedError
@@ -64,6 +64,7 @@ class CallTable:
 
     Attributes:
         epoch: Of the hosts that compute for them, as the owner has set it.
+        clock: By which the routers' silence is measured; the owner keeps it going.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class CallTable:
             silence_timeout_s: After so long without a sign of life, a router's calls fail.
         """
         self.epoch = 0
+        self.clock = LivedTime()
         self._engine_id = engine_id
         self._on_abort = on_abort
         self._silence_timeout_s = silence_timeout_s
@@ -150,7 +152,7 @@ class CallTable:
         """Fail the calls of routers that fall silent, and forget idle routers; runs for ever."""
         while True:
             await asyncio.sleep(_WATCH_PERIOD_S)
-            now_s = time.monotonic()
+            now_s = self.clock()
             busy = {call.sender for call, _ in self._choices.values()}
             for key, sender in list(self._senders.items()):
                 silence_s = now_s - sender.heard_s
@@ -180,11 +182,13 @@ class CallTable:
     def _sender(self, invitation: RouterInvitation) -> TokenSender:
         sender = self._senders.get(invitation.router_public_key)
         if sender is None:
-            sender = TokenSender(invitation, self._abort_choice, engine_id=self._engine_id)
+            sender = TokenSender(
+                invitation, self._abort_choice, engine_id=self._engine_id, clock=self.clock
+            )
             self._senders[invitation.router_public_key] = sender
         if not any(call.sender is sender for call, _ in self._choices.values()):
             # A router beats only while it waits for tokens: silence counts from here on.
-            sender.heard_s = time.monotonic()
+            sender.heard_s = self.clock()
         return sender
 
     def _fail_router(self, sender: TokenSender, reason: str) -> None:

@@ -65,7 +65,7 @@ class EngineLink:
         bind_host: str,
         silence_timeout_s: float,
         hold_timeout_s: float,
-        random_seed: int,
+        seeds: random.Random,
         read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
         list_running: Callable[[], Collection[str] | None],
         may_sleep: bool,
@@ -77,7 +77,7 @@ class EngineLink:
             bind_host: This node's own address.
             silence_timeout_s: After so long without a sign of life, an engine counts as dead.
             hold_timeout_s: How long a request may wait for an engine to take it.
-            random_seed: Of the seeds that requests get which bring none.
+            seeds: Draws seeds for requests that bring none.
             read_statuses: What `cluster.status.read_all` gives for this application; may block.
             list_running: Ids of the engines that Serve would call, or None if that is not known.
             may_sleep: Whether no engine runs while nobody asks.
@@ -85,7 +85,7 @@ class EngineLink:
         self._engine = engine
         self._hold_timeout_s = hold_timeout_s
         self._silence_timeout_s = silence_timeout_s
-        self._seeds = random.Random(random_seed)
+        self._seeds = seeds
         self._receiver = TokenReceiver(bind_host)
         self._chooser = EngineChooser()
         self._list_running = list_running

@@ -6,6 +6,7 @@
 import asyncio
 import logging
 import os
+import random
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -283,7 +284,8 @@ class Router:
             bind_host=ray.util.get_node_ip_address(),
             silence_timeout_s=parsed.host_timeout_s,
             hold_timeout_s=parsed.hold_timeout_s,
-            random_seed=parsed.random_seed,
+            # Two routers must not give the same seeds, or equal prompts would get equal answers.
+            seeds=random.Random(f"{parsed.random_seed}/{context.rank.rank}"),
             read_statuses=partial(read_all, context.app_name),
             list_running=partial(list_running, engine),
             may_sleep=parsed.fewest_engines == 0,

@@ -301,9 +301,10 @@ class TokenSender:
         invitation: The router's.
         on_abort: Called for each choice that the router no longer wants.
         engine_id: Tells this leader from others, also after its connection broke.
+        clock: By which silence is measured.
 
     Attributes:
-        heard_s: When the router was heard last, or tokens were first sent to it (monotonic).
+        heard_s: When the router was heard last, or was first expected to be, by that clock.
     """
 
     def __init__(
@@ -312,9 +313,11 @@ class TokenSender:
         on_abort: Callable[[AbortChoice], None],
         *,
         engine_id: str,
+        clock: Callable[[], float],
     ) -> None:
         """Connect."""
-        self.heard_s = time.monotonic()
+        self._clock = clock
+        self.heard_s = clock()
         self._on_abort = on_abort
         self._context = zmq.asyncio.Context()
         self._socket = connect(
@@ -342,7 +345,7 @@ class TokenSender:
     async def _receive(self) -> None:
         while True:
             kind, *payload = await self._socket.recv_multipart()
-            self.heard_s = time.monotonic()
+            self.heard_s = self._clock()
             if kind == _ABORT:
                 self._on_abort(_abort_decoder.decode(payload[0]))
 

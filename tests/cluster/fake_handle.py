@@ -1,6 +1,7 @@
 """A Serve handle's methods, answered by a test, and a router's link over such a handle."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
 from typing import Any, cast
 
@@ -49,7 +50,7 @@ def open_link(
         bind_host="127.0.0.1",
         silence_timeout_s=silence_timeout_s,
         hold_timeout_s=hold_timeout_s,
-        random_seed=0,
+        seeds=random.Random(0),
         read_statuses=read_statuses,
         list_running=list_running,
         may_sleep=True,

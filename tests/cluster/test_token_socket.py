@@ -38,7 +38,9 @@ class Leader:
     def __init__(self, receiver: TokenReceiver, **changes: bytes | str) -> None:
         self.aborts: asyncio.Queue[AbortChoice] = asyncio.Queue()
         invitation = msgspec.structs.replace(receiver.invitation, **changes)
-        self.sender = TokenSender(invitation, self.aborts.put_nowait, engine_id=uuid.uuid4().hex)
+        self.sender = TokenSender(
+            invitation, self.aborts.put_nowait, engine_id=uuid.uuid4().hex, clock=time.monotonic
+        )
 
     def __enter__(self) -> "Leader":
         return self
