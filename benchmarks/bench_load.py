@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="that each stream lasts")
     parser.add_argument("--ramp-s", type=float, default=5.0, help="within which streams begin")
     parser.add_argument("--flood", type=int, default=10_000, help="requests to be refused")
+    parser.add_argument("--at-once", type=int, default=1000, help="of those, connections")
     parser.add_argument("--waiting", type=int, default=64, help="requests that may wait")
     parser.add_argument("--front", choices=("haproxy", "python", "router"), default="haproxy")
     parser.add_argument(
@@ -156,7 +157,7 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
             last.cpu = {role: (totals[role] - before[role]) / seconds for role in totals}
         phases.append(Phase(name, now_s))
 
-    async with FloodBeside(arguments.flood, port) as flood:
+    async with FloodBeside(arguments.flood, arguments.at_once, port) as flood:
         begin("quiet")
         await asyncio.sleep(arguments.seconds / 3)
         begin("flood")

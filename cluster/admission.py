@@ -128,8 +128,8 @@ class Admission:
         self.add(num_requests=num_requests)
         return Ticket(self, num_requests)
 
-    def add(self, *, num_requests: int = 0, num_tokens: int = 0) -> None:
-        """Grow by so much, or raise EngineBusyError and stay as it is."""
+    def check(self, *, num_requests: int = 1, num_tokens: int = 1) -> None:
+        """Raise EngineBusyError if it has no room for so much more."""
         excess = self.num_waiting + num_requests - self.max_waiting
         # Who was let in stays, even past a bound that was lowered since.
         if num_requests and excess > 0:
@@ -147,8 +147,12 @@ class Admission:
                     num_tokens=min(tokens - self._max_waiting_tokens, self.num_waiting_tokens)
                 ),
             )
+
+    def add(self, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+        """Grow by so much, or raise EngineBusyError and stay as it is."""
+        self.check(num_requests=num_requests, num_tokens=num_tokens)
         self.num_waiting += num_requests
-        self.num_waiting_tokens = tokens
+        self.num_waiting_tokens += num_tokens
 
     def limit(self, max_waiting: int, max_waiting_tokens: int) -> None:
         """Change the bounds; what waits already stays, even past them."""

@@ -1,4 +1,4 @@
-"""What stands before and behind every route: the API key, and an error's way to the client."""
+"""What stands before and behind each route: key, waiting room, and an error's way to the client."""
 
 import logging
 
@@ -10,13 +10,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.fleet_page import PUBLIC_PATHS
 from cluster.openai.errors import ErrorReply, describe_error, describe_status, internal_error
 from cluster.service import OpenAIService
-from engine.errors import QwenOnRayError, RequestError
+from engine.errors import QwenOnRayError
 
 logger = logging.getLogger(__name__)
 
 # The empty one is that of a route prefix without its slash, which is sent on to the page.
 _NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
 _FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
+_FOR_THE_ENGINE = frozenset(("/v1/chat/completions", "/v1/completions"))
 
 
 def service_of(request: Request) -> OpenAIService:
@@ -24,8 +25,11 @@ def service_of(request: Request) -> OpenAIService:
     return request.app.state.service
 
 
-class KeyCheck:
-    """Asks for an API key before anything else is read."""
+class Gate:
+    """Asks for an API key, and whether there is room, before anything else is read.
+
+    Most of a refusal's cost is in what comes after, and who refuses much has streams to send.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,10 +38,13 @@ class KeyCheck:
         if scope["type"] == "http" and (path := _path(scope)) not in _NO_KEY_NEEDED:
             request = Request(scope)
             try:
-                request.state.tenant = service_of(request).check_key(
+                service = service_of(request)
+                request.state.tenant = service.check_key(
                     request.headers.get("authorization"), is_admin_needed=path in _FOR_ADMINS
                 )
-            except RequestError as error:
+                if path in _FOR_THE_ENGINE and request.method == "POST":
+                    service.check_room()
+            except QwenOnRayError as error:
                 await _send_error(request, describe_error(error))(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -79,6 +79,11 @@ def proxy_environment(folder: Path) -> dict[str, str]:
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31000",
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "32000",
             "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
+            # A router that dies before an answer's first byte: another one is asked.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            # Three connections that a busy router has not taken in yet would put it out of use, and
+            # Serve's plain 500 in its place; whether it lives is asked of it anyway.
+            "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
             # A change of routers starts HAProxy anew; the old one may finish its streams.
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S),
             # How long a router that is to end waits for HAProxy to hear of it: 30 s by default.

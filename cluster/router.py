@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from cluster.api_keys import ApiKeys
 from cluster.engine_link import EngineLink
 from cluster.fleet_page import PAGE_PATH, FleetState, PageFiles
-from cluster.gate import KeyCheck, on_fault, on_http_error, on_own_error, service_of
+from cluster.gate import Gate, on_fault, on_http_error, on_own_error, service_of
 from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
 from cluster.openai.engine_client import Caller
@@ -87,7 +87,7 @@ def create_app(service: OpenAIService) -> FastAPI:
     )
     app.state.service = service
     _add_routes(app)
-    app.add_middleware(KeyCheck)
+    app.add_middleware(Gate)
     app.add_exception_handler(QwenOnRayError, on_own_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_fault)

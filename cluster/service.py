@@ -114,6 +114,10 @@ class OpenAIService:
         """Check a request's Authorization header, and say whose it is; see `ApiKeys.check`."""
         return self._keys.check(authorization, is_admin_needed=is_admin_needed)
 
+    def check_room(self) -> None:
+        """Raise EngineBusyError if a request would be refused whatever it asks for."""
+        self._admission.check()
+
     async def chat(
         self, body: ChatCompletionRequest, request_id: str, caller: Caller = _ANYBODY
     ) -> AsyncGenerator[bytes, None]:

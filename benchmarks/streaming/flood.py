@@ -1,4 +1,4 @@
-"""Far more requests than a router admits, all at once: what each was answered.
+"""Far more requests than a router admits, many at once: what each was answered.
 
 Runs as a process of its own beside a benchmark, so that whoever reads the streams is not held up.
 Imports little, and sends nothing before it is told: `ready`, it says, and waits for a line.
@@ -20,6 +20,7 @@ from cluster.openai.schema import ErrorResponse
 from cluster.ray_node import raise_file_limit
 
 ANSWER_TIMEOUT_S = 120.0
+FLOOD_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 120.0
 MAX_ODD = 3
 POLITE = (429, 503)
@@ -51,8 +52,9 @@ class Flood:
 class FloodBeside:
     """The process that will send a flood; `async with` starts it and ends it."""
 
-    def __init__(self, num_requests: int, port: int) -> None:
-        self._arguments = ["--requests", str(num_requests), "--port", str(port)]
+    def __init__(self, num_requests: int, most_at_once: int, port: int) -> None:
+        self._arguments = ["--requests", str(num_requests), "--at-once", str(most_at_once)]
+        self._arguments += ["--port", str(port)]
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> "FloodBeside":
@@ -71,9 +73,7 @@ class FloodBeside:
     async def run(self) -> Flood:
         """Let it go, and wait for all answers."""
         assert self._process is not None
-        output, _ = await asyncio.wait_for(
-            self._process.communicate(b"go\n"), ANSWER_TIMEOUT_S + START_TIMEOUT_S
-        )
+        output, _ = await asyncio.wait_for(self._process.communicate(b"go\n"), FLOOD_TIMEOUT_S)
         return msgspec.json.decode(output, type=Flood)
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -83,14 +83,19 @@ class FloodBeside:
             await self._process.wait()
 
 
-async def flood(num_requests: int, port: int) -> Flood:
-    """Send all requests at once and wait for their answers."""
+async def flood(num_requests: int, most_at_once: int, port: int) -> Flood:
+    """Send all requests, so many at a time, each over its own connection; wait for the answers."""
     done = Flood(num_requests)
     statuses: Counter[int] = Counter()
     failures: Counter[str] = Counter()
     request = make_request(1)
+    room = asyncio.Semaphore(most_at_once)
 
     async def ask() -> None:
+        async with room:
+            await ask_now()
+
+    async def ask_now() -> None:
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -134,12 +139,17 @@ def is_polite(held: HeldRequest) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, required=True)
+    parser.add_argument("--at-once", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
     raise_file_limit()
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(asdict(asyncio.run(flood(arguments.requests, arguments.port)))))
+    print(
+        json.dumps(
+            asdict(asyncio.run(flood(arguments.requests, arguments.at_once, arguments.port)))
+        )
+    )
     return 0
 
 

@@ -25,7 +25,7 @@ async def test_what_is_beyond_the_bound_is_refused_politely_and_what_waits_is_no
         async with asyncio.timeout(30):
             while len(engine.requests) < 4:
                 await asyncio.sleep(0)
-        done = await flood(200, port_of(url))
+        done = await flood(200, 200, port_of(url))
         for _ in range(4 * 3):
             engine.steps.release()
         await asyncio.wait_for(asyncio.gather(*(each.ended for each in waiting)), 30)
@@ -37,9 +37,9 @@ async def test_what_is_beyond_the_bound_is_refused_politely_and_what_waits_is_no
 async def test_a_flood_that_is_served_or_finds_nobody_counts_as_no_polite_refusal(tmp_path: Path):
     service, _ = make_service(tmp_path, served_model_name=MODEL)
     async with serve_on_loopback(service) as url:
-        served = await flood(2, port_of(url))
+        served = await flood(2, 2, port_of(url))
     assert (served.polite, served.statuses) == (0, {200: 2})
-    nobody = await flood(2, port_of(url))
+    nobody = await flood(2, 2, port_of(url))
     assert (nobody.polite, nobody.statuses) == (0, {})
     assert sum(nobody.failures.values()) == 2
 

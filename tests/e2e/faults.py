@@ -235,9 +235,9 @@ class Clients:
     """Clients that ask for one answer after another, and keep what they saw."""
 
     def __init__(self, base_url: str, works: Sequence[Work]) -> None:
-        # A whole answer whose connection breaks is asked for again, as this SDK does by itself.
+        # Whole answers are asked for once: a proxy asks another router where one has died.
         self._client = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=2
+            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=0
         )
         self._streaming = PatientClient(base_url)
         self._works = works
