@@ -235,9 +235,10 @@ class Clients:
     """Clients that ask for one answer after another, and keep what they saw."""
 
     def __init__(self, base_url: str, works: Sequence[Work]) -> None:
-        # Whole answers are asked for once: a proxy asks another router where one has died.
+        # With this SDK's own tries. HAProxy asks another router where one has died, but only one
+        # that it knew when the answer began: of two deaths in an answer's time the client hears.
         self._client = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=0
+            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=2
         )
         self._streaming = PatientClient(base_url)
         self._works = works
