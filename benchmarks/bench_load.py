@@ -1,15 +1,15 @@
 """Holds many slow streams on one router, then asks for far more than it admits.
 
     python benchmarks/bench_load.py                            # 1,000 streams, 10,000 refused
-    python benchmarks/bench_load.py --streams 100 --flood 500 --seconds 6
+    python benchmarks/bench_load.py --streams 100 --flood 500 --at-once 500 --seconds 6
     python benchmarks/bench_load.py --front router             # no proxy: the router's own port
 
 Starts a Ray of its own with one real router, and a leader whose tokens come from a clock and are
 sent by the code that the real leader sends with. The streams begin within --ramp-s, or more slowly
 where the waiting room would be full; then a few more requests fill it. After a quiet time another
-process sends --flood requests at once, each over a connection of its own, and all of them should be
-refused: by status 429 or 503, with OpenAI's error object and a Retry-After. Streams have to last
-beyond that, or there is room again: --seconds.
+process sends --flood requests, --at-once at a time, each over a connection of its own, and all of
+them should be refused: by status 429 or 503, with OpenAI's error object and a Retry-After. Streams
+have to last beyond that, or there is room again: --seconds.
 
 Printed for the quiet time, the flood, and the time after it: milliseconds between a stream's tokens
 (median, p99, largest), and the share of a core that each role took; the client is this process.
@@ -81,10 +81,10 @@ def main() -> int:
     )
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--tokens-per-second", type=float, default=5.0, help="of each stream")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that each stream lasts")
+    parser.add_argument("--seconds", type=float, default=150.0, help="that each stream lasts")
     parser.add_argument("--ramp-s", type=float, default=5.0, help="within which streams begin")
     parser.add_argument("--flood", type=int, default=10_000, help="requests to be refused")
-    parser.add_argument("--at-once", type=int, default=1000, help="of those, connections")
+    parser.add_argument("--at-once", type=int, default=1000, help="of those, at one time")
     parser.add_argument("--waiting", type=int, default=64, help="requests that may wait")
     parser.add_argument("--front", choices=("haproxy", "python", "router"), default="haproxy")
     parser.add_argument(

@@ -28,7 +28,7 @@ BEAT_PERIOD_S = 0.5
 # uvloop accepts one new connection in each of its turns, and a turn must not be as long as a step's
 # tokens take: with 1,000 streams it took in 66 connections a second. Turns that are too short let
 # in more than there is time for, at the streams' expense.
-_CHOICES_PER_TURN = 32
+CHOICES_PER_TURN = 32
 # A message takes as many: the socket's event, the end of the wait for it, whoever waited.
 _QUIET_TURNS = 4
 _TOKENS, _BEAT, _ABORT = b"tokens", b"beat", b"abort"
@@ -284,7 +284,7 @@ class TokenReceiver:
                     stream.heard_s = now_s
                     stream.put(tokens)
                 self._num_handed_out += 1
-                if self._num_handed_out % _CHOICES_PER_TURN == 0:
+                if self._num_handed_out % CHOICES_PER_TURN == 0:
                     # A message that lies there is received without a pause, and a leader may be
                     # faster than this loop: let the streams send on what they have, and others in.
                     await asyncio.sleep(0)

@@ -155,10 +155,14 @@ async def test_one_request_more_than_may_wait_is_refused_until_there_is_room(
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
         assert "--max-queued-requests" in response.json()["error"]["message"]
         assert int(response.headers["retry-after"]) > 0
+        # Refusing must be cheap: what it asks for is not looked at.
+        assert (await client.post(CHAT, content=b"{")).status_code == 429
+        assert (await client.get("/v1/models")).status_code == 200
         for _ in range(1000):
             engine.steps.release()
         assert (await waiting).status_code == 200
         assert (await client.post(CHAT, json=chat_body())).status_code == 200
+        assert (await client.post(CHAT, content=b"{")).status_code == 400
 
 
 async def test_a_request_that_begins_makes_room_for_the_next(

@@ -13,6 +13,7 @@ import zmq
 from cluster.curve import CurveKeys
 from cluster.lived_time import TICK_S, LivedTime
 from cluster.token_socket import (
+    CHOICES_PER_TURN,
     AbortChoice,
     ChoiceTokens,
     TokenReceiver,
@@ -299,6 +300,20 @@ async def test_what_has_arrived_while_the_loop_was_held_up_is_caught_up_with(
         assert stream.take() == []
         while stream.num_tokens != [40]:
             await receiver.catch_up()
+
+
+async def test_a_step_of_many_tokens_lets_others_have_a_turn_in_between(
+    receiver: TokenReceiver,
+) -> None:
+    number = 3 * CHOICES_PER_TURN
+    streams = [receiver.open_stream(f"r{index}", 0, [0]) for index in range(number)]
+    with Leader(receiver) as leader:
+        leader.sender.send([ChoiceTokens(f"r{index}", 0, 0, 0, (1,)) for index in range(number)])
+        async with asyncio.timeout(TIMEOUT_S):
+            await streams[0].wait()
+            assert streams[-1].take() == []
+            await streams[-1].wait()
+    assert all(len(stream.take()) == 1 for stream in streams)
 
 
 async def test_time_stands_while_the_loop_is_held_up() -> None:
