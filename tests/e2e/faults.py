@@ -8,8 +8,8 @@ must be the very one that was not: processes of this machine, or network namespa
 iproute2) where whole hosts and their links are broken. Clients stream all the while; every so often
 a fault hits something by chance, and the next one waits until all serve again. For each fault the
 table has the requests that ran meanwhile, how often a client whose connection broke asked for the
-rest of its stream, the requests that ended in an error or too early, those with other text than the
-unbroken one, and the longest pauses within streams.
+rest of its stream or for its whole answer again, the requests that ended in an error or too early,
+those with other text than the unbroken one, and the longest pauses within streams.
 """
 
 import argparse
@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import aiohttp
 import httpx
-import openai
 import psutil
 from host_cluster import HostCluster, host_cluster
 from own_ray import own_ray  # before Ray, whose environment it sets
@@ -46,7 +45,7 @@ from tiny_checkpoint import tiny_checkpoint
 
 import serve_app
 from cluster.addresses import free_port
-from tests.e2e.patient_client import REQUEST_TIMEOUT_S, AnswerError, PatientClient, asking
+from tests.e2e.patient_client import AnswerError, PatientClient, asking
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -78,7 +77,7 @@ class Stream:
     """What a client saw of one request.
 
     Attributes:
-        num_breaks: How often its connection broke, and the rest of it was asked for.
+        num_breaks: How often its connection broke, and it was asked for again, or its rest.
     """
 
     work: Work
@@ -98,7 +97,8 @@ class Outcome:
 
     Attributes:
         requests: That ran meanwhile, whether or not their engine was hit.
-        breaks: How often a stream's client had to ask for the rest of it.
+        rests: How often a stream's client had to ask for the rest of it.
+        repeats: How often a whole answer's client had to ask for it again.
         pauses_s: Each stream's longest pause, that before its first text included.
         recoveries_s: From each injection until all engines served again.
     """
@@ -106,7 +106,8 @@ class Outcome:
     fault: str
     injections: int = 0
     requests: int = 0
-    breaks: int = 0
+    rests: int = 0
+    repeats: int = 0
     lost: int = 0
     wrong: int = 0
     pauses_s: list[float] = field(default_factory=list)
@@ -235,12 +236,7 @@ class Clients:
     """Clients that ask for one answer after another, and keep what they saw."""
 
     def __init__(self, base_url: str, works: Sequence[Work]) -> None:
-        # With this SDK's own tries. HAProxy asks another router where one has died, but only one
-        # that it knew when the answer began: of two deaths in an answer's time the client hears.
-        self._client = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=REQUEST_TIMEOUT_S, max_retries=2
-        )
-        self._streaming = PatientClient(base_url)
+        self._client = PatientClient(base_url)
         self._works = works
         self._answers: dict[Work, str] = {}
         self.streams: list[Stream] = []
@@ -269,7 +265,7 @@ class Clients:
 
         try:
             text = await self._ask(stream, on_text)
-        except (openai.OpenAIError, aiohttp.ClientError, AnswerError, TimeoutError) as error:
+        except (aiohttp.ClientError, AnswerError, TimeoutError) as error:
             stream.error = repr(error)
         else:
             stream.is_wrong = text != self._answers[work]
@@ -286,20 +282,18 @@ class Clients:
         }
         if work.is_stream:
             text = ""
-            async with aclosing(self._streaming.events(request, stream.count_break)) as events:
+            async with aclosing(self._client.events(request, stream.count_break)) as events:
                 async for event in events:
                     if content := event["choices"][0]["delta"].get("content"):
                         text += content
                         on_text()
             return text
-        extra_body = {"ignore_eos": request.pop("ignore_eos")}
-        answer = await self._client.chat.completions.create(**request, extra_body=extra_body)
+        answer = await self._client.whole(request, stream.count_break)
         on_text()
-        return answer.choices[0].message.content or ""
+        return answer["choices"][0]["message"]["content"]
 
     async def close(self) -> None:
         await self._client.close()
-        await self._streaming.close()
 
 
 async def wait_until(base_url: str, num_ranks: int, *, all_serve: bool, timeout_s: float) -> None:
@@ -381,7 +375,10 @@ def judge(outcome: Outcome, streams: Sequence[Stream]) -> None:
     """Count what became of the streams under a fault."""
     outcome.requests = len(streams)
     for stream in streams:
-        outcome.breaks += stream.num_breaks
+        if stream.work.is_stream:
+            outcome.rests += stream.num_breaks
+        else:
+            outcome.repeats += stream.num_breaks
         outcome.lost += stream.error is not None
         outcome.wrong += stream.is_wrong
         if stream.error is not None:
@@ -434,12 +431,12 @@ def application_args(arguments: argparse.Namespace, folder: Path) -> dict[str, A
 
 def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| fault | injections | requests | asked for the rest | lost | wrong "
+        "| fault | injections | requests | asked for the rest | asked again | lost | wrong "
         "| longest pause in a stream: median, max | all serve again after: median, max |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {each.fault} | {each.injections} | {each.requests} | {each.breaks} "
+        f"| {each.fault} | {each.injections} | {each.requests} | {each.rests} | {each.repeats} "
         f"| {each.lost} | {each.wrong} | {spread(each.pauses_s)} | {spread(each.recoveries_s)} |"
         for each in outcomes
     ]
