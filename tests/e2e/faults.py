@@ -314,11 +314,18 @@ async def wait_until(base_url: str, num_ranks: int, *, all_serve: bool, timeout_
                 await asyncio.sleep(0.1)
 
 
-async def wait_for_routers(number: int) -> None:
-    """Wait until there are so many routers again."""
+async def wait_for_processes(arguments: argparse.Namespace) -> None:
+    """Wait until there are all routers, leaders and ranks again.
+
+    A router that has not noticed a fault so far would say that all serve.
+    """
     async with asyncio.timeout(RECOVERY_TIMEOUT_S):
-        while len(routers()) < number:
-            await asyncio.sleep(0.1)
+        while (
+            len(routers()) < arguments.routers
+            or len(leaders()) < arguments.engines
+            or len(ranks()) < arguments.engines * arguments.hosts
+        ):
+            await asyncio.sleep(0.25)
 
 
 async def inject(
@@ -353,7 +360,7 @@ async def inject(
                     await wait_until(
                         base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S
                     )
-                await wait_for_routers(arguments.routers)
+                await wait_for_processes(arguments)
                 await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
                 outcome.recoveries_s.append(time.monotonic() - hit_s)
                 if cluster is not None:

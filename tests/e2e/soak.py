@@ -37,7 +37,7 @@ from tests.e2e.faults import (
     RECOVERY_TIMEOUT_S,
     START_TIMEOUT_S,
     serving,
-    wait_for_routers,
+    wait_for_processes,
     wait_until,
 )
 from tests.e2e.mixed_load import MixedLoad, Tally, leftovers_of, make_works
@@ -110,7 +110,7 @@ async def break_until(
         faults[name] += 1
         if FAULTS[name].stops_engine:
             await wait_until(base_url, num_ranks, all_serve=False, timeout_s=NOTICE_TIMEOUT_S)
-        await wait_for_routers(arguments.routers)
+        await wait_for_processes(arguments)
         await wait_until(base_url, num_ranks, all_serve=True, timeout_s=RECOVERY_TIMEOUT_S)
 
 
