@@ -64,7 +64,6 @@ class CallTable:
 
     Attributes:
         epoch: Of the hosts that compute for them, as the owner has set it.
-        clock: By which the routers' silence is measured; the owner keeps it going.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class CallTable:
             silence_timeout_s: After so long without a sign of life, a router's calls fail.
         """
         self.epoch = 0
-        self.clock = LivedTime()
+        self._clock = LivedTime()
         self._engine_id = engine_id
         self._on_abort = on_abort
         self._silence_timeout_s = silence_timeout_s
@@ -150,25 +149,30 @@ class CallTable:
 
     async def watch_routers(self) -> None:
         """Fail the calls of routers that fall silent, and forget idle routers; runs for ever."""
-        while True:
-            await asyncio.sleep(_WATCH_PERIOD_S)
-            now_s = self.clock()
-            busy = {call.sender for call, _ in self._choices.values()}
-            for key, sender in list(self._senders.items()):
-                silence_s = now_s - sender.heard_s
-                if silence_s <= self._silence_timeout_s:
-                    continue
-                if sender in busy:
-                    self._fail_router(sender, f"was silent for {silence_s:.1f} s")
-                else:
-                    sender.close()
-                    del self._senders[key]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._clock.tick())
+            while True:
+                await asyncio.sleep(_WATCH_PERIOD_S)
+                self._end_silent()
 
     def disconnect(self) -> None:
         """Close the connections to all routers."""
         for sender in self._senders.values():
             sender.close()
         self._senders.clear()
+
+    def _end_silent(self) -> None:
+        now_s = self._clock()
+        busy = {call.sender for call, _ in self._choices.values()}
+        for key, sender in list(self._senders.items()):
+            silence_s = now_s - sender.heard_s
+            if silence_s <= self._silence_timeout_s:
+                continue
+            if sender in busy:
+                self._fail_router(sender, f"was silent for {silence_s:.1f} s")
+            else:
+                sender.close()
+                del self._senders[key]
 
     def _abort_choice(self, abort: AbortChoice) -> None:
         request_id = _request_id(abort.request_id, abort.attempt, abort.choice)
@@ -183,12 +187,12 @@ class CallTable:
         sender = self._senders.get(invitation.router_public_key)
         if sender is None:
             sender = TokenSender(
-                invitation, self._abort_choice, engine_id=self._engine_id, clock=self.clock
+                invitation, self._abort_choice, engine_id=self._engine_id, clock=self._clock
             )
             self._senders[invitation.router_public_key] = sender
         if not any(call.sender is sender for call, _ in self._choices.values()):
             # A router beats only while it waits for tokens: silence counts from here on.
-            sender.heard_s = self.clock()
+            sender.heard_s = self._clock()
         return sender
 
     def _fail_router(self, sender: TokenSender, reason: str) -> None:

@@ -18,11 +18,10 @@ from cluster.token_socket import CallError, GenerateEnd
 from engine import errors
 from engine.errors import EngineError
 
+logger = logging.getLogger(__name__)
+
 # Serve's own failures, such as an engine that was never deployed, are no RayErrors.
 CALL_FAILURES = (ray.exceptions.RayError, RayServeException)
-
-
-logger = logging.getLogger(__name__)
 
 
 async def answer_within(

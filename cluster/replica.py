@@ -99,7 +99,6 @@ class Engine:
             await self._group.stop()
             raise
         self._tasks.start("bring the hosts back when one dies", self._supervise())
-        self._tasks.start("measure the time", self._calls.clock.tick())
         self._tasks.start("watch over the routers", self._calls.watch_routers())
         labels = {"model_name": self._config.model_names[0], "engine": self._engine_id}
         metrics = RayMetrics(ENGINE_METRICS, labels)

@@ -69,7 +69,6 @@ class FakeEngine:
         )
         self._tasks = [
             asyncio.create_task(self._run()),
-            asyncio.create_task(self._calls.clock.tick()),
             asyncio.create_task(self._calls.watch_routers()),
         ]
 

@@ -145,11 +145,8 @@ def main() -> int:
     raise_file_limit()
     print("ready", flush=True)
     sys.stdin.readline()
-    print(
-        json.dumps(
-            asdict(asyncio.run(flood(arguments.requests, arguments.at_once, arguments.port)))
-        )
-    )
+    done = asyncio.run(flood(arguments.requests, arguments.at_once, arguments.port))
+    print(json.dumps(asdict(done)))
     return 0
 
 
