@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -56,6 +57,7 @@ TEXT = "The sky looks blue because air scatters short waves of light more than l
 TICK_S = 0.02
 SETTLE_S = 3.0
 RAMP_TIMEOUT_S = 120.0
+MAX_LOSSES = 5
 END_TIMEOUT_S = 60.0
 
 
@@ -169,16 +171,19 @@ async def measure(arguments: argparse.Namespace, server_pid: int, port: int) -> 
         begin("end")
         await asyncio.gather(*ends, *(each.ended for each in waiting))
     expected = expected_text(num_tokens)
-    lost = wrong = 0
+    losses: Counter[str] = Counter()
+    wrong = 0
     for stream in streams:
         is_lost, is_wrong = judge(stream, num_tokens, expected, phases)
-        lost += is_lost
+        if is_lost:
+            losses[describe_end(stream)] += 1
         wrong += is_wrong
     return {
         "streams": len(streams),
         "tokens_per_second": arguments.tokens_per_second,
         "front": arguments.front,
-        "lost": lost,
+        "lost": losses.total(),
+        "losses": dict(losses.most_common(MAX_LOSSES)),
         "wrong": wrong,
         "ended": meter.ended,
         "waiting": len(waiting),
@@ -222,6 +227,14 @@ def judge(
                 phase.gaps_ms.append(1e3 * (at_s - before_s))
     has_all = answer.usage.completion_tokens == num_tokens
     return not has_all, bool(expected) and "".join(answer.texts) != expected
+
+
+def describe_end(stream: HeldRequest) -> str:
+    """How a stream ended that is lost, without what tells it from others."""
+    if stream.status != 200:
+        return f"status {stream.status}: {stream.body[:200]!r}"
+    last = b"" if stream.is_whole else stream.body[-200:]
+    return f"{'ended' if stream.is_whole else 'broken'} amid the stream {last!r}"
 
 
 def expected_text(num_tokens: int) -> str:
@@ -295,6 +308,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{rounded(flooded['answer_s'])}, Retry-After {rounded(flooded['retry_after_s'])}, "
         f"{flooded['cpu_s']:.1f} s of CPU in their client",
         *flooded["odd"],
+        *(f"{count} lost: {end}" for end, count in figures["losses"].items()),
         *(f"a {role} ended meanwhile" for role in figures["ended"]),
     ]
     return "\n".join(lines)
