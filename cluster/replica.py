@@ -16,6 +16,7 @@ from ray import serve
 
 from cluster.calls import Call, CallTable
 from cluster.engine_choice import Route
+from cluster.grammars import Grammars
 from cluster.host_group import HostGroup, HostStatus
 from cluster.journal import ChoiceRest, GenerateCall
 from cluster.metrics import ENGINE_METRICS
@@ -37,7 +38,7 @@ from engine.errors import (
 from engine.hub import resolve_checkpoint
 from engine.models.config import load_model_config
 from engine.models.generation_config import load_generation_defaults
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, TokenConstraint
 from engine.stats import EngineStats, count
 from engine.step import EngineLimits
 
@@ -111,6 +112,7 @@ class Engine:
             self._run.cancel()
             await asyncio.gather(self._run, return_exceptions=True)
         self._calls.disconnect()
+        self._grammars.close()
         await self._group.stop()
         if self._has_served:
             # Why a start failed stays to be read after this replica.
@@ -212,12 +214,16 @@ class Engine:
         """Run a call to its end, and say what ended it early."""
         try:
             self._check_weights(running.journal.request.weights)
+            grammar = running.journal.request.grammar
+            constraints = {
+                choice.index: await self._grammars.constraint(grammar, choice.output_token_ids)
+                for choice in running.journal.rest()
+            }
             core = await self._wait_for_core()
             try:
-                salt = running.journal.request.cache_salt
                 # Some may not be wanted any longer before there were hosts for them.
                 for choice in running.journal.rest():
-                    core.add(self._request(running.request_ids[choice.index], choice, salt))
+                    core.add(self._request(running, choice, constraints[choice.index]))
                 await running.ended
             finally:
                 for request_id in running.request_ids.values():
@@ -258,16 +264,19 @@ class Engine:
     def _stats(self) -> EngineStats:
         return self._past_stats + self._core.stats if self._core else self._past_stats
 
-    def _request(self, request_id: str, choice: ChoiceRest, cache_salt: bytes) -> Request:
+    def _request(
+        self, running: Call, choice: ChoiceRest, constraint: TokenConstraint | None
+    ) -> Request:
         return Request(
-            request_id=request_id,
+            request_id=running.request_ids[choice.index],
             prompt_token_ids=[*choice.prompt_token_ids, *choice.output_token_ids],
             num_prompt_output_tokens=len(choice.output_token_ids),
             sampling=choice.sampling,
             choice_index=choice.sample_index,
             eos_token_ids=self._model.eos_token_ids,
             rope_alpha=self._model.rope_alpha(len(choice.prompt_token_ids)),
-            cache_salt=cache_salt,
+            cache_salt=running.journal.request.cache_salt,
+            constraint=constraint,
         )
 
     def _abort(self, request_id: str) -> None:
@@ -299,6 +308,7 @@ class Engine:
         )
         self._model = load_model_config(directory)
         self._generation_defaults = load_generation_defaults(directory)
+        self._grammars = Grammars(self._config, self._model.eos_token_ids)
 
     async def _start_core(self) -> None:
         started_s = time.monotonic()

@@ -53,7 +53,7 @@ from cluster.user_config import ROUTER_SETTINGS, UserConfig
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
 from engine.errors import QwenOnRayError, RequestError
-from engine.hub import resolve_checkpoint
+from engine.hub import resolve_tokenizer
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import load_tokenizer
 
@@ -237,13 +237,11 @@ def make_service(config: EngineConfig, engine: EngineLink, router_id: str) -> Op
     Raises:
         ConfigError, CheckpointError: Something of them is missing or unreadable.
     """
-    directory = resolve_checkpoint(
-        config.tokenizer_path or config.model_path,
-        # A revision is one of the model's repository; another's would not know it.
-        revision=None if config.tokenizer_path else config.revision,
+    directory = resolve_tokenizer(
+        config.model_path,
+        config.tokenizer_path,
+        revision=config.revision,
         download_dir=config.download_dir,
-        has_weights=False,
-        flag="--tokenizer-path" if config.tokenizer_path else "--model-path",
     )
     tokenizer = load_tokenizer(directory)
     template_file = Path(config.chat_template) if config.chat_template else None

@@ -36,10 +36,12 @@ from cluster.openai.schema import (
     ProfileStatus,
 )
 from cluster.openai.sse import encode_error_event
+from cluster.openai.structured_output import make_grammar
 from cluster.request_watch import RequestWatch
 from cluster.router_stats import RouterStats
 from engine.config import EngineConfig
 from engine.errors import ModelNotFoundError, QwenOnRayError, RequestError
+from engine.grammar import Grammar
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 
@@ -136,8 +138,9 @@ class OpenAIService:
             info = await self._ready_info()
             prompt, has_special = await self._in_thread(partial(self._text.encode_chat, body))
             self._stats.special_tokens_in_messages_total += has_special
+            grammar = await self._in_thread(partial(make_grammar, body))
             heading = make_heading(request_id, body.model, info.fingerprint)
-            request = self._make_request(body, heading, [prompt], info, entry, caller)
+            request = self._make_request(body, heading, [prompt], info, entry, caller, grammar)
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
                 async for part in parts:
                     yield part
@@ -152,8 +155,9 @@ class OpenAIService:
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
             )
+            grammar = await self._in_thread(partial(make_grammar, body))
             heading = make_heading(request_id, body.model, info.fingerprint)
-            request = self._make_request(body, heading, prompts, info, entry, caller)
+            request = self._make_request(body, heading, prompts, info, entry, caller, grammar)
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
                 async for part in parts:
                     yield part
@@ -306,6 +310,7 @@ class OpenAIService:
         info: EngineInfo,
         entry: Entry,
         caller: Caller,
+        grammar: Grammar | None,
     ) -> GenerateRequest:
         choices = self._text.make_choices(body, prompts, info)
         entry.ticket.add_tokens(body.n * sum(map(len, prompts)))
@@ -318,6 +323,7 @@ class OpenAIService:
             tenant=caller.tenant,
             origin=Origin.of(body, heading).encode(),
             weights=self._config.weights_name,
+            grammar=grammar,
         )
 
     def _generation(

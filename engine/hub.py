@@ -100,6 +100,28 @@ def resolve_checkpoint(
     return directory
 
 
+def resolve_tokenizer(
+    model_path: str,
+    tokenizer_path: str | None,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+) -> Path:
+    """Return the directory of a model's tokenizer: its own, unless another one is given.
+
+    Raises:
+        CheckpointError: As `resolve_checkpoint`.
+    """
+    return resolve_checkpoint(
+        tokenizer_path or model_path,
+        # A revision is one of the model's repository; another's would not know it.
+        revision=None if tokenizer_path else revision,
+        download_dir=download_dir,
+        has_weights=False,
+        flag="--tokenizer-path" if tokenizer_path else "--model-path",
+    )
+
+
 def _progress_bar(on_progress: Callable[[int, int], None]) -> type[tqdm]:
     """Make a bar that draws nothing and passes on the counts of the bar that counts bytes."""
 

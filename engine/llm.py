@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import CheckpointError
-from engine.hub import resolve_checkpoint
+from engine.grammar import Constraint, Grammar, GrammarCompiler
+from engine.hub import resolve_checkpoint, resolve_tokenizer
 from engine.models.config import ModelConfig, load_model_config
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from engine.runner.model_runner import ModelRunner, PendingStep
@@ -95,6 +96,7 @@ class LLM:
         self.model_config: ModelConfig = load_model_config(directory)
         self.tokenizer = _find_tokenizer(config, directory)
         self._completions: dict[str, Completion] = {}
+        self._grammars: GrammarCompiler | None = None
         self._bar: tqdm[Any] | None = None
         self._num_requests = 0
         self._runner = ModelRunner(config)
@@ -132,12 +134,15 @@ class LLM:
         self,
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Generate one completion per prompt; all of them run together.
 
         Args:
             prompts: Texts, or token ids.
             sampling: For all prompts, or one for each. Stop strings are the HTTP surface's.
+            grammar: What each completion must be; see `engine.grammar`.
 
         Returns:
             In the order of the prompts.
@@ -148,16 +153,20 @@ class LLM:
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(prompts)
         token_ids = [self._token_ids(prompt) for prompt in prompts]
-        return self._await(self._generate(token_ids, sampling))
+        constraints = [self._constraint(grammar) for _ in prompts]
+        return self._await(self._generate(token_ids, sampling, constraints))
 
     async def _generate(
-        self, prompts: list[list[int]], sampling: Sequence[SamplingParams]
+        self,
+        prompts: list[list[int]],
+        sampling: Sequence[SamplingParams],
+        constraints: Sequence[Constraint | None],
     ) -> list[Completion]:
         added: dict[str, Completion] = {}
         with tqdm(total=len(prompts), unit="prompt", disable=not self._show_progress) as self._bar:
             try:
-                for prompt, params in zip(prompts, sampling, strict=True):
-                    request = self._request(prompt, params)
+                for prompt, params, constraint in zip(prompts, sampling, constraints, strict=True):
+                    request = self._request(prompt, params, constraint)
                     added[request.request_id] = Completion(prompt_token_ids=prompt)
                     self._completions[request.request_id] = added[request.request_id]
                     self.core.add(request)
@@ -175,7 +184,18 @@ class LLM:
             completion.text = self._text(completion)
         return list(added.values())
 
-    def _request(self, prompt: list[int], params: SamplingParams) -> Request:
+    def _constraint(self, grammar: Grammar | None) -> Constraint | None:
+        if grammar is None:
+            return None
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(
+                self._known_tokenizer(), end_token_ids=self.model_config.eos_token_ids
+            )
+        return self._grammars.constraint(grammar)
+
+    def _request(
+        self, prompt: list[int], params: SamplingParams, constraint: Constraint | None
+    ) -> Request:
         self._num_requests += 1
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=self.core.draw_seed())
@@ -185,6 +205,7 @@ class LLM:
             sampling=params,
             eos_token_ids=self.model_config.eos_token_ids,
             rope_alpha=self.model_config.rope_alpha(len(prompt)),
+            constraint=constraint,
         )
 
     def _take(self, outputs: list[RequestOutput]) -> None:
@@ -218,11 +239,14 @@ class LLM:
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
+        return self._known_tokenizer().encode(prompt, add_special_tokens=True)
+
+    def _known_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise CheckpointError(
                 f"{self.config.model_path} has no tokenizer: give token ids, or --tokenizer-path."
             )
-        return self.tokenizer.encode(prompt, add_special_tokens=True)
+        return self.tokenizer
 
     def _text(self, completion: Completion) -> str:
         if self.tokenizer is None:
@@ -249,11 +273,8 @@ def _wait(pending: "concurrent.futures.Future[PendingStep]") -> StepResult:
 
 def _find_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
     if config.tokenizer_path is not None:
-        directory = resolve_checkpoint(
-            config.tokenizer_path,
-            download_dir=config.download_dir,
-            has_weights=False,
-            flag="--tokenizer-path",
+        directory = resolve_tokenizer(
+            config.model_path, config.tokenizer_path, download_dir=config.download_dir
         )
         return load_tokenizer(directory)
     # A model without a tokenizer still serves prompts that are token ids.

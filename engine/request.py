@@ -113,10 +113,16 @@ def _within(name: str, value: float, low: float, high: float, *, low_open: bool 
 class TokenConstraint(Protocol):
     """Which tokens may follow, as a grammar has it; one per request, moved on by its tokens."""
 
-    def allowed_tokens(self) -> np.ndarray:
+    @property
+    def error(self) -> str | None:
+        """Why no token may come next at all, or None; the request ends then."""
+        ...
+
+    def allowed_tokens(self) -> np.ndarray | None:
         """The tokens that may come next: uint32 words, bit i of word w for id 32 * w + i.
 
-        At least one is allowed. Ids behind the last word are not.
+        At least one is allowed unless there is an `error`. Ids behind the last word are not. None
+        allows all.
         """
         ...
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from engine.grammar import Grammar
 from engine.request import FinishReason, RequestTiming, SamplingParams, TokenLogprobs
 from engine.stats import EngineStats
 
@@ -55,6 +56,7 @@ class GenerateRequest:
         tenant: Who alone may have the rest of it.
         origin: What a router needs to answer the client anew; means nothing to engines.
         weights: Whose token ids these are: `EngineConfig.weights_name`. Empty goes with any.
+        grammar: What each choice must be; None = anything.
     """
 
     request_id: str
@@ -64,6 +66,7 @@ class GenerateRequest:
     tenant: bytes = b""
     origin: bytes = b""
     weights: str = ""
+    grammar: Grammar | None = None
 
 
 class PastChoice(msgspec.Struct, array_like=True):

@@ -205,8 +205,15 @@ class Generation:
         return update
 
     def _advance(self, index: int, choice: _Choice, delta: TokenDelta) -> ChoiceUpdate:
-        if delta.finish_reason in ("abort", "error"):
+        if delta.finish_reason == "abort":
             raise EngineDiedError("The engine gave up this request. Send it again.")
+        if delta.finish_reason == "error":
+            num_tokens = choice.num_tokens + len(delta.token_ids)
+            raise RequestError(
+                f"After {num_tokens} tokens the answer's grammar allows no other, or it takes too "
+                "much to say which. Simplify it.",
+                code="grammar_failed",
+            )
         detokenizer = choice.detokenizer
         choice.num_cached_tokens = max(choice.num_cached_tokens, delta.num_cached_tokens)
         pushed = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]

@@ -23,7 +23,7 @@ class Origin(msgspec.Struct, frozen=True, array_like=True):
     def of(cls, body: ChatCompletionRequest | CompletionRequest, heading: Heading) -> "Origin":
         """Keep a request and its heading."""
         kind = "chat" if isinstance(body, ChatCompletionRequest) else "completion"
-        return cls(kind, body.model_dump_json(exclude_unset=True).encode(), heading)
+        return cls(kind, body.model_dump_json(exclude_unset=True, by_alias=True).encode(), heading)
 
     def body(self) -> ChatCompletionRequest | CompletionRequest:
         """The request's body."""

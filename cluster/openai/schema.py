@@ -22,6 +22,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import from_json
 
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
@@ -32,6 +33,7 @@ MAX_MESSAGES = 8192
 MAX_PROMPTS = 16384
 MAX_PROFILED_STEPS = 10_000
 MAX_FIELDS = 128
+MAX_ANSWER_CHOICES = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 512
 
@@ -87,6 +89,19 @@ def _count_biases(bias: Any) -> Any:
     return bias
 
 
+def _read_json(schema: Any) -> Any:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return from_json(schema, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+
+
+Choices = Annotated[
+    list[Annotated[StrictStr, Field(min_length=1)]],
+    Field(min_length=1, max_length=MAX_ANSWER_CHOICES, fail_fast=True),
+]
 MessageContent = Annotated[
     StrictStr | None,
     BeforeValidator(_join_text_parts),
@@ -146,6 +161,38 @@ class StreamOptions(_Body):
     """Accepted; this server pads nothing."""
 
 
+JsonSchema = dict[str, Any] | StrictBool
+# vLLM takes a schema as text, too.
+JsonSchemaOrText = Annotated[JsonSchema, BeforeValidator(_read_json)]
+
+
+class JsonSchemaFormat(_Body):
+    """`response_format.json_schema`; the name is for the client, and strict is what is done."""
+
+    name: Annotated[StrictStr, Field(max_length=64)] = ""
+    description: StrictStr | None = None
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(_Body):
+    """OpenAI's way to say what the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(_Body):
+    """vLLM's way to say what the answer must look like."""
+
+    json_: Annotated[JsonSchemaOrText | None, Field(alias="json")] = None
+    json_object: StrictBool | None = None
+    regex: StrictStr | None = None
+    choice: Choices | None = None
+    grammar: StrictStr | None = None
+    whitespace_pattern: StrictStr | None = None
+
+
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: MessageContent = None
@@ -178,6 +225,17 @@ class _GenerationBody(_Body):
     ignore_eos: StrictBool = False
     cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
     """Requests with different ones share no cached prefix, so that no timing tells of another's."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchemaOrText | None = None
+    guided_regex: StrictStr | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: StrictStr | None = None
+    guided_whitespace_pattern: StrictStr | None = None
+    json_schema: JsonSchemaOrText | None = None
+    """As SGLang names them: this, `regex` and `ebnf`."""
+    regex: StrictStr | None = None
+    ebnf: StrictStr | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: StrictBool = False
     stream_options: StreamOptions | None = None

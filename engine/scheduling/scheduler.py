@@ -323,7 +323,9 @@ class Scheduler:
         is_end = token_id in request.sampling.stop_token_ids or (
             token_id in request.eos_token_ids and not request.sampling.ignore_eos
         )
-        if is_end and first_index >= request.sampling.min_tokens:
+        if request.constraint is not None and request.constraint.error is not None:
+            self._finish(request, "error")
+        elif is_end and first_index >= request.sampling.min_tokens:
             self._finish(request, "stop")
         elif request.num_tokens >= request.max_len:
             self._finish(request, "length")

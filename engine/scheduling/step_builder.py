@@ -107,8 +107,10 @@ class StepBuilder:
     def _add_sampling(self, request: Request) -> None:
         self.has_logprobs |= request.sampling.logprobs is not None
         if request.constraint is not None:
-            words = request.constraint.allowed_tokens().view(np.int32)
-            self.masks.append(MaskUpdate(request.slot, words))
+            words = request.constraint.allowed_tokens()
+            # A slot has no mask until it gets one, and a constraint that has begun goes on.
+            if words is not None:
+                self.masks.append(MaskUpdate(request.slot, words.view(np.int32)))
 
 
 def _slot_params(request: Request) -> SlotParams:

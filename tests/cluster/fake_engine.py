@@ -40,6 +40,7 @@ class FakeEngine:
     Attributes:
         answer: Text of a choice.
         failure: (number of deltas before it, error to raise), or None.
+        has_failing_grammar: Choices end as if their grammars led no further.
         steps: If set, each delta waits for a permit.
         requests: What was asked, in order.
         others: Engines that `fleet` tells of beside this one.
@@ -56,6 +57,7 @@ class FakeEngine:
         self._tokenizer = tokenizer
         self.answer: Callable[[ChoiceRequest], str] = lambda _: "Once upon a time"
         self.failure: tuple[int, Exception] | None = None
+        self.has_failing_grammar = False
         self.steps: asyncio.Semaphore | None = None
         self.requests: list[GenerateRequest] = []
         self.others: tuple[EngineInfo, ...] = ()
@@ -172,7 +174,9 @@ class FakeEngine:
             deltas[0] = msgspec.structs.replace(
                 deltas[0], prompt_logprobs=tuple(chain.from_iterable(prompt))
             )
-        if token_ids[-1] == end:
+        if self.has_failing_grammar:
+            deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="error")
+        elif token_ids[-1] == end:
             deltas[-1] = msgspec.structs.replace(
                 deltas[-1], finish_reason="stop", stop_token_id=end
             )

@@ -155,8 +155,6 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"tool_choice": "required"}, "tool_choice", "not supported"),
     ({"functions": [{}]}, "functions", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
     ({"best_of": True}, "best_of", "not supported"),

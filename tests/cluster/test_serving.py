@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import msgspec
 import openai
 import psutil
@@ -201,6 +202,50 @@ def test_an_answer_has_one_request_id(base_url):
 )
 def test_logs_lie_where_the_troubleshooting_page_says(base_url, logs: Path, files: str, line: str):
     assert any(line in path.read_text() for path in logs.glob(files))
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Berlin", "Oslo"]},
+        "degrees": {"type": "integer", "minimum": -40, "maximum": 50},
+        "is_windy": {"type": "boolean"},
+    },
+    "required": ["city", "degrees", "is_windy"],
+    "additionalProperties": False,
+}
+
+
+async def answer_in_json(client: openai.AsyncOpenAI, seed: int, *, is_stream: bool) -> str:
+    """An answer in JSON of a model that knows none."""
+    answer = await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=100,
+        seed=seed,
+        stream=is_stream,  # type: ignore[arg-type]
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "weather", "strict": True, "schema": WEATHER},
+        },
+    )
+    if not is_stream:
+        return answer.choices[0].message.content
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+
+async def test_answers_follow_a_schema_beside_others_that_do_not(client, expected_text):
+    texts, *others = await asyncio.gather(
+        asyncio.gather(*(answer_in_json(client, seed, is_stream=False) for seed in range(4))),
+        stream_text(client),
+        stream_text(client),
+    )
+    for text in texts:
+        jsonschema.validate(json.loads(text), WEATHER)
+    assert others == [expected_text] * 2
+    again = [await answer_in_json(client, seed, is_stream=True) for seed in range(4)]
+    assert again == texts
+    assert (await engine_stats()).compiles_total == 0
 
 
 async def test_many_clients_at_once_each_get_their_own_text(client, expected_text):

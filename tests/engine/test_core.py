@@ -129,6 +129,10 @@ class Countdown:
         self.modulus = modulus
         self.num_tokens = 0
 
+    @property
+    def error(self) -> str | None:
+        return None
+
     def allowed(self) -> list[int]:
         return [i for i in range(VOCAB_SIZE) if i % self.modulus == self.num_tokens % self.modulus]
 

@@ -1,0 +1,159 @@
+"""What clients may say of an answer's form, and what the engine is told of it."""
+
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import FakeEngine, make_service
+
+from cluster.router import create_app
+from cluster.service import OpenAIService
+from engine.grammar import Grammar, choice_source, ebnf_source, json_schema_source, regex_source
+
+MODEL = "Tiny/Tiny-Chat"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}},
+    "required": ["city", "degrees"],
+    "additionalProperties": False,
+}
+ANY_OBJECT = {"type": "object"}
+NO_BLANKS = "[ ]?"
+
+
+@pytest.fixture
+def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
+    return make_service(tmp_path)
+
+
+@pytest.fixture
+def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
+    return service_and_engine[1]
+
+
+@pytest.fixture
+async def client(
+    service_and_engine: tuple[OpenAIService, FakeEngine],
+) -> AsyncGenerator[httpx.AsyncClient, None]:
+    transport = httpx.ASGITransport(create_app(service_and_engine[0]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        yield client
+
+
+SPELLINGS: list[tuple[dict[str, Any], str]] = [
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "weather", "strict": True, "schema": SCHEMA},
+            }
+        },
+        json_schema_source(SCHEMA, param=""),
+    ),
+    ({"guided_json": SCHEMA}, json_schema_source(SCHEMA, param="")),
+    ({"guided_json": json.dumps(SCHEMA)}, json_schema_source(SCHEMA, param="")),
+    ({"structured_outputs": {"json": SCHEMA}}, json_schema_source(SCHEMA, param="")),
+    ({"json_schema": json.dumps(SCHEMA)}, json_schema_source(SCHEMA, param="")),
+    ({"response_format": {"type": "json_object"}}, json_schema_source(ANY_OBJECT, param="")),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "any"}}},
+        json_schema_source(ANY_OBJECT, param=""),
+    ),
+    ({"structured_outputs": {"json_object": True}}, json_schema_source(ANY_OBJECT, param="")),
+    (
+        {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": NO_BLANKS}},
+        json_schema_source(SCHEMA, param="", whitespace_pattern=NO_BLANKS),
+    ),
+    (
+        {"guided_json": SCHEMA, "guided_whitespace_pattern": NO_BLANKS},
+        json_schema_source(SCHEMA, param="", whitespace_pattern=NO_BLANKS),
+    ),
+    ({"guided_regex": "[ab]+"}, regex_source("[ab]+", param="")),
+    ({"structured_outputs": {"regex": "[ab]+"}}, regex_source("[ab]+", param="")),
+    ({"regex": "[ab]+"}, regex_source("[ab]+", param="")),
+    ({"guided_choice": ["yes", "no"]}, choice_source(["yes", "no"], param="")),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, choice_source(["yes", "no"], param="")),
+    ({"guided_grammar": 'root ::= "a"'}, ebnf_source('root ::= "a"', param="")),
+    ({"structured_outputs": {"grammar": 'start: "a"'}}, ebnf_source('start: "a"', param="")),
+    ({"ebnf": 'root ::= "a"'}, ebnf_source('root ::= "a"', param="")),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "source"), SPELLINGS, ids=[str(fields)[:50] for fields, _ in SPELLINGS]
+)
+async def test_the_engine_is_told_whichever_way_a_client_says_it(
+    fields: dict[str, Any], source: str, client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    chat = await client.post(CHAT, json={"model": MODEL, "messages": HELLO, **fields})
+    completion = await client.post(COMPLETIONS, json={"model": MODEL, "prompt": "Hi", **fields})
+    assert (chat.status_code, completion.status_code) == (200, 200), chat.text + completion.text
+    assert [request.grammar for request in engine.requests] == [Grammar(source)] * 2
+
+
+async def test_a_request_that_asks_for_nothing_has_no_grammar(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    fields = {"response_format": {"type": "text"}, "guided_json": None, "structured_outputs": {}}
+    response = await client.post(CHAT, json={"model": MODEL, "messages": HELLO, **fields})
+    assert response.status_code == 200
+    assert engine.requests[0].grammar is None
+
+
+FAULTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"response_format": {"type": "yaml"}}, "response_format.type", "json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "give"),
+    ({"response_format": "json"}, "response_format", ""),
+    ({"guided_json": '{"type": '}, "guided_json", "not JSON"),
+    ({"guided_json": 3}, "guided_json", ""),
+    ({"guided_json": {"type": "objekt"}}, "guided_json", "objekt"),
+    ({"guided_json": {"not": {}}}, "guided_json", "not"),
+    ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+    ({"guided_choice": []}, "guided_choice", "at least 1"),
+    ({"guided_choice": ["x"] * 1025}, "guided_choice", "at most 1024"),
+    ({"guided_choice": [""]}, "guided_choice[0]", "at least 1"),
+    ({"guided_grammar": "start: a"}, "guided_grammar", "unknown name"),
+    ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml", "Unrecognized"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "2 ways"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "does not go with"),
+    ({"guided_regex": "a", "min_tokens": 2}, "min_tokens", "does not go with"),
+    ({"guided_regex": "a" * 300_000}, "guided_regex", "at most 262144"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"), FAULTS, ids=[str(fields)[:50] for fields, *_ in FAULTS]
+)
+async def test_what_cannot_be_followed_is_refused_before_the_engine_hears_of_it(
+    fields: dict[str, Any],
+    param: str,
+    message: str,
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+) -> None:
+    response = await client.post(CHAT, json={"model": MODEL, "messages": HELLO, **fields})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert str(error["param"]).startswith(param)
+    assert message in error["message"]
+    assert len(error["message"]) < 800
+    assert engine.requests == []
+
+
+async def test_an_answer_that_its_grammar_stopped_ends_in_an_error_that_says_so(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.has_failing_grammar = True
+    body = {"model": MODEL, "messages": HELLO, "guided_regex": "a"}
+    response = await client.post(CHAT, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "grammar_failed"
+    async with client.stream("POST", CHAT, json={**body, "stream": True}) as stream:
+        events = [line async for line in stream.aiter_lines() if line.startswith("data: ")]
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "grammar_failed"
