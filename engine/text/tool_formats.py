@@ -1,0 +1,74 @@
+"""How a family of models is told of tools, and how it calls them: what all formats have in common.
+
+A format reads calls out of an answer as it comes, and says as a grammar (in llguidance's notation)
+what an answer with calls must look like.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.text.answer_parts import AnswerReader
+
+COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How arguments are written: as templates write them again when the call is history."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call.
+
+    Attributes:
+        parameters: JSON schema of its arguments, of an object.
+        is_strict: Its arguments must follow the schema.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any]
+    is_strict: bool = False
+
+
+class ToolFormat(Protocol):
+    """One way to call tools.
+
+    Attributes:
+        stop: Strings that end an answer in which a tool was called.
+    """
+
+    stop: tuple[str, ...]
+
+    def reader(self, tools: Sequence[Tool]) -> AnswerReader:
+        """Make what reads one answer's text and calls."""
+        ...
+
+    def grammar(
+        self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
+    ) -> str:
+        """Spell what an answer may be.
+
+        Args:
+            tools: Those that may be called; the arguments of each follow its schema.
+            is_call_required: The answer consists of calls; else there may be text before them.
+            max_calls: None for any number.
+        """
+        ...
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """A JSON schema within a grammar."""
+    return "%json " + json.dumps({**schema, "x-guidance": COMPACT_JSON})
+
+
+def literal(text: str) -> str:
+    """A text within a grammar."""
+    return json.dumps(text)
+
+
+def repeated(rule: str, separator: str, max_calls: int | None) -> str:
+    """So many of a rule, at least one."""
+    if max_calls == 1:
+        return rule
+    more = "*" if max_calls is None else f"{{0,{max_calls - 1}}}"
+    return f"{rule} ({literal(separator)} {rule}){more}"

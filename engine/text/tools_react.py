@@ -1,0 +1,138 @@
+"""Tool calls as Qwen-7B-Chat (Qwen1) was taught them, which knows no tools in its chat format.
+
+What tools there are is written into the user's question, as the model's card shows it, and the
+answer goes on so:
+
+    Thought: I need the weather.
+    Action: get_weather
+    Action Input: {"city": "Paris"}
+    Observation: …              ← where generation stops, and the tool's result comes in
+    Thought: I now know the final answer.
+    Final Answer: It rains.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+from engine.text.answer_parts import (
+    AnswerPart,
+    AnswerReader,
+    CallArguments,
+    CallStart,
+    Content,
+    held_len,
+)
+from engine.text.tool_formats import Tool, json_rule, literal
+
+OBSERVATION = "Observation:"
+FINAL_ANSWER = "Final Answer:"
+
+_ACTION = "Action:"
+_INPUT = re.compile(r"[ \t]*([^\n]{1,256})\nAction Input:[ \t]*")
+_MARKS = (_ACTION, FINAL_ANSWER)
+
+
+class ReActFormat:
+    """A `ToolFormat`."""
+
+    stop: tuple[str, ...] = (OBSERVATION,)
+
+    def reader(self, tools: Sequence[Tool]) -> AnswerReader:
+        del tools
+        return ReActReader()
+
+    def grammar(
+        self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
+    ) -> str:
+        del max_calls  # The format has one call an answer.
+        calls = " | ".join(
+            " ".join([literal(f" {tool.name}\nAction Input: "), json_rule(tool.parameters)])
+            for tool in tools
+        )
+        end = "" if is_call_required else " | thought"
+        return (
+            f'start: action ({calls}) "\\n"?{end}\n'
+            "thought: TEXT\n"
+            "TEXT: /(.|\\n)*/\n"
+            f"action[lazy]: TEXT {literal(_ACTION)}\n"
+        )
+
+
+def describe_tools(tools: Sequence[Tool], question: str) -> str:
+    """Write what tools there are before the user's question, as Qwen1 was taught."""
+    descriptions = "\n\n".join(
+        f"{tool.name}: {tool.description} Parameters: {json.dumps(dict(tool.parameters))}"
+        for tool in tools
+    )
+    names = ",".join(tool.name for tool in tools)
+    return (
+        f"Answer the question with the help of these tools:\n\n{descriptions}\n\n"
+        "Use this format:\n\n"
+        "Question: the question to answer\n"
+        "Thought: what to do next\n"
+        f"Action: one of [{names}]\n"
+        "Action Input: the tool's parameters as a JSON object\n"
+        "Observation: the tool's result\n"
+        "... (Thought, Action, Action Input and Observation may come several times)\n"
+        "Thought: I now know the final answer\n"
+        "Final Answer: the answer to the question\n\n"
+        f"Begin!\n\nQuestion: {question}"
+    )
+
+
+class ReActReader:
+    """An `AnswerReader`: the call of an answer, or its final answer; thoughts are content, too."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_final = False
+        self._is_action = False
+        self._has_begun = False
+
+    def push(self, text: str) -> list[AnswerPart]:
+        self._held += text
+        parts: list[AnswerPart] = []
+        if not self._is_action and not self._is_final:
+            self._read_thought(parts)
+        if self._is_final:
+            # A blank behind the mark belongs to it.
+            text = self._held if self._has_begun else self._held.lstrip(" ")
+            self._held = ""
+            if text:
+                self._has_begun = True
+                parts.append(Content(text))
+        return parts
+
+    def finish(self) -> list[AnswerPart]:
+        held, self._held = self._held, ""
+        if not self._is_action:
+            return [Content(held)] if held else []
+        head = _INPUT.match(held)
+        whole: list[AnswerPart] = [Content(_ACTION + held)]
+        if head is None:
+            return whole
+        try:
+            arguments, _ = json.JSONDecoder().raw_decode(held, head.end())
+        except (ValueError, RecursionError):
+            return whole
+        if not isinstance(arguments, dict):
+            return whole
+        text = json.dumps(arguments, ensure_ascii=False)
+        return [CallStart(0, head.group(1).strip()), CallArguments(0, text)]
+
+    def _read_thought(self, parts: list[AnswerPart]) -> None:
+        """Give thoughts until a call or the final answer begins."""
+        found = [(place, mark) for mark in _MARKS if (place := self._held.find(mark)) >= 0]
+        if found:
+            place, mark = min(found)
+            if thought := self._held[:place]:
+                parts.append(Content(thought))
+            self._is_action = mark == _ACTION
+            self._is_final = not self._is_action
+            self._held = self._held[place + len(mark) :]
+            return
+        num_held = max(held_len(self._held, mark) for mark in _MARKS)
+        if thought := self._held[: len(self._held) - num_held]:
+            parts.append(Content(thought))
+        self._held = self._held[len(self._held) - num_held :]

@@ -1,0 +1,287 @@
+"""Calls of tools, read from answers however they are cut, and constrained by grammars."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import llguidance
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.grammar import checked
+from engine.text.answer_parts import (
+    AnswerPart,
+    AnswerReader,
+    CallArguments,
+    CallStart,
+    Content,
+    Reasoning,
+)
+from engine.text.reasoning import PlainReader, ReasoningReader
+from engine.text.tool_formats import Tool, ToolFormat
+from engine.text.tools_hermes import HermesFormat
+from engine.text.tools_qwen3_coder import Qwen3CoderFormat
+from engine.text.tools_react import ReActFormat
+
+WEATHER = Tool(
+    name="get_weather",
+    description="Tells the weather.",
+    parameters={
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+)
+CLOCK = Tool(
+    name="get_time",
+    parameters={
+        "type": "object",
+        "properties": {
+            "zone": {"type": "string", "enum": ["UTC", "CET"]},
+            "format": {"type": "object", "properties": {"is_24h": {"type": "boolean"}}},
+        },
+        "required": ["zone"],
+    },
+)
+TOOLS = [WEATHER, CLOCK]
+
+
+def read(reader: AnswerReader, pieces: Sequence[str]) -> dict[str, Any]:
+    """Put an answer together, as a client does."""
+    parts: list[AnswerPart] = []
+    for piece in pieces:
+        parts += reader.push(piece)
+    parts += reader.finish()
+    calls: list[list[str]] = []
+    answer: dict[str, Any] = {"content": "", "reasoning": "", "calls": calls}
+    for part in parts:
+        match part:
+            case Content(text):
+                assert text
+                answer["content"] += text
+            case Reasoning(text):
+                assert text
+                answer["reasoning"] += text
+            case CallStart(index, name):
+                assert index == len(calls)
+                calls.append([name, ""])
+            case CallArguments(index, text):
+                assert index == len(calls) - 1
+                calls[index][1] += text
+    return answer
+
+
+def answer(content: str = "", calls: Sequence[tuple[str, str]] = (), reasoning: str = "") -> Any:
+    return {"content": content, "reasoning": reasoning, "calls": [list(call) for call in calls]}
+
+
+HERMES = HermesFormat()
+CODER = Qwen3CoderFormat()
+REACT = ReActFormat()
+
+READ: list[tuple[ToolFormat, str, Any]] = [
+    (HERMES, "Just text, 1 < 2.", answer("Just text, 1 < 2.")),
+    (
+        HERMES,
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        answer(calls=[("get_weather", '{"city": "Paris"}')]),
+    ),
+    (
+        HERMES,
+        'Let me see.\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "b", "arguments": {"x": ["}", {"y": "\\"{"}]}}\n</tool_call>',
+        answer("Let me see.", [("a", "{}"), ("b", '{"x": ["}", {"y": "\\"{"}]}')]),
+    ),
+    # Not as they were taught, but clear.
+    (
+        HERMES,
+        '<tool_call>{"arguments":{"city":"Paris"},"name":"get_weather"}</tool_call> Done.',
+        answer("Done.", [("get_weather", '{"city": "Paris"}')]),
+    ),
+    (
+        HERMES,
+        '<tool_call>\n{"name": "a", "arguments": "{\\"x\\": 1}"}\n</tool_call>',
+        answer(calls=[("a", '{"x": 1}')]),
+    ),
+    (
+        HERMES,
+        '<tool_call>\n{"name": "a", "parameters": {"x": "é"}}\n</tool_call>',
+        answer(calls=[("a", '{"x": "é"}')]),
+    ),
+    # No calls: they stay what they are.
+    (HERMES, "<tool_call>\nno JSON\n</tool_call>", answer("<tool_call>\nno JSON\n</tool_call>")),
+    (HERMES, '<tool_call>["a"]</tool_call>', answer('<tool_call>["a"]</tool_call>')),
+    (HERMES, '<tool_call>{"name": 3}</tool_call>', answer('<tool_call>{"name": 3}</tool_call>')),
+    (HERMES, "a <tool_call", answer("a <tool_call")),
+    (HERMES, "a\n", answer("a\n")),
+    (HERMES, '<tool_call>{"name": "a"', answer('<tool_call>{"name": "a"')),
+    # Cut amid its arguments.
+    (
+        HERMES,
+        '<tool_call>\n{"name": "a", "arguments": {"x": "y',
+        answer(calls=[("a", '{"x": "y')]),
+    ),
+    (
+        CODER,
+        "Sure.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nNew\nYork\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        answer("Sure.", [("get_weather", '{"city": "New\\nYork", "days": 3}')]),
+    ),
+    (
+        CODER,
+        '<tool_call>\n<function=get_time>\n<parameter=format>\n{"is_24h": true}\n</parameter>\n'
+        "</function>\n</tool_call>\n<tool_call>\n<function=unknown>\n<parameter=n>\n3\n</parameter>"
+        "\n</function>\n</tool_call>",
+        answer(calls=[("get_time", '{"format": {"is_24h": true}}'), ("unknown", '{"n": "3"}')]),
+    ),
+    (CODER, "<tool_call>\n<function=f>\n</function>\n</tool_call>", answer(calls=[("f", "{}")])),
+    (CODER, "<tool_call>no function</tool_call>!", answer("<tool_call>no function</tool_call>!")),
+    (
+        CODER,
+        "<tool_call>\n<function=get_weather>\n<parameter=days>\nthree\n</parameter>\n</function>",
+        answer(calls=[("get_weather", '{"days": "three"}')]),
+    ),
+    (
+        REACT,
+        'Thought: I look.\nAction: get_weather\nAction Input: {"city": "Paris"}\n',
+        answer("Thought: I look.\n", [("get_weather", '{"city": "Paris"}')]),
+    ),
+    (
+        REACT,
+        "Thought: I know.\nFinal Answer: It rains. Action: none",
+        answer("Thought: I know.\nIt rains. Action: none"),
+    ),
+    (REACT, "Action: get_weather\nof Paris", answer("Action: get_weather\nof Paris")),
+    (REACT, "Hello, Acti", answer("Hello, Acti")),
+]
+
+
+@pytest.mark.parametrize(("tool_format", "text", "expected"), READ, ids=range(len(READ)))
+def test_calls_are_read_however_the_answer_is_cut(
+    tool_format: ToolFormat, text: str, expected: Any
+) -> None:
+    for size in (len(text), 1, 2, 3, 7, 20):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        assert read(tool_format.reader(TOOLS), pieces) == expected, size
+
+
+@given(st.data())
+def test_any_text_without_a_mark_is_content(data: st.DataObject) -> None:
+    text = data.draw(st.text(alphabet='<tool_cal>/\n fun=Actio:{}"x', max_size=40))
+    if "<tool_call>" in text or "Action:" in text:
+        return
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    for tool_format in (HERMES, CODER, REACT):
+        assert read(tool_format.reader(TOOLS), pieces) == answer(text)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=4), st.integers(1, 9))
+def test_arguments_come_as_they_were_written(arguments: dict[str, Any], size: int) -> None:
+    written = json.dumps(arguments, ensure_ascii=False)
+    text = f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    assert read(HERMES.reader([]), pieces) == answer(calls=[("f", written)])
+
+
+THOUGHTS = [
+    ("<think>\nHm.\n</think>\n\nYes.", False, answer("Yes.", reasoning="Hm.")),
+    ("\n<think>\n\n</think>\n\nYes.", False, answer("Yes.")),
+    ("Hm.\n</think>\n\nYes.", True, answer("Yes.", reasoning="Hm.")),
+    ("\nHm,\n\n1 < 2\n</think>Yes.", True, answer("Yes.", reasoning="Hm,\n\n1 < 2")),
+    ("No thoughts.", False, answer("No thoughts.")),
+    ("<thin", False, answer("<thin")),
+    ("Cut amid", True, answer(reasoning="Cut amid")),
+    ("<think>\nCut </thi", False, answer(reasoning="Cut </thi")),
+    ("a <think>b</think> c", False, answer("a <think>b</think> c")),
+]
+
+
+@pytest.mark.parametrize(("text", "is_open", "expected"), THOUGHTS, ids=range(len(THOUGHTS)))
+def test_thoughts_are_read_however_the_answer_is_cut(
+    text: str, is_open: bool, expected: Any
+) -> None:
+    for size in (len(text), 1, 2, 5):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        assert read(ReasoningReader(PlainReader(), is_open=is_open), pieces) == expected, size
+
+
+def test_calls_may_follow_on_thoughts() -> None:
+    text = '<think>\nI look.\n</think>\n\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
+    reader = ReasoningReader(HERMES.reader([]), is_open=False)
+    assert read(reader, list(text)) == answer(reasoning="I look.", calls=[("a", "{}")])
+
+
+class Letters:
+    """A vocabulary of single bytes."""
+
+    eos_token_id = 256
+    bos_token_id = None
+    tokens = [*(bytes([byte]) for byte in range(256)), b"\xff<end>"]  # noqa: RUF012
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text if isinstance(text, bytes) else text.encode())
+
+
+def matches(source: str, text: str) -> bool:
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Letters()))
+    matcher = llguidance.LLMatcher(tokenizer, checked(source, param="tools"), log_level=0)
+    return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+
+PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+UTC = '<tool_call>\n{"name": "get_time", "arguments": {"zone": "UTC"}}\n</tool_call>'
+MARS = '<tool_call>\n{"name": "get_time", "arguments": {"zone": "Mars"}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "get_money", "arguments": {}}\n</tool_call>'
+CODER_PARIS = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+)
+CODER_NOWHERE = (
+    "<tool_call>\n<function=get_weather>\n<parameter=days>\n3\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+REACT_PARIS = 'Thought: I look.\nAction: get_weather\nAction Input: {"city": "Paris"}\n'
+
+CONSTRAINED: list[tuple[ToolFormat, bool, int | None, dict[str, bool]]] = [
+    (
+        HERMES,
+        True,
+        None,
+        {PARIS: True, f"{PARIS}\n{UTC}": True, MARS: False, OTHER: False, "Hi": False, "": False},
+    ),
+    (HERMES, True, 1, {PARIS: True, f"{PARIS}\n{UTC}": False}),
+    (
+        HERMES,
+        False,
+        None,
+        {"Hi": True, "": True, f"Hi.\n{PARIS}": True, f"{PARIS}\n{UTC}": True, f"Hi {MARS}": False},
+    ),
+    (CODER, True, None, {CODER_PARIS: True, CODER_NOWHERE: False, "Hi": False}),
+    (CODER, False, 1, {f"Hi\n{CODER_PARIS}": True, "Hi": True, CODER_NOWHERE: False}),
+    (REACT, True, None, {REACT_PARIS: True, "Final Answer: 3": False}),
+    (REACT, False, None, {REACT_PARIS: True, "Final Answer: 3": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "is_call_required", "max_calls", "texts"),
+    CONSTRAINED,
+    ids=[f"{type(row[0]).__name__}-{row[1]}-{row[2]}" for row in CONSTRAINED],
+)
+def test_grammars_let_through_what_is_a_call_and_nothing_else(
+    tool_format: ToolFormat, is_call_required: bool, max_calls: int | None, texts: dict[str, bool]
+) -> None:
+    source = tool_format.grammar(TOOLS, is_call_required=is_call_required, max_calls=max_calls)
+    assert {text: matches(source, text) for text in texts} == texts
