@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -36,7 +36,6 @@ from cluster.openai.schema import (
     ProfileStatus,
 )
 from cluster.openai.sse import encode_error_event
-from cluster.openai.structured_output import make_grammar
 from cluster.request_watch import RequestWatch
 from cluster.router_stats import RouterStats
 from engine.config import EngineConfig
@@ -96,7 +95,12 @@ class OpenAIService:
         self._stats = RouterStats()
         self._exposition = Exposition(config.model_names[0], router_id)
         self._config = config
-        self._text = ModelText(tokenizer, template)
+        self._text = ModelText(
+            tokenizer,
+            template,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        )
         self._keys = ApiKeys.of(config.api_key_file)
         self._key_uses = KeyUses(self._keys)
         self._admission = Admission(config.max_queued_requests, config.max_queued_tokens)
@@ -138,7 +142,7 @@ class OpenAIService:
             info = await self._ready_info()
             prompt, has_special = await self._in_thread(partial(self._text.encode_chat, body))
             self._stats.special_tokens_in_messages_total += has_special
-            grammar = await self._in_thread(partial(make_grammar, body))
+            grammar = await self._in_thread(partial(self._text.grammar, body, prompt))
             heading = make_heading(request_id, body.model, info.fingerprint)
             request = self._make_request(body, heading, [prompt], info, entry, caller, grammar)
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
@@ -155,7 +159,7 @@ class OpenAIService:
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
             )
-            grammar = await self._in_thread(partial(make_grammar, body))
+            grammar = await self._in_thread(partial(self._text.grammar, body, prompts[0]))
             heading = make_heading(request_id, body.model, info.fingerprint)
             request = self._make_request(body, heading, prompts, info, entry, caller, grammar)
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
@@ -207,11 +211,13 @@ class OpenAIService:
         with RequestWatch(
             request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
         ) as watch:
-            generation = self._generation(body, request, watch, resumption)
             tokenizer = self._text.tokenizer
             if isinstance(body, ChatCompletionRequest):
-                parts = answer_chat(body, generation, heading, tokenizer)
+                form = self._text.form(body, request.choices[0].prompt_token_ids)
+                generation = self._generation(body, request, watch, resumption, form.stop)
+                parts = answer_chat(body, generation, heading, tokenizer, form)
             else:
+                generation = self._generation(body, request, watch, resumption)
                 prompts = [
                     choice.prompt_token_ids
                     for choice in request.choices
@@ -332,11 +338,12 @@ class OpenAIService:
         request: GenerateRequest,
         watch: RequestWatch,
         resumption: Resumption | None,
+        stop: Sequence[str] = (),
     ) -> Generation:
         return Generation(
             self.engine,
             request,
-            make_detokenizer=partial(self._text.detokenizer, body),
+            make_detokenizer=partial(self._text.detokenizer, body, stop),
             own_stop_token_ids=frozenset(body.stop_token_ids),
             on_update=watch.take,
             resumption=resumption,

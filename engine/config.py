@@ -231,6 +231,16 @@ class EngineConfig(BaseModel):
         "wrote, where each host fetches compiled programs at start. Default: none.",
     )
 
+    tool_call_parser: Literal["auto", "none", "hermes", "qwen3_coder", "react"] = Field(
+        default="auto",
+        description="How the model calls tools. auto goes by its chat template: hermes for "
+        "Qwen2.5 and Qwen3, qwen3_coder, and react for Qwen1, which has none. none: not at all.",
+    )
+    reasoning_parser: Literal["auto", "none", "qwen3"] = Field(
+        default="auto",
+        description="auto, qwen3: what stands between <think> and </think> is given as reasoning, "
+        "where the model knows these marks. none: as content.",
+    )
     chat_template: str | None = Field(
         default=None,
         description="File with a Jinja chat template to use in place of the checkpoint's.",

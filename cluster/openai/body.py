@@ -1,6 +1,6 @@
 """Bytes of a request body to its pydantic object, every fault explained by OpenAI's field name.
 
-What this server cannot do is refused by name, never ignored: a client that asks for tools and gets
+What this server cannot do is refused by name, never ignored: a client that asks for audio and gets
 prose would be misled. Fields that change no answer are accepted and dropped.
 """
 
@@ -33,12 +33,9 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -48,10 +45,8 @@ UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
-UNSUPPORTED_ROLES = ("tool", "function")
+UNSUPPORTED_ROLES = ("function",)
 
 _MAX_NAME_CHARS = 64
 _MAX_PATH_CHARS = 200
@@ -82,8 +77,8 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
             _drop_or_refuse(message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
             if message.get("role") in UNSUPPORTED_ROLES:
                 raise RequestError(
-                    f"messages[{index}].role is {message['role']!r}: tool calls are not supported "
-                    "by this server.",
+                    f"messages[{index}].role is {message['role']!r}, which OpenAI has replaced by "
+                    '"tool". Use tools, too, for functions.',
                     param=f"messages[{index}].role",
                     code="unsupported_value",
                 )
@@ -94,7 +89,7 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error, kind) from None
+        raise _explain(error, kind, fields) from None
 
 
 def _drop_or_refuse(
@@ -113,9 +108,9 @@ def _drop_or_refuse(
             )
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
+def _explain(error: ValidationError, kind: type[BaseModel], fields: dict[str, Any]) -> RequestError:
     fault = error.errors(include_url=False)[0]
-    param = _param(fault["loc"])
+    param = _param(fault["loc"], fields, has_last=fault["type"] != "missing")
     if fault["type"] == "extra_forbidden":
         is_a_name = len(param) <= _MAX_NAME_CHARS
         near = difflib.get_close_matches(param, kind.model_fields, n=1) if is_a_name else []
@@ -137,10 +132,26 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     )
 
 
-def _param(location: tuple[int | str, ...]) -> str:
-    """messages, 0, role → messages[0].role"""
+def _param(location: tuple[Any, ...], fields: Any, *, has_last: bool) -> str:
+    """messages, 0, role → messages[0].role
+
+    Where a field may be of several kinds, pydantic adds the kind's name, which is no step.
+
+    Args:
+        fields: What the location is in.
+        has_last: The location's last step is there, too.
+    """
     path = ""
-    for step in location:
+    for place, step in enumerate(location):
+        is_last = place == len(location) - 1
+        if isinstance(fields, dict):
+            is_there = step in fields
+        else:
+            is_there = isinstance(fields, list) and isinstance(step, int) and step < len(fields)
+        if is_there:
+            fields = fields[step]
+        elif has_last or not is_last:
+            continue
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
     return path if len(path) <= _MAX_PATH_CHARS else path[:_MAX_PATH_CHARS] + "…"
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 
+from cluster.openai.answer_form import AnswerForm, AnswerForms
 from cluster.openai.chat import render_messages
 from cluster.openai.engine_client import ChoiceRequest, EngineInfo
 from cluster.openai.sampling import make_sampling_params
 from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
+from cluster.openai.structured_output import grammar_source
 from engine.errors import RequestError
+from engine.grammar import Grammar
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
+from engine.text.tool_parsers import tool_format_of
 
 
 class ModelText:
@@ -18,11 +22,25 @@ class ModelText:
     Args:
         tokenizer: The model's.
         template: None for a model that knows no conversations.
+        tool_call_parser, reasoning_parser: The configuration's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        tool_call_parser: str = "auto",
+        reasoning_parser: str = "auto",
+    ) -> None:
         self.tokenizer = tokenizer
         self._template = template
+        self._forms = AnswerForms(
+            tokenizer,
+            template,
+            tool_format=tool_format_of(template, tool_call_parser),
+            has_reasoning=reasoning_parser != "none",
+        )
 
     def encode_chat(self, body: ChatCompletionRequest) -> tuple[list[int], bool]:
         """The prompt of a conversation, and whether a message spells out a control token.
@@ -63,11 +81,34 @@ class ModelText:
             ]
         return tuple(choices)
 
-    def detokenizer(self, body: ChatCompletionRequest | CompletionRequest) -> Detokenizer:
-        """What makes text of one choice's tokens, as the request wants it."""
+    def form(self, body: ChatCompletionRequest, prompt: Sequence[int]) -> AnswerForm:
+        """The form of the answer to a chat; raises as `AnswerForms.form`."""
+        return self._forms.form(body, prompt)
+
+    def grammar(
+        self, body: ChatCompletionRequest | CompletionRequest, prompt: Sequence[int]
+    ) -> Grammar | None:
+        """What an answer must be; None for anything. Takes milliseconds.
+
+        Raises:
+            RequestError: It cannot be followed.
+        """
+        if isinstance(body, ChatCompletionRequest):
+            return self._forms.grammar(body, prompt, self.form(body, prompt))
+        source = grammar_source(body)
+        return None if source is None else Grammar(source)
+
+    def detokenizer(
+        self, body: ChatCompletionRequest | CompletionRequest, stop: Sequence[str] = ()
+    ) -> Detokenizer:
+        """What makes text of one choice's tokens, as the request wants it.
+
+        Args:
+            stop: Strings that end it, beside the client's.
+        """
         return Detokenizer(
             self.tokenizer,
-            stop=body.stop,
+            stop=[*body.stop, *stop],
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             min_tokens=body.min_tokens,

@@ -15,11 +15,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
     WithJsonSchema,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import from_json
@@ -34,6 +36,7 @@ MAX_PROMPTS = 16384
 MAX_PROFILED_STEPS = 10_000
 MAX_FIELDS = 128
 MAX_ANSWER_CHOICES = 1024
+MAX_TOOLS = 512
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 512
 
@@ -193,11 +196,54 @@ class StructuredOutputs(_Body):
     whitespace_pattern: StrictStr | None = None
 
 
+ToolName = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class FunctionDefinition(_Body):
+    name: ToolName
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class ToolDefinition(_Body):
+    """A tool that the model may call; functions are all there are."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(_Body):
+    name: ToolName
+
+
+class NamedToolChoice(_Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class PastFunctionCall(_Body):
+    name: StrictStr
+    arguments: StrictStr = "{}"
+
+
+class PastToolCall(_Body):
+    """A call in a conversation's past, as this server or another one gave it."""
+
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: PastFunctionCall
+    index: StrictInt | None = None
+
+
 class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: MessageContent = None
     name: StrictStr | None = None
     reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
+    tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    tool_call_id: StrictStr | None = None
 
 
 class _GenerationBody(_Body):
@@ -252,6 +298,12 @@ class ChatCompletionRequest(_GenerationBody):
     top_logprobs: StrictInt | None = None
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: StrictBool = True
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice = "auto"
+    parallel_tool_calls: StrictBool = True
+    enable_thinking: StrictBool | None = None
+    thinking_budget: Annotated[StrictInt, Field(ge=0)] | None = None
+    """Tokens of thinking at most; as Qwen's own service names it."""
 
 
 class CompletionRequest(_GenerationBody):
@@ -304,17 +356,45 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
+    """Thoughts go by two names, as clients differ; they and calls are left out where none are."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("reasoning_content", "reasoning", "tool_calls")
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if value is not None or name not in optional
+        }
+
+
+ChatStopReason = StopReason | Literal["tool_calls"]
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: StopReason
+    finish_reason: ChatStopReason
     stop_reason: int | str | None = None
 
 
@@ -328,18 +408,35 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str | None
 
 
+class FunctionCallDelta(BaseModel):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(BaseModel):
+    """A call's beginning, with id and name, or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class ChatDelta(BaseModel):
     """Only what is set is sent."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: StopReason | None
+    finish_reason: ChatStopReason | None
 
 
 class ChatCompletionChunk(BaseModel):

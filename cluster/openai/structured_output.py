@@ -13,7 +13,7 @@ from cluster.openai.schema import (
     StructuredOutputs,
 )
 from engine.errors import RequestError
-from engine.grammar import Grammar, choice_source, ebnf_source, json_schema_source, regex_source
+from engine.grammar import choice_source, ebnf_source, json_schema_source, regex_source
 
 ANY_JSON_OBJECT = {"type": "object"}
 
@@ -25,8 +25,8 @@ _SPELLED_BY: dict[str, Callable[..., str]] = {
 }
 
 
-def make_grammar(body: ChatCompletionRequest | CompletionRequest) -> Grammar | None:
-    """The grammar that a request asks for; None for none.
+def grammar_source(body: ChatCompletionRequest | CompletionRequest) -> str | None:
+    """The grammar that a request asks for, in llguidance's notation; None for none.
 
     Takes some milliseconds, and a large schema a tenth of a second: not for an event loop.
 
@@ -44,7 +44,7 @@ def make_grammar(body: ChatCompletionRequest | CompletionRequest) -> Grammar | N
         )
     _check_goes_with_grammar(body)
     [(param, (kind, value, options))] = wanted.items()
-    return Grammar(_SPELLED_BY[kind](value, param=param, **options))
+    return _SPELLED_BY[kind](value, param=param, **options)
 
 
 def _wanted(

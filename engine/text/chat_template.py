@@ -26,24 +26,48 @@ CHATML_DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 Message = Mapping[str, Any]
 
 
+class CallHistory(dict[str, Any]):
+    """Arguments of a call in a conversation's past.
+
+    Where a template writes them as JSON they come out as the model wrote them, so that the prompt
+    has the very tokens that were generated, which the prefix cache then knows.
+
+    Attributes:
+        written: As the model wrote them.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], written: str) -> None:
+        super().__init__(arguments)
+        self.written = written
+
+
 class ChatTemplate(Protocol):
     """How a model wants its conversations written.
 
     Attributes:
         stop_tokens: Texts of tokens that end an answer, beside those that the checkpoint names.
+        source: The template as text; empty where it is built in.
     """
 
     stop_tokens: tuple[str, ...]
+    source: str
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Write a conversation as the prompt's text, special tokens spelled out.
 
         Args:
-            messages: Each with "role" and "content", both strings.
+            messages: Each with "role" and "content", both strings; an assistant's may have
+                "tool_calls", as OpenAI has them, but with `CallHistory` for arguments.
             add_generation_prompt: Open the assistant's turn at the end.
             kwargs: The client's `chat_template_kwargs` (enable_thinking, …).
+            tools: As OpenAI has them.
 
         Raises:
             RequestError: The template refuses this conversation, or fails on it.
@@ -54,14 +78,22 @@ class ChatTemplate(Protocol):
 class ChatMLTemplate:
     """Qwen1's format, whose checkpoints bring no template; a `ChatTemplate`.
 
-    A conversation that opens without a system message gets the one of the model's card.
+    A conversation that opens without a system message gets the one of the model's card. A last
+    message that "is_open" is one that the answer goes on with.
     """
 
     stop_tokens: tuple[str, ...] = (CHATML_END, "<|endoftext|>")
+    source = ""
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
+        assert not tools, "they are written into the messages; see tools_react"
         if kwargs:
             raise RequestError(
                 f"chat_template_kwargs has {', '.join(sorted(kwargs))}, but this model's format "
@@ -75,7 +107,9 @@ class ChatMLTemplate:
             f"{CHATML_START}{message['role']}\n{message['content']}{CHATML_END}\n"
             for message in messages
         ]
-        if add_generation_prompt:
+        if messages[-1].get("is_open"):
+            turns[-1] = turns[-1].removesuffix(f"{CHATML_END}\n")
+        elif add_generation_prompt:
             turns.append(f"{CHATML_START}assistant\n")
         return "".join(turns)
 
@@ -103,6 +137,7 @@ class JinjaTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         self._variables = dict(variables)
+        self.source = source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -112,7 +147,12 @@ class JinjaTemplate:
             ) from error
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         reserved = {"messages", "add_generation_prompt", "tools", "documents"} & kwargs.keys()
         if reserved:
@@ -125,7 +165,7 @@ class JinjaTemplate:
             return self._template.render(
                 variables,
                 messages=messages,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -186,6 +226,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if isinstance(value, CallHistory):
+        return value.written
     # Jinja's own filter escapes HTML; models were trained on plain JSON.
     return json.dumps(
         value,

@@ -1,9 +1,34 @@
 """What a model thinks before it answers, between <think> and </think> as Qwen3 writes it."""
 
+import enum
+
 from engine.text.answer_parts import AnswerPart, AnswerReader, Content, Reasoning, held_len
 
 THINK_START = "<think>"
 THINK_END = "</think>"
+
+
+class Thinking(enum.Enum):
+    """Where an answer begins: not in thoughts, where they may begin, or amid them."""
+
+    NONE = enum.auto()
+    MAY_BEGIN = enum.auto()
+    OPEN = enum.auto()
+
+
+def thinking_after(prompt_end: str, *, may_think: bool) -> Thinking:
+    """Where the answer to a prompt begins.
+
+    Args:
+        prompt_end: The last characters of the prompt.
+        may_think: The model is one that thinks unless its prompt forbids it.
+    """
+    end = prompt_end.rstrip()
+    if end.endswith(THINK_START):
+        return Thinking.OPEN
+    if end.endswith(THINK_END) or not may_think:
+        return Thinking.NONE
+    return Thinking.MAY_BEGIN
 
 
 class PlainReader:

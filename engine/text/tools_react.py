@@ -13,7 +13,8 @@ answer goes on so:
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engine.text.answer_parts import (
     AnswerPart,
@@ -23,6 +24,7 @@ from engine.text.answer_parts import (
     Content,
     held_len,
 )
+from engine.text.chat_template import CallHistory, Message
 from engine.text.tool_formats import Tool, json_rule, literal
 
 OBSERVATION = "Observation:"
@@ -79,6 +81,41 @@ def describe_tools(tools: Sequence[Tool], question: str) -> str:
         "Final Answer: the answer to the question\n\n"
         f"Begin!\n\nQuestion: {question}"
     )
+
+
+def spell_react(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[Message]:
+    """Write calls and their results into the turns of a chat that knows neither.
+
+    A question, the calls for it and their results are two turns: the user's, with what tools there
+    are, and the assistant's, which is left open where the last result has just come.
+
+    Args:
+        messages: As `ChatTemplate.render` takes them.
+        tools: Those that may be called for the last question.
+    """
+    last_question = max(
+        (index for index, message in enumerate(messages) if message["role"] == "user"), default=-1
+    )
+    turns: list[Message] = []
+    for index, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role == "user" and index == last_question and tools:
+            content = describe_tools(tools, content)
+        calls = message.get("tool_calls", ())
+        if role == "assistant" and calls:
+            call = calls[0]["function"]
+            arguments = call["arguments"]
+            written = arguments.written if isinstance(arguments, CallHistory) else arguments
+            content += f"{_ACTION} {call['name']}\nAction Input: {written}\n"
+        if role == "tool":
+            role, content = "assistant", f"{OBSERVATION} {content}\n"
+        if turns and role == "assistant" and turns[-1]["role"] == "assistant":
+            turns[-1] = {"role": role, "content": turns[-1]["content"] + content}
+        else:
+            turns.append({"role": role, "content": content})
+    if messages and messages[-1]["role"] == "tool":
+        turns[-1] = {**turns[-1], "content": turns[-1]["content"] + "Thought:", "is_open": True}
+    return turns
 
 
 class ReActReader:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import uvicorn
-from tiny_tokenizer import write_tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, write_tiny_tokenizer
 
 from cluster.openai.engine_client import (
     ChoiceRequest,
@@ -205,13 +205,16 @@ def _record(past: PastChoice, delta: TokenDelta) -> None:
     past.num_cached_tokens = delta.num_cached_tokens
 
 
-def make_service(directory: Path, **fields: object) -> tuple[OpenAIService, FakeEngine]:
+def make_service(
+    directory: Path, *, chat_template_text: str | None = CHAT_TEMPLATE, **fields: object
+) -> tuple[OpenAIService, FakeEngine]:
     """Make a service over a fake engine and the tiny tokenizer.
 
     Args:
+        chat_template_text: The checkpoint's; None for none.
         fields: Fields of `EngineConfig`.
     """
-    write_tiny_tokenizer(directory)
+    write_tiny_tokenizer(directory, chat_template=chat_template_text)
     tokenizer = load_tokenizer(directory)
     engine = FakeEngine(tokenizer)
     config = EngineConfig.model_validate({"model_path": "Tiny/Tiny-Chat", **fields})

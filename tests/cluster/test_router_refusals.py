@@ -89,6 +89,10 @@ async def test_a_body_that_is_no_json_object_is_refused(
     assert message in error_of(response)["message"]
 
 
+def function(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
 CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "messages", "You must provide messages"),
     ({"messages": []}, "messages", "at least 1 item"),
@@ -96,7 +100,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [3]}, "messages[0]", "dict"),
     ({"messages": [{"content": "hi"}]}, "messages[0].role", "You must provide"),
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role", "'wizard'"),
-    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role", "tool calls"),
+    ({"messages": [{"role": "function", "content": "hi"}]}, "messages[0].role", '"tool"'),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "no content"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "string"),
     (
@@ -152,8 +156,20 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": "yes"}, "stream", "boolean"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "Unrecognized"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "You must provide"),
+    ({"tools": [{"type": "browser", "function": {"name": "a"}}]}, "tools[0].type", "'function'"),
+    ({"tools": [function("a b")]}, "tools[0].function.name", "pattern"),
+    ({"tools": [function("a")]}, "tools", "knows no tools"),
+    ({"tools": [function("a")] * 2}, "tools", "of one name"),
+    ({"tools": [function("a")] * 513}, "tools", "at most 512"),
+    ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+    ({"tool_choice": "always"}, "tool_choice", "required"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "b"}}},
+        "tool_choice",
+        "not among tools",
+    ),
+    ({"thinking_budget": -1}, "thinking_budget", "greater than or equal to 0"),
     ({"functions": [{}]}, "functions", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
