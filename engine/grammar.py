@@ -228,11 +228,13 @@ class _Tokens:
     bos_token_id = None
 
     def __init__(self, vocabulary: Vocabulary, end_token_ids: Sequence[int]) -> None:
-        special_ids = set(vocabulary.special_tokens.values())
+        special_ids = {*vocabulary.special_tokens.values(), *end_token_ids}
         self.eos_token_id = end_token_ids[0]
+        # A model may end with a token that its tokenizer does not know.
+        num_tokens = max(vocabulary.vocab_size, max(end_token_ids) + 1)
         self.tokens = [
             _SPECIAL_MARK * (token_id in special_ids) + vocabulary.token_bytes(token_id)
-            for token_id in range(vocabulary.vocab_size)
+            for token_id in range(num_tokens)
         ]
         self._vocabulary = vocabulary
 
