@@ -19,6 +19,7 @@ Lost is a stream that ended early; wrong, one with other text than the engine's.
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import sys
 import time
@@ -233,8 +234,10 @@ def describe_end(stream: HeldRequest) -> str:
     """How a stream ended that is lost, without what tells it from others."""
     if stream.status != 200:
         return f"status {stream.status}: {stream.body[:200]!r}"
-    last = b"" if stream.is_whole else stream.body[-200:]
-    return f"{'ended' if stream.is_whole else 'broken'} amid the stream {last!r}"
+    how = "ended without its end" if stream.is_whole else "broken"
+    last = stream.parts[-1][1][-300:]
+    # An event's id counts the stream's own tokens.
+    return f"{how}: {re.sub(rb'(?m)^id: .*$', b'', last)!r}"
 
 
 def expected_text(num_tokens: int) -> str:

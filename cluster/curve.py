@@ -68,6 +68,16 @@ class CurveServer:
         """Wait for a message: the client's identity, then its frames."""
         return await self._socket.recv_multipart()
 
+    def receive_at_once(self) -> list[bytes] | None:
+        """Return a message that lies there, or None."""
+        waiting = self._socket.recv_multipart(zmq.DONTWAIT)
+        received = cast("asyncio.Future[list[bytes]]", waiting)
+        # Done on return, as in `send_at_once`.
+        error = received.exception()
+        if isinstance(error, zmq.Again):
+            return None
+        return received.result()
+
     def close(self) -> None:
         self._authenticator.stop()
         self._context.destroy(linger=0)

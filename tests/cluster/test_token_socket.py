@@ -140,7 +140,8 @@ async def test_a_stream_that_lacks_tokens_fails_and_never_skips_them():
     assert [item.token_ids for item in stream.take()] == [(5,)]
     waiting = asyncio.create_task(stream.wait())
     await asyncio.sleep(0)
-    stream.put(tokens(0, 2, 7, end=True))
+    assert stream.put(tokens(0, 2, 7, end=True))
+    stream.wake()
     await asyncio.wait_for(waiting, TIMEOUT_S)
     with pytest.raises(EngineDiedError, match="lost with a connection"):
         stream.take()
@@ -307,13 +308,43 @@ async def test_a_step_of_many_tokens_lets_others_have_a_turn_in_between(
 ) -> None:
     number = 3 * CHOICES_PER_TURN
     streams = [receiver.open_stream(f"r{index}", 0, [0]) for index in range(number)]
+    waits = [asyncio.create_task(stream.wait()) for stream in streams]
     with Leader(receiver) as leader:
         leader.sender.send([ChoiceTokens(f"r{index}", 0, 0, 0, (1,)) for index in range(number)])
         async with asyncio.timeout(TIMEOUT_S):
-            await streams[0].wait()
-            assert streams[-1].take() == []
-            await streams[-1].wait()
+            await waits[0]
+            assert sum(wait.done() for wait in waits) <= 2 * CHOICES_PER_TURN
+            await asyncio.gather(*waits)
     assert all(len(stream.take()) == 1 for stream in streams)
+
+
+async def test_streams_that_fall_behind_get_more_tokens_a_turn(receiver: TokenReceiver) -> None:
+    number, num_steps = 4 * CHOICES_PER_TURN, 40
+    streams = [receiver.open_stream(f"r{index}", 0, [0]) for index in range(number)]
+    num_turns = 0
+
+    async def read(stream: TokenStream) -> list[int]:
+        nonlocal num_turns
+        token_ids: list[int] = []
+        while len(token_ids) < num_steps:
+            await stream.wait()
+            for item in stream.take():
+                assert item.first_index == len(token_ids)
+                token_ids += item.token_ids
+                num_turns += 1
+        return token_ids
+
+    with Leader(receiver) as leader:
+        for step in range(num_steps):
+            leader.sender.send(
+                [ChoiceTokens(f"r{index}", 0, 0, step, (step,)) for index in range(number)]
+            )
+        arrive(receiver)
+        async with asyncio.timeout(TIMEOUT_S):
+            read_ids = await asyncio.gather(*map(read, streams))
+    assert read_ids == [list(range(num_steps))] * number
+    # Each token by itself would be 5,120 turns.
+    assert num_turns < number * num_steps / 4
 
 
 async def test_time_stands_while_the_loop_is_held_up() -> None:

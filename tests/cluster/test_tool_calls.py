@@ -146,7 +146,7 @@ async def test_what_a_client_assembles_renders_to_the_tokens_that_were_generated
     client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     engine.answer = lambda _: CALLS
-    fields: dict[str, Any] = {"model": MODEL, "tools": [WEATHER]}
+    fields: Any = {"model": MODEL, "tools": [WEATHER]}
     stream = await client.chat.completions.create(**fields, messages=QUESTION, stream=True)
     message = await assemble(stream)
     first = engine.requests[0].choices[0].prompt_token_ids
