@@ -339,6 +339,8 @@ async def test_streams_that_fall_behind_get_more_tokens_a_turn(receiver: TokenRe
             leader.sender.send(
                 [ChoiceTokens(f"r{index}", 0, 0, step, (step,)) for index in range(number)]
             )
+            if step == 0:
+                await asyncio.wait_for(streams[0].wait(), TIMEOUT_S)  # There is a connection.
         arrive(receiver)
         async with asyncio.timeout(TIMEOUT_S):
             read_ids = await asyncio.gather(*map(read, streams))

@@ -158,7 +158,8 @@ async def test_what_a_client_assembles_renders_to_the_tokens_that_were_generated
         for call in message["tool_calls"]
     ]
     engine.answer = lambda _: "It rains."
-    answer = await client.chat.completions.create(**fields, messages=[*QUESTION, message, *results])
+    history: list[Any] = [*QUESTION, message, *results]
+    answer = await client.chat.completions.create(**fields, messages=history)
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (
         "It rains.",
         "stop",
