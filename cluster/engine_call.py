@@ -43,13 +43,16 @@ async def await_end(response: DeploymentResponse[bytes]) -> GenerateEnd:
     try:
         return msgspec.msgpack.decode(await response, type=GenerateEnd)
     except ray.exceptions.RayActorError as error:
-        failure = CallError("EngineDiedError", f"The engine's leader died: {error}")
+        # Ray's text names processes and files, which are not for clients.
+        logger.info("an engine's leader died: %s", error)
+        failure = CallError("EngineDiedError", "The engine's leader died.")
     except BackPressureError as error:
         failure = CallError("EngineBusyError", str(error))
     except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
         failure = CallError("EngineNotReadyError", f"No engine can be called: {error.message}")
     except CALL_FAILURES as error:
-        failure = CallError("EngineError", f"The engine failed: {error}")
+        logger.error("a call to an engine failed: %s", error)
+        failure = CallError("EngineError", "The engine failed; the router's log says how.")
     return GenerateEnd(error=failure)
 
 
