@@ -37,11 +37,7 @@ _LIMITS = llguidance.LLParserLimits(
 )
 # As models are trained to write JSON, without a choice of blanks: an answer cannot run away in
 # them, and what lies between two values is certain before it is generated.
-_JSON_OPTIONS = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
+COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar(msgspec.Struct, frozen=True, array_like=True):
@@ -84,7 +80,7 @@ def json_schema_source(
     Raises:
         RequestError: No JSON schema, one with keywords that cannot be followed, or too large.
     """
-    options: Any = _JSON_OPTIONS
+    options: Any = COMPACT_JSON
     if whitespace_pattern is not None:
         options = {"whitespace_pattern": whitespace_pattern}
     text = json.dumps(schema)

@@ -103,9 +103,7 @@ class AnswerForms:
             )
         return AnswerForm(self._tool_format if tools else None, tools, self._thinking(prompt))
 
-    def grammar(
-        self, body: ChatCompletionRequest, prompt: Sequence[int], form: AnswerForm
-    ) -> Grammar | None:
+    def grammar(self, body: ChatCompletionRequest, form: AnswerForm) -> Grammar | None:
         """What the answer must be; None for anything. Not for an event loop.
 
         Raises:
@@ -144,4 +142,4 @@ class AnswerForms:
         if not self._has_reasoning:
             return Thinking.NONE
         end = b"".join(map(self._tokenizer.token_bytes, prompt[-_NUM_END_TOKENS:]))
-        return thinking_after(end.decode(errors="replace"), may_think=True)
+        return thinking_after(end.decode(errors="replace"))

@@ -94,7 +94,7 @@ class ModelText:
             RequestError: It cannot be followed.
         """
         if isinstance(body, ChatCompletionRequest):
-            return self._forms.grammar(body, prompt, self.form(body, prompt))
+            return self._forms.grammar(body, self.form(body, prompt))
         source = grammar_source(body)
         return None if source is None else Grammar(source)
 

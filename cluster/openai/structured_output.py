@@ -54,8 +54,7 @@ def _wanted(
     wanted: dict[str, tuple[str, Any, dict[str, Any]]] = {}
     response_format = body.response_format
     if response_format is not None and response_format.type != "text":
-        name, schema = _schema_of(response_format)
-        wanted[name] = "json_schema", schema, {}
+        wanted["response_format"] = "json_schema", _schema_of(response_format), {}
     outputs = body.structured_outputs or StructuredOutputs()
     blanks = {"whitespace_pattern": outputs.whitespace_pattern or body.guided_whitespace_pattern}
     if outputs.json_object:
@@ -83,9 +82,9 @@ def _wanted(
     return wanted
 
 
-def _schema_of(response_format: ResponseFormat) -> tuple[str, Any]:
+def _schema_of(response_format: ResponseFormat) -> Any:
     if response_format.type == "json_object":
-        return "response_format", ANY_JSON_OBJECT
+        return ANY_JSON_OBJECT
     if response_format.json_schema is None:
         raise RequestError(
             "response_format.type is json_schema: give response_format.json_schema.",
@@ -94,7 +93,7 @@ def _schema_of(response_format: ResponseFormat) -> tuple[str, Any]:
         )
     schema = response_format.json_schema.schema_
     # OpenAI takes a missing one for any object.
-    return "response_format", ANY_JSON_OBJECT if schema is None else schema
+    return ANY_JSON_OBJECT if schema is None else schema
 
 
 def _check_goes_with_grammar(body: ChatCompletionRequest | CompletionRequest) -> None:

@@ -16,19 +16,16 @@ class Thinking(enum.Enum):
     OPEN = enum.auto()
 
 
-def thinking_after(prompt_end: str, *, may_think: bool) -> Thinking:
+def thinking_after(prompt_end: str) -> Thinking:
     """Where the answer to a prompt begins.
 
     Args:
-        prompt_end: The last characters of the prompt.
-        may_think: The model is one that thinks unless its prompt forbids it.
+        prompt_end: The last characters of the prompt, of a model that knows thoughts.
     """
     end = prompt_end.rstrip()
     if end.endswith(THINK_START):
         return Thinking.OPEN
-    if end.endswith(THINK_END) or not may_think:
-        return Thinking.NONE
-    return Thinking.MAY_BEGIN
+    return Thinking.NONE if end.endswith(THINK_END) else Thinking.MAY_BEGIN
 
 
 class PlainReader:

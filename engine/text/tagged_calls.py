@@ -4,9 +4,34 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.text.answer_parts import AnswerPart, Content, held_len
+from engine.text.tool_formats import literal
 
 BEGIN = "<tool_call>"
 END = "</tool_call>"
+
+
+def tagged_call_grammar(body_rules: str, *, is_call_required: bool, max_calls: int | None) -> str:
+    """Spell an answer of calls, or of text and calls; see `ToolFormat.grammar`.
+
+    Args:
+        body_rules: The rule `body`, of what stands between the marks, and what it takes.
+    """
+    begin, end, line = literal(BEGIN), literal("\n" + END), literal("\n")
+    if is_call_required:
+        calls = "call"
+        if max_calls != 1:
+            more = "*" if max_calls is None else f"{{0,{max_calls - 1}}}"
+            calls = f"call ({line} call){more}"
+        return f"start: {calls}\ncall: {begin} {line} body {end}\n{body_rules}"
+    # Text of any kind, until a call begins.
+    more = "*" if max_calls is None else f"{{0,{max_calls}}}"
+    return (
+        f"start: call{more} text\n"
+        "text: TEXT\n"
+        "TEXT: /(.|\\n)*/\n"
+        f"begin[lazy]: TEXT {begin}\n"
+        f"call: begin {line} body {end}\n{body_rules}"
+    )
 
 
 class CallBody(Protocol):

@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from engine.grammar import COMPACT_JSON
 from engine.text.answer_parts import AnswerReader
-
-COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How arguments are written: as templates write them again when the call is history."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +55,10 @@ class ToolFormat(Protocol):
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """A JSON schema within a grammar."""
+    """A JSON schema within a grammar, written as templates write it when the call is history."""
     return "%json " + json.dumps({**schema, "x-guidance": COMPACT_JSON})
 
 
 def literal(text: str) -> str:
     """A text within a grammar."""
     return json.dumps(text)
-
-
-def repeated(rule: str, separator: str, max_calls: int | None) -> str:
-    """So many of a rule, at least one."""
-    if max_calls == 1:
-        return rule
-    more = "*" if max_calls is None else f"{{0,{max_calls - 1}}}"
-    return f"{rule} ({literal(separator)} {rule}){more}"

@@ -19,8 +19,8 @@ from engine.text.answer_parts import (
     CallStart,
     Content,
 )
-from engine.text.tagged_calls import BEGIN, END, TaggedCallReader
-from engine.text.tool_formats import Tool, json_rule, literal, repeated
+from engine.text.tagged_calls import BEGIN, END, TaggedCallReader, tagged_call_grammar
+from engine.text.tool_formats import Tool, json_rule, literal
 
 # The order in which models write it; any other is read when the call is whole.
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -40,19 +40,7 @@ class HermesFormat:
         self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
     ) -> str:
         body = "body: " + " | ".join(map(_call_rule, tools)) + "\n"
-        end = literal("\n" + END)
-        if is_call_required:
-            call = f"call: {literal(BEGIN + chr(10))} body {end}\n"
-            return f"start: {repeated('call', chr(10), max_calls)}\n" + call + body
-        # Text of any kind, until a call begins.
-        more = "*" if max_calls is None else f"{{0,{max_calls}}}"
-        return (
-            f"start: call{more} text\n"
-            "text: TEXT\n"
-            "TEXT: /(.|\\n)*/\n"
-            f"begin[lazy]: TEXT {literal(BEGIN)}\n"
-            f"call: begin {literal(chr(10))} body {end}\n" + body
-        )
+        return tagged_call_grammar(body, is_call_required=is_call_required, max_calls=max_calls)
 
 
 def _call_rule(tool: Tool) -> str:

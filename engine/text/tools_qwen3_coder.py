@@ -24,8 +24,8 @@ from engine.text.answer_parts import (
     CallStart,
     Content,
 )
-from engine.text.tagged_calls import BEGIN, END, TaggedCallReader
-from engine.text.tool_formats import Tool, json_rule, literal, repeated
+from engine.text.tagged_calls import BEGIN, END, TaggedCallReader, tagged_call_grammar
+from engine.text.tool_formats import Tool, json_rule, literal
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]{1,256})>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]{1,256})>")
@@ -50,22 +50,8 @@ class Qwen3CoderFormat:
         rules = [f"body: {' | '.join(names)}"]
         for name, tool in zip(names, tools, strict=True):
             rules += _call_rules(name, tool)
-        end = literal("\n" + END)
-        if is_call_required:
-            head = [
-                f"start: {repeated('call', chr(10), max_calls)}",
-                f"call: {literal(BEGIN + chr(10))} body {end}",
-            ]
-        else:
-            more = "*" if max_calls is None else f"{{0,{max_calls}}}"
-            head = [
-                f"start: call{more} text",
-                "text: TEXT",
-                "TEXT: /(.|\\n)*/",
-                f"begin[lazy]: TEXT {literal(BEGIN)}",
-                f"call: begin {literal(chr(10))} body {end}",
-            ]
-        return "\n".join([*head, *rules, ""])
+        body = "\n".join([*rules, ""])
+        return tagged_call_grammar(body, is_call_required=is_call_required, max_calls=max_calls)
 
 
 def _call_rules(name: str, tool: Tool) -> list[str]:
