@@ -360,6 +360,12 @@ def timelines(logs: Path) -> dict[str, dict[str, Any]]:
     return {record["request_id"]: record for record in records}
 
 
+def router_spans(logs: Path) -> list[dict[str, Any]]:
+    """The spans that this application's router has written so far, the last one perhaps not yet."""
+    (path,) = logs.glob("serve/spans/*Router*_tracing.json")
+    return [json.loads(span) for span in re.findall(r"^\{.*?^\}", path.read_text(), re.M | re.S)]
+
+
 async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_trace(
     client: openai.AsyncOpenAI, logs: Path
 ) -> None:
@@ -379,11 +385,16 @@ async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_
     assert 0 <= visit["queued_ms"] + visit["prefill_ms"] <= visit["first_token_ms"]
     assert visit["first_token_ms"] <= choice["ended_ms"] <= timeline["ended_ms"]
 
-    (path,) = logs.glob("serve/spans/*Router*_tracing.json")
-    spans = [json.loads(span) for span in re.findall(r"^\{.*?^\}", path.read_text(), re.M | re.S)]
-    (request,) = [
-        span for span in spans if span["attributes"].get("gen_ai.response.id") == answer.id
-    ]
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (
+            own := [
+                span
+                for span in (spans := router_spans(logs))
+                if span["attributes"].get("gen_ai.response.id") == answer.id
+            ]
+        ):
+            await asyncio.sleep(0.05)
+    (request,) = own
     assert request["parent_id"] in {span["context"]["span_id"] for span in spans}
     phases = [span for span in spans if span["parent_id"] == request["context"]["span_id"]]
     assert [span["name"] for span in phases] == ["queued", "prefill", "decode"]
