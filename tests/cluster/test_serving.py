@@ -366,6 +366,10 @@ def router_spans(logs: Path) -> list[dict[str, Any]]:
     return [json.loads(span) for span in re.findall(r"^\{.*?^\}", path.read_text(), re.M | re.S)]
 
 
+def _response_id(span: dict[str, Any]) -> str | None:
+    return span["attributes"].get("gen_ai.response.id")
+
+
 async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_trace(
     client: openai.AsyncOpenAI, logs: Path
 ) -> None:
@@ -385,16 +389,12 @@ async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_
     assert 0 <= visit["queued_ms"] + visit["prefill_ms"] <= visit["first_token_ms"]
     assert visit["first_token_ms"] <= choice["ended_ms"] <= timeline["ended_ms"]
 
+    request = None
     async with asyncio.timeout(TIMEOUT_S):
-        while not (
-            own := [
-                span
-                for span in (spans := router_spans(logs))
-                if span["attributes"].get("gen_ai.response.id") == answer.id
-            ]
-        ):
+        while request is None:
             await asyncio.sleep(0.05)
-    (request,) = own
+            spans = router_spans(logs)
+            request = next((span for span in spans if _response_id(span) == answer.id), None)
     assert request["parent_id"] in {span["context"]["span_id"] for span in spans}
     phases = [span for span in spans if span["parent_id"] == request["context"]["span_id"]]
     assert [span["name"] for span in phases] == ["queued", "prefill", "decode"]
