@@ -14,6 +14,7 @@ answer goes on so:
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice, takewhile
 from typing import Any
 
 from engine.text.answer_parts import (
@@ -97,18 +98,21 @@ def spell_react(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) ->
         (index for index, message in enumerate(messages) if message["role"] == "user"), default=-1
     )
     turns: list[Message] = []
+    num_spelled = 0
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "user" and index == last_question and tools:
             content = describe_tools(tools, content)
         calls = message.get("tool_calls", ())
         if role == "assistant" and calls:
-            call = calls[0]["function"]
-            arguments = call["arguments"]
-            written = arguments.written if isinstance(arguments, CallHistory) else arguments
-            content += f"{_ACTION} {call['name']}\nAction Input: {written}\n"
+            later = islice(messages, index + 1, None)
+            results = list(takewhile(lambda each: each["role"] == "tool", later))
+            content += _spell_calls(calls, results)
+            num_spelled = index + 1 + len(results)
         if role == "tool":
-            role, content = "assistant", f"{OBSERVATION} {content}\n"
+            if index < num_spelled:
+                continue
+            role, content = "assistant", _observation(content)
         if turns and role == "assistant" and turns[-1]["role"] == "assistant":
             turns[-1] = {"role": role, "content": turns[-1]["content"] + content}
         else:
@@ -116,6 +120,32 @@ def spell_react(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) ->
     if messages and messages[-1]["role"] == "tool":
         turns[-1] = {**turns[-1], "content": turns[-1]["content"] + "Thought:", "is_open": True}
     return turns
+
+
+def _spell_calls(calls: Sequence[Mapping[str, Any]], results: Sequence[Message]) -> str:
+    """Write the calls of one message, each with its own result behind it: the format has one call
+    at a time. Results that are none's come last."""
+    waiting = list(results)
+    written = ""
+    for call in calls:
+        function, call_id = call["function"], call.get("id")
+        arguments = function["arguments"]
+        if isinstance(arguments, CallHistory):
+            arguments = arguments.written
+        written += f"{_ACTION} {function['name']}\nAction Input: {arguments}\n"
+        own = (
+            place
+            for place, result in enumerate(waiting)
+            if None in (call_id, result.get("tool_call_id")) or result["tool_call_id"] == call_id
+        )
+        place = next(own, None)
+        if place is not None:
+            written += _observation(waiting.pop(place)["content"])
+    return written + "".join(_observation(result["content"]) for result in waiting)
+
+
+def _observation(content: str) -> str:
+    return f"{OBSERVATION} {content}\n"
 
 
 class ReActReader:

@@ -18,11 +18,12 @@ from engine.text.answer_parts import (
     Content,
     Reasoning,
 )
+from engine.text.chat_template import CallHistory
 from engine.text.reasoning import PlainReader, ReasoningReader
 from engine.text.tool_formats import Tool, ToolFormat
 from engine.text.tools_hermes import HermesFormat
 from engine.text.tools_qwen3_coder import Qwen3CoderFormat
-from engine.text.tools_react import ReActFormat
+from engine.text.tools_react import ReActFormat, spell_react
 
 WEATHER = Tool(
     name="get_weather",
@@ -221,6 +222,53 @@ def test_calls_may_follow_on_thoughts() -> None:
     text = '<think>\nI look.\n</think>\n\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
     reader = ReasoningReader(HERMES.reader([]), is_open=False)
     assert read(reader, list(text)) == answer(reasoning="I look.", calls=[("a", "{}")])
+
+
+def past_call(name: str, call_id: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    written = CallHistory(arguments, json.dumps(arguments))
+    return {"id": call_id, "function": {"name": name, "arguments": written}}
+
+
+@pytest.mark.parametrize("ids", [("1", "2"), ("2", "1"), (None, None)])
+def test_qwen1_reads_each_of_several_calls_with_its_own_result(ids: tuple[str | None, ...]) -> None:
+    calls = [past_call("get_weather", "1", {"city": "Paris"}), past_call("get_time", "2", {})]
+    contents = {"1": "Rain.", "2": "Noon."}
+    results: list[dict[str, Any]] = [
+        {"role": "tool", "content": contents[call_id or place], "tool_call_id": call_id}
+        for place, call_id in zip(("1", "2"), ids, strict=True)
+    ]
+    conversation = [
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": "Thought: I look.\n", "tool_calls": calls},
+        *results,
+    ]
+    written = (
+        "Thought: I look.\n"
+        'Action: get_weather\nAction Input: {"city": "Paris"}\nObservation: Rain.\n'
+        "Action: get_time\nAction Input: {}\nObservation: Noon.\n"
+    )
+    question, answer = spell_react(conversation, [])
+    assert question["content"] == "Well?"
+    assert answer == {"role": "assistant", "content": written + "Thought:", "is_open": True}
+    [*_, answer, _] = spell_react([*conversation, {"role": "user", "content": "And now?"}], [])
+    assert answer == {"role": "assistant", "content": written}
+
+
+def test_qwen1_reads_calls_without_results_and_results_without_calls() -> None:
+    calls = [past_call("get_weather", "1", {"city": "Paris"}), past_call("get_time", "2", {})]
+    conversation = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "Lost.", "tool_call_id": "3"},
+        {"role": "tool", "content": "Noon.", "tool_call_id": "2"},
+        {"role": "user", "content": "Well?"},
+        {"role": "tool", "content": "Stray."},
+    ]
+    first, _, last = spell_react(conversation, [])
+    assert first["content"] == (
+        'Action: get_weather\nAction Input: {"city": "Paris"}\n'
+        "Action: get_time\nAction Input: {}\nObservation: Noon.\nObservation: Lost.\n"
+    )
+    assert last["content"] == "Observation: Stray.\nThought:"
 
 
 class Letters:
