@@ -14,6 +14,7 @@ from cluster.admission import Admission, Ticket
 from cluster.api_keys import ApiKeys, KeyUse, KeyUses
 from cluster.exposition import Exposition
 from cluster.fleet_page import FleetState, describe_fleet
+from cluster.openai.answer_form import AnswerForm
 from cluster.openai.chat import answer_chat
 from cluster.openai.completions import answer_completion, encode_prompts, make_echoes
 from cluster.openai.engine_client import (
@@ -28,6 +29,7 @@ from cluster.openai.generation import Generation, Resumption
 from cluster.openai.heading import Heading, make_heading
 from cluster.openai.model_text import ModelText
 from cluster.openai.origin import Origin
+from cluster.openai.sampling import num_samples
 from cluster.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -140,12 +142,15 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, 1, caller) as entry:
             info = await self._ready_info()
-            prompt, has_special = await self._in_thread(partial(self._text.encode_chat, body))
-            self._stats.special_tokens_in_messages_total += has_special
-            grammar = await self._in_thread(partial(self._text.grammar, body, prompt))
+            prompt = await self._in_thread(partial(self._text.encode_chat, body))
+            self._stats.special_tokens_in_messages_total += prompt.has_special_tokens
+            grammar = await self._in_thread(partial(self._text.grammar, body, prompt.form))
             heading = make_heading(request_id, body.model, info.fingerprint)
-            request = self._make_request(body, heading, [prompt], info, entry, caller, grammar)
-            async with aclosing(self._answer(body, heading, request, entry)) as parts:
+            request = self._make_request(
+                body, heading, [prompt.token_ids], info, entry, caller, grammar
+            )
+            answer = self._answer_chat(body, heading, request, entry, prompt.form)
+            async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
 
@@ -159,10 +164,11 @@ class OpenAIService:
             prompts = await self._in_thread(
                 partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
             )
-            grammar = await self._in_thread(partial(self._text.grammar, body, prompts[0]))
+            grammar = await self._in_thread(partial(self._text.grammar, body))
             heading = make_heading(request_id, body.model, info.fingerprint)
             request = self._make_request(body, heading, prompts, info, entry, caller, grammar)
-            async with aclosing(self._answer(body, heading, request, entry)) as parts:
+            answer = self._answer_completion(body, heading, request, entry)
+            async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
 
@@ -189,47 +195,58 @@ class OpenAIService:
         self, recalled: Recalled, caller: Caller = _ANYBODY
     ) -> AsyncGenerator[bytes, None]:
         """Go on with an answer, as `chat` would have done: what the client has is left out."""
-        request = recalled.resumption.record.request
-        num_prompts = len(request.choices) // recalled.body.n
-        with self._entered(recalled.body, num_prompts, caller) as entry:
+        body, heading, resumption = recalled.body, recalled.heading, recalled.resumption
+        request = resumption.record.request
+        num_prompts = len(request.choices) // num_samples(body)
+        with self._entered(body, num_prompts, caller) as entry:
             entry.ticket.add_tokens(sum(len(each.prompt_token_ids) for each in request.choices))
-            answer = self._answer(
-                recalled.body, recalled.heading, request, entry, recalled.resumption
-            )
+            if isinstance(body, ChatCompletionRequest):
+                form = self._text.form(body, request.choices[0].prompt_token_ids)
+                answer = self._answer_chat(body, heading, request, entry, form, resumption)
+            else:
+                answer = self._answer_completion(body, heading, request, entry, resumption)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
 
-    async def _answer(
+    async def _answer_chat(
         self,
-        body: ChatCompletionRequest | CompletionRequest,
+        body: ChatCompletionRequest,
+        heading: Heading,
+        request: GenerateRequest,
+        entry: Entry,
+        form: AnswerForm,
+        resumption: Resumption | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        with self._watch(request, entry) as watch:
+            generation = self._generation(body, request, watch, resumption, form.stop)
+            parts = answer_chat(body, generation, heading, self._text.tokenizer, form)
+            async with aclosing(parts):
+                async for part in parts:
+                    yield part
+
+    async def _answer_completion(
+        self,
+        body: CompletionRequest,
         heading: Heading,
         request: GenerateRequest,
         entry: Entry,
         resumption: Resumption | None = None,
     ) -> AsyncGenerator[bytes, None]:
-        with RequestWatch(
-            request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
-        ) as watch:
+        with self._watch(request, entry) as watch:
+            generation = self._generation(body, request, watch, resumption)
+            prompts = [
+                choice.prompt_token_ids for choice in request.choices if choice.sample_index == 0
+            ]
             tokenizer = self._text.tokenizer
-            if isinstance(body, ChatCompletionRequest):
-                form = self._text.form(body, request.choices[0].prompt_token_ids)
-                generation = self._generation(body, request, watch, resumption, form.stop)
-                parts = answer_chat(body, generation, heading, tokenizer, form)
-            else:
-                generation = self._generation(body, request, watch, resumption)
-                prompts = [
-                    choice.prompt_token_ids
-                    for choice in request.choices
-                    if choice.sample_index == 0
-                ]
-                echoes = await self._in_thread(
-                    partial(make_echoes, body, prompts, self._text.tokenizer)
-                )
-                parts = answer_completion(body, generation, heading, self._text.tokenizer, echoes)
+            echoes = await self._in_thread(partial(make_echoes, body, prompts, tokenizer))
+            parts = answer_completion(body, generation, heading, tokenizer, echoes)
             async with aclosing(parts):
                 async for part in parts:
                     yield part
+
+    def _watch(self, request: GenerateRequest, entry: Entry) -> RequestWatch:
+        return RequestWatch(request, entry.ticket, entry.key_use, self._stats, entry.arrival_s)
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""
@@ -290,7 +307,7 @@ class OpenAIService:
     def _admit(self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int) -> Ticket:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: true.", param="stream_options")
-        num_choices = num_prompts * body.n
+        num_choices = num_prompts * num_samples(body)
         if num_choices > self._admission.max_waiting:
             raise RequestError(
                 f"The request asks for {num_choices} choices; at most "
@@ -319,7 +336,7 @@ class OpenAIService:
         grammar: Grammar | None,
     ) -> GenerateRequest:
         choices = self._text.make_choices(body, prompts, info)
-        entry.ticket.add_tokens(body.n * sum(map(len, prompts)))
+        entry.ticket.add_tokens(num_samples(body) * sum(map(len, prompts)))
         entry.key_use.take_tokens(sum(map(len, prompts)))
         return GenerateRequest(
             request_id=heading.id,

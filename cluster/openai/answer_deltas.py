@@ -27,12 +27,17 @@ class AnswerDeltas:
     Args:
         reader: Used by nobody else.
         request_id: With the choice's index, of which the ids of calls are made.
+        choice: That index.
+        is_old: A call is a `function_call`, of which a message has one; further ones are left out.
     """
 
-    def __init__(self, reader: AnswerReader, request_id: str, choice: int) -> None:
+    def __init__(
+        self, reader: AnswerReader, request_id: str, choice: int, *, is_old: bool = False
+    ) -> None:
         self._reader = reader
         self._request_id = request_id
         self._choice = choice
+        self._is_old = is_old
         self._has_calls = False
 
     def take(self, text: str, *, is_last: bool) -> ChatDelta:
@@ -49,13 +54,18 @@ class AnswerDeltas:
         if reasoning:
             delta.reasoning_content = delta.reasoning = reasoning
         if calls:
-            delta.tool_calls = calls
             self._has_calls = True
+            if not self._is_old:
+                delta.tool_calls = calls
+            elif calls[0].index == 0:
+                delta.function_call = calls[0].function
         return delta
 
     def finish_reason(self, reason: StopReason | None) -> ChatStopReason | None:
         """What ended the choice, given what ended its text."""
-        return "tool_calls" if reason == "stop" and self._has_calls else reason
+        if reason != "stop" or not self._has_calls:
+            return reason
+        return "function_call" if self._is_old else "tool_calls"
 
     def _calls(self, parts: list[AnswerPart]) -> list[ToolCallDelta]:
         calls: list[ToolCallDelta] = []
@@ -81,18 +91,20 @@ class AnswerDeltas:
 def whole_message(delta: ChatDelta) -> AssistantMessage:
     """The message that an answer's only delta makes."""
     calls = [
-        ToolCall(
-            id=call.id or "",
-            function=FunctionCall(
-                name=call.function.name or "", arguments=call.function.arguments or ""
-            ),
-        )
+        ToolCall(id=call.id or "", function=_whole_call(call.function))
         for call in delta.tool_calls or []
     ]
+    call = delta.function_call
     content = delta.content
+    has_call = bool(calls) or call is not None
     return AssistantMessage(
-        content=content if content is not None or calls else "",
+        content=content if content is not None or has_call else "",
         reasoning_content=delta.reasoning_content,
         reasoning=delta.reasoning,
         tool_calls=calls or None,
+        function_call=None if call is None else _whole_call(call),
     )
+
+
+def _whole_call(call: FunctionCallDelta) -> FunctionCall:
+    return FunctionCall(name=call.name or "", arguments=call.arguments or "")

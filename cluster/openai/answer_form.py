@@ -6,9 +6,10 @@ Tools, thoughts and structured output meet here; each by itself is elsewhere.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.openai.chat_prompt import continued_part
 from cluster.openai.schema import ChatCompletionRequest
 from cluster.openai.structured_output import grammar_source
-from cluster.openai.tools import callable_tools, is_call_required
+from cluster.openai.tools import ToolChoice
 from engine.errors import RequestError
 from engine.grammar import Grammar, checked
 from engine.text.answer_parts import AnswerReader
@@ -22,7 +23,7 @@ from engine.text.reasoning import (
     thinking_after,
 )
 from engine.text.tokenizer import Tokenizer
-from engine.text.tool_formats import Tool, ToolFormat
+from engine.text.tool_formats import ToolFormat
 
 # Enough for a mark and the line breaks around it.
 _NUM_END_TOKENS = 16
@@ -34,12 +35,12 @@ class AnswerForm:
 
     Attributes:
         tool_format: How tools are called; None if the answer may call none.
-        tools: Those that may be called.
+        choice: Which may be called.
         thinking: Where the answer begins.
     """
 
     tool_format: ToolFormat | None
-    tools: Sequence[Tool]
+    choice: ToolChoice
     thinking: Thinking
 
     @property
@@ -56,10 +57,10 @@ class AnswerForm:
         """Make what reads one choice."""
         reader: AnswerReader = PlainReader()
         if self.tool_format is not None:
-            reader = self.tool_format.reader(self.tools)
+            reader = self.tool_format.reader(self.choice.tools)
         if self.thinking is Thinking.NONE:
             return reader
-        return ReasoningReader(reader, is_open=self.thinking is Thinking.OPEN)
+        return ReasoningReader(reader, self.thinking)
 
 
 class AnswerForms:
@@ -87,21 +88,28 @@ class AnswerForms:
         # A template that can forbid thoughts is one of a model that has them otherwise.
         self._thinks_by_itself = "enable_thinking" in source
 
-    def form(self, body: ChatCompletionRequest, prompt: Sequence[int]) -> AnswerForm:
+    def form(
+        self, body: ChatCompletionRequest, prompt: Sequence[int], choice: ToolChoice
+    ) -> AnswerForm:
         """The form of the answer to a prompt.
+
+        Args:
+            body: The request.
+            prompt: What became of its messages.
+            choice: Which tools it may call.
 
         Raises:
             RequestError: It may call tools, of which the model knows nothing.
         """
-        tools = callable_tools(body)
-        if tools and self._tool_format is None:
+        if choice.tools and self._tool_format is None:
             raise RequestError(
                 "This model's chat template knows no tools. Leave tools out, serve a model that "
                 "knows them, or say how it calls them with --tool-call-parser.",
                 param="tools",
                 code="unsupported_parameter",
             )
-        return AnswerForm(self._tool_format if tools else None, tools, self._thinking(prompt))
+        tool_format = self._tool_format if choice.tools else None
+        return AnswerForm(tool_format, choice, self._thinking(body, prompt))
 
     def grammar(self, body: ChatCompletionRequest, form: AnswerForm) -> Grammar | None:
         """What the answer must be; None for anything. Not for an event loop.
@@ -109,24 +117,15 @@ class AnswerForms:
         Raises:
             RequestError: It cannot be followed.
         """
-        source = grammar_source(body)
-        if form.tool_format is not None and self._constrains_calls(body, form):
-            if source is not None:
-                raise RequestError(
-                    "A call that is required or strict does not go with response_format or another "
-                    "form of structured output.",
-                    param="tool_choice" if is_call_required(body) else "tools",
-                )
-            source = checked(
-                form.tool_format.grammar(
-                    form.tools,
-                    is_call_required=is_call_required(body),
-                    max_calls=None if body.parallel_tool_calls else 1,
-                ),
-                param="tools",
+        source = self._source(body, form)
+        if source is not None and continued_part(body) == "content" and body.messages[-1].content:
+            raise RequestError(
+                "continue_final_message does not go with structured output or with tools that "
+                "must be called or are strict: their form begins where the answer does.",
+                param="continue_final_message",
             )
         budget = body.thinking_budget
-        is_thinking = form.thinking is Thinking.OPEN or (
+        is_thinking = form.thinking in (Thinking.OPEN, Thinking.AMID) or (
             form.thinking is Thinking.MAY_BEGIN and self._thinks_by_itself
         )
         if not is_thinking or self._think_end_id is None:
@@ -135,11 +134,30 @@ class AnswerForms:
             return None
         return Grammar(source or "", self._think_end_id, budget)
 
-    def _constrains_calls(self, body: ChatCompletionRequest, form: AnswerForm) -> bool:
-        return is_call_required(body) or any(tool.is_strict for tool in form.tools)
+    def _source(self, body: ChatCompletionRequest, form: AnswerForm) -> str | None:
+        """The grammar of what follows the thoughts."""
+        source, choice = grammar_source(body), form.choice
+        is_bound = choice.is_required or choice.is_narrowed or source is not None
+        if form.tool_format is None or not (
+            is_bound or any(tool.is_strict for tool in choice.tools)
+        ):
+            return source
+        grammar = form.tool_format.grammar(
+            choice.tools,
+            is_call_required=choice.is_required,
+            max_calls=choice.max_calls,
+            # Where a call must come there is no text that a form could bind.
+            text_source=None if choice.is_required else source,
+        )
+        return checked(grammar, param="tools")
 
-    def _thinking(self, prompt: Sequence[int]) -> Thinking:
+    def _thinking(self, body: ChatCompletionRequest, prompt: Sequence[int]) -> Thinking:
         if not self._has_reasoning:
+            return Thinking.NONE
+        part = continued_part(body)
+        if part == "reasoning_content":
+            return Thinking.AMID
+        if part == "content" and body.messages[-1].content:
             return Thinking.NONE
         end = b"".join(map(self._tokenizer.token_bytes, prompt[-_NUM_END_TOKENS:]))
         return thinking_after(end.decode(errors="replace"))

@@ -18,7 +18,9 @@ from engine.errors import RequestError
 NO_EFFECT = frozenset(
     {
         "metadata",
+        "prediction",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
@@ -29,12 +31,8 @@ NO_EFFECT = frozenset(
 # Each with the values that ask for nothing beyond what is done anyway; null always is one.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
     "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": (),
+    "moderation": (),
     "suffix": ("",),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -43,10 +41,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
-    "function_call": (),
     "refusal": (),
 }
-UNSUPPORTED_ROLES = ("function",)
 
 _MAX_NAME_CHARS = 64
 _MAX_PATH_CHARS = 200
@@ -75,13 +71,7 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
     for index, message in enumerate(first_messages):
         if isinstance(message, dict):
             _drop_or_refuse(message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
-            if message.get("role") in UNSUPPORTED_ROLES:
-                raise RequestError(
-                    f"messages[{index}].role is {message['role']!r}, which OpenAI has replaced by "
-                    '"tool". Use tools, too, for functions.',
-                    param=f"messages[{index}].role",
-                    code="unsupported_value",
-                )
+            _check_parts(message.get("content"), f"messages[{index}].content")
     for name in NO_EFFECT & fields.keys():
         del fields[name]
     # null means the same as a field that is not there.
@@ -105,6 +95,21 @@ def _drop_or_refuse(
                 f"{where}{name} is not supported by this server. Leave it out.",
                 param=where + name,
                 code="unsupported_parameter",
+            )
+
+
+def _check_parts(content: Any, where: str) -> None:
+    """Refuse the first part of a message that is no text; what is no part, the schema refuses."""
+    if not isinstance(content, list):
+        return
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise RequestError(
+                f"{where}[{index}] is of type {_excerpt(kind)}, but this model reads text only. "
+                'Every part must be {"type": "text", "text": "…"}.',
+                param=f"{where}[{index}].type",
+                code="unsupported_value",
             )
 
 

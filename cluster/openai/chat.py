@@ -1,13 +1,22 @@
-"""/v1/chat/completions: messages to a prompt, updates to a chat completion or its chunks."""
+"""/v1/chat/completions: updates to a chat completion or its chunks."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from cluster.openai.answer_deltas import AnswerDeltas, whole_message
 from cluster.openai.answer_form import AnswerForm
-from cluster.openai.generation import Generation, ShownToken, WholeChoice, collect
+from cluster.openai.generation import (
+    ChoiceUpdate,
+    Generation,
+    ShownToken,
+    WholeChoice,
+    collect,
+)
 from cluster.openai.heading import Heading
+from cluster.openai.prompt_logprobs import spell_prompt_logprobs
 from cluster.openai.schema import (
     AssistantMessage,
     ChatChoice,
@@ -17,62 +26,15 @@ from cluster.openai.schema import (
     ChatCompletionRequest,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     ChatStopReason,
     ChatTokenLogprob,
+    StreamOptions,
     TopLogprob,
+    Usage,
 )
 from cluster.openai.sse import TextEvent, encode_event
-from cluster.openai.tools import callable_tools, past_calls, template_tools
-from engine.errors import RequestError
-from engine.text.chat_template import ChatMLTemplate, ChatTemplate
+from cluster.openai.tools import asks_in_the_old_way
 from engine.text.tokenizer import Tokenizer
-from engine.text.tools_react import spell_react
-
-
-def render_messages(request: ChatCompletionRequest, template: ChatTemplate | None) -> str:
-    """Write the conversation as the model's prompt.
-
-    Raises:
-        RequestError: The model knows no conversations, a message has no content, or the template
-            refuses them.
-    """
-    if template is None:
-        raise RequestError(
-            "This model has no chat template: it is a base model. Use /v1/completions, or start "
-            "the server with --chat-template."
-        )
-    messages = [_template_message(index, each) for index, each in enumerate(request.messages)]
-    tools = template_tools(request)
-    if isinstance(template, ChatMLTemplate):
-        messages, tools = spell_react(messages, callable_tools(request)), []
-    kwargs = dict(request.chat_template_kwargs)
-    if request.enable_thinking is not None:
-        kwargs["enable_thinking"] = request.enable_thinking
-    return template.render(
-        messages,
-        add_generation_prompt=request.add_generation_prompt,
-        kwargs=kwargs,
-        tools=tools,
-    )
-
-
-def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
-    if message.content is None and not message.tool_calls:
-        raise RequestError(f"messages[{index}] has no content.", param=f"messages[{index}].content")
-    # "developer" is OpenAI's later name of "system", which templates do not know.
-    role = "system" if message.role == "developer" else message.role
-    entry: dict[str, Any] = {"role": role, "content": message.content or ""}
-    if message.name is not None:
-        entry["name"] = message.name
-    if message.tool_call_id is not None:
-        entry["tool_call_id"] = message.tool_call_id
-    reasoning = message.reasoning_content or message.reasoning
-    if reasoning is not None:
-        entry["reasoning_content"] = reasoning
-    if message.tool_calls:
-        entry["tool_calls"] = past_calls(message.tool_calls)
-    return entry
 
 
 async def answer_chat(
@@ -84,33 +46,108 @@ async def answer_chat(
 ) -> AsyncGenerator[bytes, None]:
     """Yield the stream's events, without the [DONE] at its end, or the whole object."""
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        events = stream_chat(
-            generation, heading, tokenizer=tokenizer, form=form, include_usage=usage
+        stream = ChatStream(body, generation, heading, tokenizer, form)
+        async with aclosing(generation.updates()) as updates:
+            async for update in updates:
+                events = stream.take(update)
+                if events and not update.was_sent:
+                    yield events
+        if end := stream.end():
+            yield end
+        return
+    choices = await collect(generation)
+    make_json = partial(_whole_json, body, choices, generation, heading, tokenizer, form)
+    # A long prompt's log probabilities take as long as hundreds of events.
+    yield make_json() if body.prompt_logprobs is None else await asyncio.to_thread(make_json)
+
+
+class ChatStream:
+    """Updates to the events of one stream.
+
+    What is text and nothing else goes the quick way, a `TextEvent`.
+    """
+
+    def __init__(
+        self,
+        body: ChatCompletionRequest,
+        generation: Generation,
+        heading: Heading,
+        tokenizer: Tokenizer,
+        form: AnswerForm,
+    ) -> None:
+        options = body.stream_options or StreamOptions()
+        self._has_usage = options.include_usage
+        self._has_usage_of_choices = options.has_usage_of_choices
+        self._generation = generation
+        self._heading = heading
+        self._tokenizer = tokenizer
+        self._text_events: dict[int, TextEvent] = {}
+        self._answers = [
+            None if form.is_plain else _answer_deltas(body, form, heading, index)
+            for index in range(len(generation.request.choices))
+        ]
+
+    def take(self, update: ChoiceUpdate) -> bytes:
+        """The events that say what is certain by an update; empty if nothing is."""
+        index, text = update.index, update.text
+        finish_reason: ChatStopReason | None = update.finish_reason
+        events = b""
+        if index not in self._text_events:
+            self._text_events[index] = self._text_event(index)
+            opening = ChatChunkChoice(
+                index=index,
+                delta=ChatDelta(role="assistant", content=""),
+                logprobs=None,
+                finish_reason=None,
+            )
+            events = self._encode(opening, self._generation.opening_event_id(index))
+        answer = self._answers[index]
+        delta: ChatDelta | None = None
+        if answer is not None:
+            delta = answer.take(text, is_last=finish_reason is not None)
+            finish_reason = answer.finish_reason(update.finish_reason)
+            is_text = delta.model_fields_set <= {"content"}
+            text, delta = (delta.content or "", None) if is_text else ("", delta)
+        if delta is None and not update.tokens and finish_reason is None:
+            if not text:
+                return events
+            if not self._has_usage_of_choices:
+                event_id = self._generation.event_id()
+                return events + self._text_events[index].encode(text, event_id)
+        choice = ChatChunkChoice(
+            index=index,
+            delta=delta or (ChatDelta(content=text) if text or update.tokens else ChatDelta()),
+            logprobs=_logprobs(update.tokens, self._tokenizer) if update.tokens else None,
+            finish_reason=finish_reason,
         )
-        async with aclosing(events):
-            async for event in events:
-                yield event
-    else:
-        completion = await collect_chat(
-            generation, heading, tokenizer=tokenizer, form=form, has_logprobs=body.logprobs
-        )
-        yield completion.model_dump_json().encode()
+        return events + self._encode(choice, self._generation.event_id())
 
+    def end(self) -> bytes:
+        """The event behind all updates, if the client wants one."""
+        if not self._has_usage:
+            return b""
+        return encode_event(self._chunk([], usage=self._generation.usage()))
 
-async def stream_chat(
-    generation: Generation,
-    heading: Heading,
-    *,
-    tokenizer: Tokenizer,
-    form: AnswerForm,
-    include_usage: bool,
-) -> AsyncGenerator[bytes, None]:
-    """Yield the stream's events, without the [DONE] at its end."""
+    def _encode(self, choice: ChatChunkChoice, event_id: str) -> bytes:
+        usage = None
+        if self._has_usage_of_choices:
+            usage = self._generation.choice_usage(choice.index)
+        return encode_event(self._chunk([choice], usage=usage), event_id)
 
-    def chunk(choices: list[ChatChunkChoice], **usage: Any) -> ChatCompletionChunk:
-        if include_usage and not usage:
-            usage = {"usage": None}
+    def _text_event(self, index: int) -> TextEvent:
+        def make_event(text: str) -> ChatCompletionChunk:
+            delta = ChatDelta(content=text)
+            choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+            return self._chunk([choice])
+
+        return TextEvent(make_event)
+
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | None = None
+    ) -> ChatCompletionChunk:
+        # OpenAI has a null in each event but the last, where usage was asked for.
+        fields: dict[str, Any] = {"usage": usage} if self._has_usage else {}
+        heading = self._heading
         return ChatCompletionChunk(
             id=heading.id,
             object="chat.completion.chunk",
@@ -118,107 +155,67 @@ async def stream_chat(
             model=heading.model,
             choices=choices,
             system_fingerprint=heading.system_fingerprint,
-            **usage,
+            **fields,
         )
 
-    def text_event(index: int) -> TextEvent:
-        return TextEvent(lambda text: chunk([_chunk_choice(index, ChatDelta(content=text))]))
 
-    text_events: dict[int, TextEvent] = {}
-    deltas = [
-        None if form.is_plain else AnswerDeltas(form.reader(), heading.id, index)
-        for index in range(len(generation.request.choices))
-    ]
-    async with aclosing(generation.updates()) as updates:
-        async for update in updates:
-            events = b""
-            if update.index not in text_events:
-                text_events[update.index] = text_event(update.index)
-                delta = ChatDelta(role="assistant", content="")
-                opening = chunk([_chunk_choice(update.index, delta)])
-                events = encode_event(opening, generation.opening_event_id(update.index))
-            answer = deltas[update.index]
-            text, finish_reason = update.text, update.finish_reason
-            delta: ChatDelta | None = None
-            if answer is not None:
-                delta = answer.take(text, is_last=finish_reason is not None)
-                finish_reason = answer.finish_reason(finish_reason)
-                # What is text and nothing else goes the quick way.
-                is_text = delta.model_fields_set <= {"content"}
-                text, delta = (delta.content or "", None) if is_text else ("", delta)
-            if update.tokens or finish_reason is not None:
-                delta = delta or (ChatDelta(content=text) if text or update.tokens else ChatDelta())
-            if delta is not None:
-                choice = _chunk_choice(
-                    update.index,
-                    delta,
-                    logprobs=_logprobs(update.tokens, tokenizer) if update.tokens else None,
-                    finish_reason=finish_reason,
-                )
-                events += encode_event(chunk([choice]), generation.event_id())
-            elif text:
-                events += text_events[update.index].encode(text, generation.event_id())
-            if events and not update.was_sent:
-                yield events
-    if include_usage:
-        yield encode_event(chunk([], usage=generation.usage()))
-
-
-async def collect_chat(
+def _whole_json(
+    body: ChatCompletionRequest,
+    choices: Sequence[WholeChoice],
     generation: Generation,
     heading: Heading,
-    *,
     tokenizer: Tokenizer,
     form: AnswerForm,
-    has_logprobs: bool,
-) -> ChatCompletion:
-    """Wait for the whole answer."""
-    choices = await collect(generation)
-    return ChatCompletion(
+) -> bytes:
+    prompt_logprobs = None
+    if body.prompt_logprobs is not None:
+        prompt = generation.request.choices[0].prompt_token_ids
+        prompt_logprobs = spell_prompt_logprobs(
+            prompt, choices[0].prompt_logprobs, body.prompt_logprobs, tokenizer
+        )
+    completion = ChatCompletion(
         id=heading.id,
         created=heading.created,
         model=heading.model,
         choices=[
-            _whole_choice(index, choice, heading, tokenizer, form, has_logprobs=has_logprobs)
+            _whole_choice(index, choice, body, heading, tokenizer, form)
             for index, choice in enumerate(choices)
         ],
         usage=generation.usage(),
         system_fingerprint=heading.system_fingerprint,
+        prompt_logprobs=prompt_logprobs,
     )
+    return completion.model_dump_json().encode()
 
 
 def _whole_choice(
     index: int,
     choice: WholeChoice,
+    body: ChatCompletionRequest,
     heading: Heading,
     tokenizer: Tokenizer,
     form: AnswerForm,
-    *,
-    has_logprobs: bool,
 ) -> ChatChoice:
     message = AssistantMessage(content=choice.text)
     finish_reason: ChatStopReason = choice.finish_reason
     if not form.is_plain:
-        answer = AnswerDeltas(form.reader(), heading.id, index)
+        answer = _answer_deltas(body, form, heading, index)
         message = whole_message(answer.take(choice.text, is_last=True))
         finish_reason = answer.finish_reason(choice.finish_reason) or choice.finish_reason
     return ChatChoice(
         index=index,
         message=message,
-        logprobs=_logprobs(choice.tokens, tokenizer) if has_logprobs else None,
+        logprobs=_logprobs(choice.tokens, tokenizer) if body.logprobs else None,
         finish_reason=finish_reason,
         stop_reason=choice.stop_reason,
     )
 
 
-def _chunk_choice(
-    index: int,
-    delta: ChatDelta,
-    *,
-    logprobs: ChatLogprobs | None = None,
-    finish_reason: ChatStopReason | None = None,
-) -> ChatChunkChoice:
-    return ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+def _answer_deltas(
+    body: ChatCompletionRequest, form: AnswerForm, heading: Heading, index: int
+) -> AnswerDeltas:
+    is_old = asks_in_the_old_way(body)
+    return AnswerDeltas(form.reader(), heading.id, index, is_old=is_old)
 
 
 def _logprobs(tokens: Sequence[ShownToken], tokenizer: Tokenizer) -> ChatLogprobs:

@@ -1,17 +1,23 @@
 """/v1/completions: prompts in text or token ids, updates to a completion or its chunks."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
-from cluster.openai.generation import Generation, ShownToken, collect
+from cluster.openai.generation import ChoiceUpdate, Generation, ShownToken, WholeChoice, collect
 from cluster.openai.heading import Heading
+from cluster.openai.prompt_logprobs import spell_prompt_logprobs
+from cluster.openai.sampling import num_samples
 from cluster.openai.schema import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     StopReason,
+    StreamOptions,
+    Usage,
 )
 from cluster.openai.sse import TextEvent, encode_event
 from engine.errors import RequestError
@@ -83,109 +89,132 @@ async def answer_completion(
     """Yield the stream's events, without the [DONE] at its end, or the whole object.
 
     Args:
-        echoes: One per choice.
+        echoes: One per choice of the answer.
     """
-    has_logprobs = body.logprobs is not None
     if body.stream:
-        events = stream_completion(
-            generation,
-            heading,
-            echoes=echoes,
-            tokenizer=tokenizer,
-            has_logprobs=has_logprobs,
-            include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        )
-        async with aclosing(events):
-            async for event in events:
-                yield event
-    else:
-        completion = await collect_completion(
-            generation,
-            heading,
-            echoes=echoes,
-            tokenizer=tokenizer,
-            has_logprobs=has_logprobs,
-        )
-        yield completion.model_dump_json().encode()
+        stream = CompletionStream(body, generation, heading, tokenizer, echoes)
+        async with aclosing(generation.updates()) as updates:
+            async for update in updates:
+                event = stream.take(update)
+                if event and not update.was_sent:
+                    yield event
+        if end := stream.end():
+            yield end
+        return
+    choices = _best_choices(body, await collect(generation), generation)
+    make_json = partial(_whole_json, body, choices, generation, heading, tokenizer, echoes)
+    # A long prompt's log probabilities take as long as hundreds of events.
+    has_prompt_logprobs = generation.request.choices[0].sampling.prompt_logprobs is not None
+    yield await asyncio.to_thread(make_json) if has_prompt_logprobs else make_json()
 
 
-async def stream_completion(
-    generation: Generation,
-    heading: Heading,
-    *,
-    echoes: Sequence[Echo | None],
-    tokenizer: Tokenizer,
-    has_logprobs: bool,
-    include_usage: bool,
-) -> AsyncGenerator[bytes, None]:
-    """Yield the stream's events, without the [DONE] at its end.
+class CompletionStream:
+    """Updates to the events of one stream.
+
+    What is text and nothing else goes the quick way, a `TextEvent`.
 
     Args:
         echoes: One per choice.
     """
-    unechoed = dict(enumerate(echoes))
-    num_chars = [0] * len(echoes)
 
-    fields = {"usage": None} if include_usage else {}
-    text_events: dict[int, TextEvent] = {}
+    def __init__(
+        self,
+        body: CompletionRequest,
+        generation: Generation,
+        heading: Heading,
+        tokenizer: Tokenizer,
+        echoes: Sequence[Echo | None],
+    ) -> None:
+        options = body.stream_options or StreamOptions()
+        self._has_usage = options.include_usage
+        self._has_usage_of_choices = options.has_usage_of_choices
+        self._num_logprobs = body.logprobs
+        self._generation = generation
+        self._heading = heading
+        self._tokenizer = tokenizer
+        self._unechoed = dict(enumerate(echoes))
+        self._num_chars = [0] * len(echoes)
+        self._text_events: dict[int, TextEvent] = {}
 
-    def text_event(index: int) -> TextEvent:
-        return TextEvent(
-            lambda text: _completion(heading, [_choice(index, text, None, None, None)], **fields)
-        )
+    def take(self, update: ChoiceUpdate) -> bytes:
+        """The event that says what is certain by an update; empty if nothing is."""
+        index = update.index
+        echo = self._unechoed.pop(index, None)
+        text = update.text if echo is None else echo.text + update.text
+        if not text and not update.tokens and update.finish_reason is None:
+            return b""
+        is_text = self._num_logprobs is None and update.finish_reason is None
+        if is_text and not self._has_usage_of_choices:
+            if index not in self._text_events:
+                self._text_events[index] = self._text_event(index)
+            return self._text_events[index].encode(text, self._generation.event_id())
+        logprobs = None
+        if self._num_logprobs is not None:
+            scored = _scored(echo, update.prompt_logprobs, update.tokens)
+            num_chars = self._num_chars[index]
+            logprobs = _logprobs(scored, self._tokenizer, num_chars, self._num_logprobs)
+            self._num_chars[index] += sum(map(len, logprobs.tokens))
+        choice = _choice(index, text, logprobs, update.finish_reason, update.stop_reason)
+        usage = self._generation.choice_usage(index) if self._has_usage_of_choices else None
+        return encode_event(self._completion([choice], usage), self._generation.event_id())
 
-    async with aclosing(generation.updates()) as updates:
-        async for update in updates:
-            echo = unechoed.pop(update.index, None)
-            text = update.text if echo is None else echo.text + update.text
-            if has_logprobs or update.finish_reason is not None:
-                if not text and not update.tokens and update.finish_reason is None:
-                    continue
-                logprobs = None
-                if has_logprobs:
-                    scored = _scored(echo, update.prompt_logprobs, update.tokens)
-                    logprobs = _logprobs(scored, tokenizer, num_chars[update.index])
-                    num_chars[update.index] += sum(map(len, logprobs.tokens))
-                choice = _choice(
-                    update.index, text, logprobs, update.finish_reason, update.stop_reason
-                )
-                if not update.was_sent:
-                    event_id = generation.event_id()
-                    yield encode_event(_completion(heading, [choice], **fields), event_id)
-            elif text and not update.was_sent:
-                if update.index not in text_events:
-                    text_events[update.index] = text_event(update.index)
-                yield text_events[update.index].encode(text, generation.event_id())
-    if include_usage:
-        yield encode_event(_completion(heading, [], usage=generation.usage()))
+    def end(self) -> bytes:
+        """The event behind all updates, if the client wants one."""
+        if not self._has_usage:
+            return b""
+        return encode_event(self._completion([], self._generation.usage()))
+
+    def _text_event(self, index: int) -> TextEvent:
+        return TextEvent(lambda text: self._completion([_choice(index, text, None, None, None)]))
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | None = None
+    ) -> Completion:
+        fields = {"usage": usage} if self._has_usage else {}
+        return _completion(self._heading, choices, **fields)
 
 
-async def collect_completion(
+def _best_choices(
+    body: CompletionRequest, choices: Sequence[WholeChoice], generation: Generation
+) -> list[WholeChoice]:
+    """Of each prompt's choices the n that are likeliest by the token, the best first."""
+    num_generated = num_samples(body)
+    if num_generated == body.n:
+        return list(choices)
+    best: list[WholeChoice] = []
+    for start in range(0, len(choices), num_generated):
+        indices = range(start, start + num_generated)
+        ranked = sorted(indices, key=generation.mean_logprob, reverse=True)
+        best += [choices[index] for index in ranked[: body.n]]
+    return best
+
+
+def _whole_json(
+    body: CompletionRequest,
+    choices: Sequence[WholeChoice],
     generation: Generation,
     heading: Heading,
-    *,
-    echoes: Sequence[Echo | None],
     tokenizer: Tokenizer,
-    has_logprobs: bool,
-) -> Completion:
-    """Wait for the whole answer."""
-    choices = await collect(generation)
-    return _completion(
-        heading,
-        [
-            _choice(
-                index,
-                choice.text if echo is None else echo.text + choice.text,
-                _logprobs(_scored(echo, choice.prompt_logprobs, choice.tokens), tokenizer, 0)
-                if has_logprobs
-                else None,
-                choice.finish_reason,
-                choice.stop_reason,
+    echoes: Sequence[Echo | None],
+) -> bytes:
+    prompts = [
+        each.prompt_token_ids for each in generation.request.choices if each.sample_index == 0
+    ]
+    whole: list[CompletionChoice] = []
+    for index, (echo, choice) in enumerate(zip(echoes, choices, strict=True)):
+        text = choice.text if echo is None else echo.text + choice.text
+        logprobs = None
+        if body.logprobs is not None:
+            scored = _scored(echo, choice.prompt_logprobs, choice.tokens)
+            logprobs = _logprobs(scored, tokenizer, 0, body.logprobs)
+        made = _choice(index, text, logprobs, choice.finish_reason, choice.stop_reason)
+        if body.prompt_logprobs is not None:
+            made.prompt_logprobs = spell_prompt_logprobs(
+                prompts[index // body.n], choice.prompt_logprobs, body.prompt_logprobs, tokenizer
             )
-            for index, (echo, choice) in enumerate(zip(echoes, choices, strict=True))
-        ],
-        usage=generation.usage(),
-    )
+        whole.append(made)
+    completion = _completion(heading, whole, usage=generation.usage())
+    return completion.model_dump_json(exclude_unset=True).encode()
 
 
 def _completion(heading: Heading, choices: list[CompletionChoice], **usage: object) -> Completion:
@@ -230,7 +259,10 @@ def _scored(
 
 
 def _logprobs(
-    tokens: Sequence[tuple[int, TokenLogprobs | None]], tokenizer: Tokenizer, text_offset: int
+    tokens: Sequence[tuple[int, TokenLogprobs | None]],
+    tokenizer: Tokenizer,
+    text_offset: int,
+    num_top: int,
 ) -> CompletionLogprobs:
     def spell(token_id: int) -> str:
         token = tokenizer.token_bytes(token_id)
@@ -247,8 +279,9 @@ def _logprobs(
         if logprobs is not None:
             top = {
                 spell(token_id): logprob
+                # Of a prompt's tokens there may be more, for its own log probabilities' sake.
                 for token_id, logprob in zip(
-                    logprobs.top_token_ids, logprobs.top_logprobs, strict=True
+                    logprobs.top_token_ids[:num_top], logprobs.top_logprobs, strict=False
                 )
             }
             # As OpenAI does, the chosen token is among its alternatives even if it is less likely.

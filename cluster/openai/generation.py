@@ -61,6 +61,7 @@ class _Choice:
     is_running: bool = True
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    logprob_sum: float = 0.0
     position: str | None = None
     unshown: deque[ShownToken] = field(default_factory=deque)
 
@@ -155,15 +156,28 @@ class Generation:
             for request, choice in zip(self.request.choices, self._choices, strict=True)
             if request.sample_index == 0
         ]
-        prompt_tokens = sum(len(request.prompt_token_ids) for request, _ in firsts)
-        completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        cached_tokens = sum(choice.num_cached_tokens for _, choice in firsts)
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        return _usage(
+            prompt_tokens=sum(len(request.prompt_token_ids) for request, _ in firsts),
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            cached_tokens=sum(choice.num_cached_tokens for _, choice in firsts),
         )
+
+    def choice_usage(self, index: int) -> Usage:
+        """Count the tokens of one choice so far, and of its prompt."""
+        choice = self._choices[index]
+        return _usage(
+            prompt_tokens=len(self.request.choices[index].prompt_token_ids),
+            completion_tokens=choice.num_tokens,
+            cached_tokens=choice.num_cached_tokens,
+        )
+
+    def mean_logprob(self, index: int) -> float:
+        """How likely a choice's tokens so far were, its end token's among them; 0 if it has none.
+
+        Only where log probabilities were asked for.
+        """
+        choice = self._choices[index]
+        return choice.logprob_sum / max(1, choice.num_tokens)
 
     def _replay(self, resumption: Resumption) -> Iterator[ChoiceUpdate]:
         """Give again what has come, first what the client has: both leave a choice as it was."""
@@ -244,6 +258,7 @@ class Generation:
             if delta.stop_token_id in self._own_stop_token_ids:
                 stop_reason = delta.stop_token_id
         choice.num_tokens += num_tokens
+        choice.logprob_sum += sum(each.logprob for each in delta.logprobs[:num_tokens])
         tokens = [choice.unshown.popleft() for _ in range(min(num_shown, len(choice.unshown)))]
         return ChoiceUpdate(
             index=index,
@@ -255,6 +270,15 @@ class Generation:
             stop_reason=stop_reason,
             visit=delta.visit,
         )
+
+
+def _usage(*, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
 
 
 def _check_position(position: Position, record: StreamRecord) -> None:

@@ -1,19 +1,36 @@
 """A model's text: what its tokenizer and its template make of requests, and of tokens again."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.openai.answer_form import AnswerForm, AnswerForms
-from cluster.openai.chat import render_messages
+from cluster.openai.chat_prompt import render_messages
 from cluster.openai.engine_client import ChoiceRequest, EngineInfo
-from cluster.openai.sampling import make_sampling_params
+from cluster.openai.sampling import make_sampling_params, num_samples
 from cluster.openai.schema import ChatCompletionRequest, CompletionRequest
 from cluster.openai.structured_output import grammar_source
+from cluster.openai.tools import tool_choice_of
 from engine.errors import RequestError
 from engine.grammar import Grammar
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.text.tool_parsers import tool_format_of
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """What became of a conversation.
+
+    Attributes:
+        token_ids: Not empty.
+        form: Of the answer.
+        has_special_tokens: A message spells out a control token.
+    """
+
+    token_ids: list[int]
+    form: AnswerForm
+    has_special_tokens: bool
 
 
 class ModelText:
@@ -42,17 +59,20 @@ class ModelText:
             has_reasoning=reasoning_parser != "none",
         )
 
-    def encode_chat(self, body: ChatCompletionRequest) -> tuple[list[int], bool]:
-        """The prompt of a conversation, and whether a message spells out a control token.
+    def encode_chat(self, body: ChatCompletionRequest) -> ChatPrompt:
+        """The prompt of a conversation, and what form its answer has.
 
         Raises:
-            RequestError: The template refuses the messages, or makes nothing of them.
+            RequestError: The template refuses the messages, or makes nothing of them; or they may
+                not be answered as the request wants it.
         """
-        prompt = self.tokenizer.encode(render_messages(body, self._template))
+        choice = tool_choice_of(body)
+        prompt = self.tokenizer.encode(render_messages(body, self._template, choice))
         if not prompt:
             raise RequestError("The chat template made an empty prompt.", param="messages")
         contents = (message.content or "" for message in body.messages)
-        return prompt, any(self.tokenizer.find_special(content) for content in contents)
+        has_special_tokens = any(self.tokenizer.find_special(content) for content in contents)
+        return ChatPrompt(prompt, self._forms.form(body, prompt, choice), has_special_tokens)
 
     def make_choices(
         self,
@@ -60,7 +80,7 @@ class ModelText:
         prompts: Sequence[Sequence[int]],
         info: EngineInfo,
     ) -> tuple[ChoiceRequest, ...]:
-        """Each prompt's n choices.
+        """Each prompt's choices, of which the answer has n.
 
         Raises:
             RequestError: The engine can never serve one of them.
@@ -77,24 +97,28 @@ class ModelText:
             )
             choices += [
                 ChoiceRequest(prompt_token_ids=prompt, sampling=sampling, sample_index=index)
-                for index in range(body.n)
+                for index in range(num_samples(body))
             ]
         return tuple(choices)
 
     def form(self, body: ChatCompletionRequest, prompt: Sequence[int]) -> AnswerForm:
-        """The form of the answer to a chat; raises as `AnswerForms.form`."""
-        return self._forms.form(body, prompt)
+        """The form of the answer to a chat that has become this prompt; raises as `encode_chat`."""
+        return self._forms.form(body, prompt, tool_choice_of(body))
 
     def grammar(
-        self, body: ChatCompletionRequest | CompletionRequest, prompt: Sequence[int]
+        self, body: ChatCompletionRequest | CompletionRequest, form: AnswerForm | None = None
     ) -> Grammar | None:
         """What an answer must be; None for anything. Takes milliseconds.
+
+        Args:
+            body: The request.
+            form: Of the answer to a chat.
 
         Raises:
             RequestError: It cannot be followed.
         """
-        if isinstance(body, ChatCompletionRequest):
-            return self._forms.grammar(body, self.form(body, prompt))
+        if isinstance(body, ChatCompletionRequest) and form is not None:
+            return self._forms.grammar(body, form)
         source = grammar_source(body)
         return None if source is None else Grammar(source)
 

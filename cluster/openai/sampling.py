@@ -24,6 +24,26 @@ _DEFAULTED = (
 )
 
 
+def num_samples(body: ChatCompletionRequest | CompletionRequest) -> int:
+    """How many choices are generated for each prompt; the answer has n of them.
+
+    Raises:
+        RequestError: `best_of` is less than n, or more in a stream.
+    """
+    if isinstance(body, ChatCompletionRequest) or body.best_of is None:
+        return body.n
+    if body.best_of < body.n:
+        raise RequestError(
+            f"best_of is {body.best_of}, less than n, which is {body.n}.", param="best_of"
+        )
+    if body.stream and body.best_of > body.n:
+        raise RequestError(
+            "best_of does not go with stream: which choices are best is known at their end.",
+            param="best_of",
+        )
+    return body.best_of
+
+
 def make_sampling_params(
     request: ChatCompletionRequest | CompletionRequest,
     *,
@@ -64,7 +84,7 @@ def make_sampling_params(
         min_tokens=request.min_tokens,
         stop_token_ids=tuple(ends),
         ignore_eos=request.ignore_eos,
-        logprobs=_num_logprobs(request),
+        logprobs=_num_generated_logprobs(request),
         prompt_logprobs=_num_prompt_logprobs(request),
     )
 
@@ -115,10 +135,24 @@ def _num_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | N
     return request.top_logprobs
 
 
+def _num_generated_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:
+    num_logprobs = _num_logprobs(request)
+    # Without them nobody knows which choices are best.
+    is_ranked = num_samples(request) > request.n
+    return 0 if is_ranked and num_logprobs is None else num_logprobs
+
+
 def _num_prompt_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError(
+            "prompt_logprobs does not go with stream. With echo and logprobs the log probabilities "
+            "of a completion's prompt are streamed.",
+            param="prompt_logprobs",
+        )
     # An echoed prompt is part of the answer, and so its tokens have log probabilities, too.
     is_echoed = isinstance(request, CompletionRequest) and request.echo
-    return _num_logprobs(request) if is_echoed else None
+    wanted = (_num_logprobs(request) if is_echoed else None, request.prompt_logprobs)
+    return max((each for each in wanted if each is not None), default=None)
 
 
 def _parse_logit_bias(bias: dict[str, float]) -> dict[int, float]:

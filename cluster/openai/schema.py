@@ -8,6 +8,7 @@ counted before any of them is looked at.
 """
 
 import reprlib
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -41,6 +42,12 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 512
 
 StopReason = Literal["stop", "length"]
+
+
+def _without_nulls(fields: dict[str, Any], optional: Collection[str]) -> dict[str, Any]:
+    return {
+        name: value for name, value in fields.items() if value is not None or name not in optional
+    }
 
 
 def _join_text_parts(content: Any) -> Any:
@@ -160,8 +167,14 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    """With include_usage: each event counts its choice's tokens so far; as vLLM has it."""
     include_obfuscation: StrictBool = False
     """Accepted; this server pads nothing."""
+
+    @property
+    def has_usage_of_choices(self) -> bool:
+        return self.include_usage and self.continuous_usage_stats
 
 
 JsonSchema = dict[str, Any] | StrictBool
@@ -222,6 +235,20 @@ class NamedToolChoice(_Body):
     function: FunctionName
 
 
+class AllowedTools(_Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[
+        list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+    ]
+
+
+class AllowedToolsChoice(_Body):
+    """The model is told of all tools, and may call some."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class PastFunctionCall(_Body):
     name: StrictStr
     arguments: StrictStr = "{}"
@@ -237,13 +264,16 @@ class PastToolCall(_Body):
 
 
 class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """A message; the role "function" and `function_call` are OpenAI's older way to call tools."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: MessageContent = None
     name: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     reasoning: StrictStr | None = None
     tool_calls: Annotated[list[PastToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     tool_call_id: StrictStr | None = None
+    function_call: PastFunctionCall | None = None
 
 
 class _GenerationBody(_Body):
@@ -283,6 +313,8 @@ class _GenerationBody(_Body):
     regex: StrictStr | None = None
     ebnf: StrictStr | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0)] | None = None
+    """As vLLM has it: so many alternatives to each token of the prompt."""
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
 
@@ -297,10 +329,19 @@ class ChatCompletionRequest(_GenerationBody):
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
     chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: StrictBool = True
+    add_generation_prompt: StrictBool | None = None
+    """By default the assistant's turn is opened, unless its last message is gone on with."""
+    continue_final_message: StrictBool = False
+    """The answer goes on with the last message, which is the assistant's."""
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice = "auto"
     parallel_tool_calls: StrictBool = True
+    functions: Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    """OpenAI's older way: the answer may have a `function_call`."""
+    function_call: Literal["none", "auto"] | FunctionName = "auto"
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     enable_thinking: StrictBool | None = None
     thinking_budget: Annotated[StrictInt, Field(ge=0)] | None = None
     """Tokens of thinking at most; as Qwen's own service names it."""
@@ -312,6 +353,8 @@ class CompletionRequest(_GenerationBody):
     prompt: Prompts
     logprobs: StrictInt | None = None
     echo: StrictBool = False
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    """So many are generated, of which the n likeliest are the answer."""
 
 
 class ProfileRequest(_Body):
@@ -356,6 +399,22 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class PromptLogprob(BaseModel):
+    """A token that stands in a prompt, or might.
+
+    Attributes:
+        rank: From 1, the likeliest; null for a token that is not among those asked for.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""Of each token of a prompt, by ids: its own first. The prompt's first token has none."""
+
+
 class FunctionCall(BaseModel):
     name: str
     arguments: str
@@ -376,18 +435,15 @@ class AssistantMessage(BaseModel):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("reasoning_content", "reasoning", "tool_calls")
-        return {
-            name: value
-            for name, value in dump(self).items()
-            if value is not None or name not in optional
-        }
+        optional = ("reasoning_content", "reasoning", "tool_calls", "function_call")
+        return _without_nulls(dump(self), optional)
 
 
-ChatStopReason = StopReason | Literal["tool_calls"]
+ChatStopReason = StopReason | Literal["tool_calls", "function_call"]
 
 
 class ChatChoice(BaseModel):
@@ -406,6 +462,11 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None
+    prompt_logprobs: PromptLogprobs | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_nulls(dump(self), ("prompt_logprobs",))
 
 
 class FunctionCallDelta(BaseModel):
@@ -430,6 +491,7 @@ class ChatDelta(BaseModel):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionCallDelta | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -464,6 +526,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: StopReason | None
     stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):

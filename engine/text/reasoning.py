@@ -9,11 +9,12 @@ THINK_END = "</think>"
 
 
 class Thinking(enum.Enum):
-    """Where an answer begins: not in thoughts, where they may begin, or amid them."""
+    """Where an answer begins: behind thoughts, where they may begin, at their start, amid them."""
 
     NONE = enum.auto()
     MAY_BEGIN = enum.auto()
     OPEN = enum.auto()
+    AMID = enum.auto()
 
 
 def thinking_after(prompt_end: str) -> Thinking:
@@ -46,15 +47,16 @@ class ReasoningReader:
 
     Args:
         answer: Reads what follows.
-        is_open: The prompt ends with an open <think>.
+        begin: Where it begins; not `NONE`.
     """
 
-    def __init__(self, answer: AnswerReader, *, is_open: bool) -> None:
+    def __init__(self, answer: AnswerReader, begin: Thinking) -> None:
         self._answer = answer
         self._held = ""
-        self._may_begin = not is_open
-        self._is_thinking = is_open
-        self._is_first = True
+        self._may_begin = begin is Thinking.MAY_BEGIN
+        self._is_thinking = not self._may_begin
+        # What the prompt has of the thoughts ends where it ends: what follows is no mark's.
+        self._is_first = begin is not Thinking.AMID
         self._drops_blanks = False
 
     def push(self, text: str) -> list[AnswerPart]:

@@ -4,25 +4,30 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.text.answer_parts import AnswerPart, Content, held_len
-from engine.text.tool_formats import literal
+from engine.text.tool_formats import literal, with_rule
 
 BEGIN = "<tool_call>"
 END = "</tool_call>"
 
 
-def tagged_call_grammar(body_rules: str, *, is_call_required: bool, max_calls: int | None) -> str:
+def tagged_call_grammar(
+    body_rules: str, *, is_call_required: bool, max_calls: int | None, text_source: str | None
+) -> str:
     """Spell an answer of calls, or of text and calls; see `ToolFormat.grammar`.
 
     Args:
         body_rules: The rule `body`, of what stands between the marks, and what it takes.
     """
     begin, end, line = literal(BEGIN), literal("\n" + END), literal("\n")
+    calls = "call"
+    if max_calls != 1:
+        more = "*" if max_calls is None else f"{{0,{max_calls - 1}}}"
+        calls = f"call ({line} call){more}"
+    call = f"call: {begin} {line} body {end}\n{body_rules}"
     if is_call_required:
-        calls = "call"
-        if max_calls != 1:
-            more = "*" if max_calls is None else f"{{0,{max_calls - 1}}}"
-            calls = f"call ({line} call){more}"
-        return f"start: {calls}\ncall: {begin} {line} body {end}\n{body_rules}"
+        return f"start: {calls}\n{call}"
+    if text_source is not None:
+        return with_rule(f"start: @text | {calls}\n{call}", "text", text_source)
     # Text of any kind, until a call begins.
     more = "*" if max_calls is None else f"{{0,{max_calls}}}"
     return (

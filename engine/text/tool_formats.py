@@ -42,7 +42,12 @@ class ToolFormat(Protocol):
         ...
 
     def grammar(
-        self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
+        self,
+        tools: Sequence[Tool],
+        *,
+        is_call_required: bool,
+        max_calls: int | None,
+        text_source: str | None = None,
     ) -> str:
         """Spell what an answer may be.
 
@@ -50,6 +55,11 @@ class ToolFormat(Protocol):
             tools: Those that may be called; the arguments of each follow its schema.
             is_call_required: The answer consists of calls; else there may be text before them.
             max_calls: None for any number.
+            text_source: The grammar of text, where no call is required: an answer is such a text or
+                consists of calls. None for text of any kind.
+
+        Raises:
+            RequestError: The format cannot tell the one from the other.
         """
         ...
 
@@ -57,6 +67,21 @@ class ToolFormat(Protocol):
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A JSON schema within a grammar, written as templates write it when the call is history."""
     return "%json " + json.dumps({**schema, "x-guidance": COMPACT_JSON})
+
+
+def with_rule(grammar: str, name: str, source: str) -> str:
+    """A grammar that refers to another one as @name; both, as the whole, in llguidance's notation.
+
+    Args:
+        grammar: In Lark's notation.
+        name: Of the rule.
+        source: What it stands for: Lark's notation, or llguidance's list of one grammar.
+    """
+    try:
+        [rule] = json.loads(source)["grammars"]
+    except ValueError:
+        rule = {"lark_grammar": source}
+    return json.dumps({"grammars": [{"lark_grammar": grammar}, {**rule, "name": name}]})
 
 
 def literal(text: str) -> str:

@@ -37,10 +37,20 @@ class HermesFormat:
         return TaggedCallReader(HermesBody)
 
     def grammar(
-        self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
+        self,
+        tools: Sequence[Tool],
+        *,
+        is_call_required: bool,
+        max_calls: int | None,
+        text_source: str | None = None,
     ) -> str:
         body = "body: " + " | ".join(map(_call_rule, tools)) + "\n"
-        return tagged_call_grammar(body, is_call_required=is_call_required, max_calls=max_calls)
+        return tagged_call_grammar(
+            body,
+            is_call_required=is_call_required,
+            max_calls=max_calls,
+            text_source=text_source,
+        )
 
 
 def _call_rule(tool: Tool) -> str:

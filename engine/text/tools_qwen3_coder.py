@@ -44,14 +44,24 @@ class Qwen3CoderFormat:
         return TaggedCallReader(lambda index: Qwen3CoderBody(index, schemas))
 
     def grammar(
-        self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
+        self,
+        tools: Sequence[Tool],
+        *,
+        is_call_required: bool,
+        max_calls: int | None,
+        text_source: str | None = None,
     ) -> str:
         names = [f"call_{index}" for index in range(len(tools))]
         rules = [f"body: {' | '.join(names)}"]
         for name, tool in zip(names, tools, strict=True):
             rules += _call_rules(name, tool)
         body = "\n".join([*rules, ""])
-        return tagged_call_grammar(body, is_call_required=is_call_required, max_calls=max_calls)
+        return tagged_call_grammar(
+            body,
+            is_call_required=is_call_required,
+            max_calls=max_calls,
+            text_source=text_source,
+        )
 
 
 def _call_rules(name: str, tool: Tool) -> list[str]:

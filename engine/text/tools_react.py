@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
 from typing import Any
 
+from engine.errors import RequestError
 from engine.text.answer_parts import (
     AnswerPart,
     AnswerReader,
@@ -46,9 +47,21 @@ class ReActFormat:
         return ReActReader()
 
     def grammar(
-        self, tools: Sequence[Tool], *, is_call_required: bool, max_calls: int | None
+        self,
+        tools: Sequence[Tool],
+        *,
+        is_call_required: bool,
+        max_calls: int | None,
+        text_source: str | None = None,
     ) -> str:
         del max_calls  # The format has one call an answer.
+        if text_source is not None and not is_call_required:
+            raise RequestError(
+                "This model writes calls and answers amid its thoughts (ReAct), so that what it "
+                "says beside calls cannot be bound by response_format or another form. Set "
+                "tool_choice to none or required.",
+                param="tools",
+            )
         calls = " | ".join(
             " ".join([literal(f" {tool.name}\nAction Input: "), json_rule(tool.parameters)])
             for tool in tools

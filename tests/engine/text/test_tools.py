@@ -19,7 +19,7 @@ from engine.text.answer_parts import (
     Reasoning,
 )
 from engine.text.chat_template import CallHistory
-from engine.text.reasoning import PlainReader, ReasoningReader
+from engine.text.reasoning import PlainReader, ReasoningReader, Thinking
 from engine.text.tool_formats import Tool, ToolFormat
 from engine.text.tools_hermes import HermesFormat
 from engine.text.tools_qwen3_coder import Qwen3CoderFormat
@@ -197,30 +197,31 @@ def test_arguments_come_as_they_were_written(arguments: dict[str, Any], size: in
 
 
 THOUGHTS = [
-    ("<think>\nHm.\n</think>\n\nYes.", False, answer("Yes.", reasoning="Hm.")),
-    ("\n<think>\n\n</think>\n\nYes.", False, answer("Yes.")),
-    ("Hm.\n</think>\n\nYes.", True, answer("Yes.", reasoning="Hm.")),
-    ("\nHm,\n\n1 < 2\n</think>Yes.", True, answer("Yes.", reasoning="Hm,\n\n1 < 2")),
-    ("No thoughts.", False, answer("No thoughts.")),
-    ("<thin", False, answer("<thin")),
-    ("Cut amid", True, answer(reasoning="Cut amid")),
-    ("<think>\nCut </thi", False, answer(reasoning="Cut </thi")),
-    ("a <think>b</think> c", False, answer("a <think>b</think> c")),
+    ("<think>\nHm.\n</think>\n\nYes.", Thinking.MAY_BEGIN, answer("Yes.", reasoning="Hm.")),
+    ("\n<think>\n\n</think>\n\nYes.", Thinking.MAY_BEGIN, answer("Yes.")),
+    ("Hm.\n</think>\n\nYes.", Thinking.OPEN, answer("Yes.", reasoning="Hm.")),
+    ("\nHm,\n\n1 < 2\n</think>Yes.", Thinking.OPEN, answer("Yes.", reasoning="Hm,\n\n1 < 2")),
+    ("No thoughts.", Thinking.MAY_BEGIN, answer("No thoughts.")),
+    ("<thin", Thinking.MAY_BEGIN, answer("<thin")),
+    ("Cut amid", Thinking.OPEN, answer(reasoning="Cut amid")),
+    ("\nand more\n</think>\n\nYes.", Thinking.AMID, answer("Yes.", reasoning="\nand more")),
+    ("<think>\nCut </thi", Thinking.MAY_BEGIN, answer(reasoning="Cut </thi")),
+    ("a <think>b</think> c", Thinking.MAY_BEGIN, answer("a <think>b</think> c")),
 ]
 
 
-@pytest.mark.parametrize(("text", "is_open", "expected"), THOUGHTS, ids=range(len(THOUGHTS)))
+@pytest.mark.parametrize(("text", "begin", "expected"), THOUGHTS, ids=range(len(THOUGHTS)))
 def test_thoughts_are_read_however_the_answer_is_cut(
-    text: str, is_open: bool, expected: Any
+    text: str, begin: Thinking, expected: Any
 ) -> None:
     for size in (len(text), 1, 2, 5):
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        assert read(ReasoningReader(PlainReader(), is_open=is_open), pieces) == expected, size
+        assert read(ReasoningReader(PlainReader(), begin), pieces) == expected, size
 
 
 def test_calls_may_follow_on_thoughts() -> None:
     text = '<think>\nI look.\n</think>\n\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
-    reader = ReasoningReader(HERMES.reader([]), is_open=False)
+    reader = ReasoningReader(HERMES.reader([]), Thinking.MAY_BEGIN)
     assert read(reader, list(text)) == answer(reasoning="I look.", calls=[("a", "{}")])
 
 

@@ -1,0 +1,37 @@
+"""Log probabilities of a prompt's tokens, as vLLM gives them."""
+
+from collections.abc import Sequence
+
+from cluster.openai.schema import PromptLogprob, PromptLogprobs
+from engine.request import TokenLogprobs
+from engine.text.tokenizer import Tokenizer
+
+
+def spell_prompt_logprobs(
+    prompt: Sequence[int], logprobs: Sequence[TokenLogprobs], num_top: int, tokenizer: Tokenizer
+) -> PromptLogprobs:
+    """Name each token of a prompt and its alternatives; milliseconds for thousands of tokens.
+
+    Args:
+        prompt: Its token ids.
+        logprobs: One per token but the first.
+        num_top: Alternatives that were asked for; `logprobs` may have more.
+        tokenizer: The model's.
+    """
+
+    def entry(token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
+        text = tokenizer.token_bytes(token_id).decode(errors="replace")
+        return PromptLogprob(logprob=logprob, rank=rank, decoded_token=text)
+
+    spelled: PromptLogprobs = [None]
+    for token_id, found in zip(prompt[1:], logprobs, strict=True):
+        top = found.top_token_ids[:num_top]
+        # The engine reports the likeliest tokens in order; how many more are likelier than the
+        # prompt's own it does not count.
+        rank = top.index(token_id) + 1 if token_id in top else None
+        position = {token_id: entry(token_id, found.logprob, rank)}
+        for place, (other_id, logprob) in enumerate(zip(top, found.top_logprobs, strict=False)):
+            if other_id != token_id:
+                position[other_id] = entry(other_id, logprob, place + 1)
+        spelled.append(position)
+    return spelled
