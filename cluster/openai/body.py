@@ -85,8 +85,8 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
 def _drop_or_refuse(
     fields: dict[str, Any], unsupported: Mapping[str, tuple[Any, ...]], where: str
 ) -> None:
-    for name in unsupported.keys() & fields.keys():
-        value = fields.pop(name)
+    for name in unsupported:
+        value = fields.pop(name, None)
         # `1 == True` in Python, and best_of: true is no number.
         if value is not None and not any(
             value == neutral and type(value) is type(neutral) for neutral in unsupported[name]

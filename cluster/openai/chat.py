@@ -100,7 +100,7 @@ class ChatStream:
                 logprobs=None,
                 finish_reason=None,
             )
-            events = self._encode(opening, self._generation.opening_event_id(index))
+            events = self._encode(opening, is_opening=True)
         answer = self._answers[index]
         delta: ChatDelta | None = None
         if answer is not None:
@@ -120,7 +120,7 @@ class ChatStream:
             logprobs=_logprobs(update.tokens, self._tokenizer) if update.tokens else None,
             finish_reason=finish_reason,
         )
-        return events + self._encode(choice, self._generation.event_id())
+        return events + self._encode(choice)
 
     def end(self) -> bytes:
         """The event behind all updates, if the client wants one."""
@@ -128,10 +128,11 @@ class ChatStream:
             return b""
         return encode_event(self._chunk([], usage=self._generation.usage()))
 
-    def _encode(self, choice: ChatChunkChoice, event_id: str) -> bytes:
-        usage = None
+    def _encode(self, choice: ChatChunkChoice, *, is_opening: bool = False) -> bytes:
+        generation, index, usage = self._generation, choice.index, None
         if self._has_usage_of_choices:
-            usage = self._generation.choice_usage(choice.index)
+            usage = generation.choice_usage(index, is_opening=is_opening)
+        event_id = generation.opening_event_id(index) if is_opening else generation.event_id()
         return encode_event(self._chunk([choice], usage=usage), event_id)
 
     def _text_event(self, index: int) -> TextEvent:

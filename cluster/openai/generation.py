@@ -162,12 +162,17 @@ class Generation:
             cached_tokens=sum(choice.num_cached_tokens for _, choice in firsts),
         )
 
-    def choice_usage(self, index: int) -> Usage:
-        """Count the tokens of one choice so far, and of its prompt."""
+    def choice_usage(self, index: int, *, is_opening: bool = False) -> Usage:
+        """Count the tokens of one choice so far, and of its prompt.
+
+        Args:
+            index: Of the choice.
+            is_opening: For an event that shows none of its tokens.
+        """
         choice = self._choices[index]
         return _usage(
             prompt_tokens=len(self.request.choices[index].prompt_token_ids),
-            completion_tokens=choice.num_tokens,
+            completion_tokens=0 if is_opening else choice.num_tokens,
             cached_tokens=choice.num_cached_tokens,
         )
 

@@ -15,12 +15,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
+    Tag,
     WithJsonSchema,
     model_serializer,
     model_validator,
@@ -249,6 +251,25 @@ class AllowedToolsChoice(_Body):
     allowed_tools: AllowedTools
 
 
+def _kind_of_choice(choice: Any) -> str:
+    if isinstance(choice, NamedToolChoice | AllowedToolsChoice):
+        return choice.type
+    return choice.get("type", "function") if isinstance(choice, dict) else "word"
+
+
+# By its kind, so that a fault is told of the kind that it is.
+ToolChoiceOption = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedToolChoice, Tag("function")]
+    | Annotated[AllowedToolsChoice, Tag("allowed_tools")],
+    Discriminator(
+        _kind_of_choice,
+        custom_error_type="unknown_type",
+        custom_error_message="its type must be 'function' or 'allowed_tools'",
+    ),
+]
+
+
 class PastFunctionCall(_Body):
     name: StrictStr
     arguments: StrictStr = "{}"
@@ -334,7 +355,7 @@ class ChatCompletionRequest(_GenerationBody):
     continue_final_message: StrictBool = False
     """The answer goes on with the last message, which is the assistant's."""
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice = "auto"
+    tool_choice: ToolChoiceOption = "auto"
     parallel_tool_calls: StrictBool = True
     functions: Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     """OpenAI's older way: the answer may have a `function_call`."""

@@ -39,6 +39,9 @@ class FakeEngine:
 
     Attributes:
         answer: Text of a choice.
+        score: Log probabilities of a token of a choice's or of its prompt's, with so many
+            alternatives.
+        deltas: What a choice's answer consists of; made of `answer` and `score` unless it is set.
         failure: (number of deltas before it, error to raise), or None.
         has_failing_grammar: Choices end as if their grammars led no further.
         steps: If set, each delta waits for a permit.
@@ -56,6 +59,8 @@ class FakeEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.answer: Callable[[ChoiceRequest], str] = lambda _: "Once upon a time"
+        self.score: Callable[[ChoiceRequest, int, int], TokenLogprobs] = _score
+        self.deltas: Callable[[ChoiceRequest], list[TokenDelta]] = self._deltas
         self.failure: tuple[int, Exception] | None = None
         self.has_failing_grammar = False
         self.steps: asyncio.Semaphore | None = None
@@ -116,14 +121,14 @@ class FakeEngine:
 
     def resume(self, record: StreamRecord) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         queues = [
-            self._deltas(choice)[len(came.token_ids) :] if came.finish_reason is None else []
+            self.deltas(choice)[len(came.token_ids) :] if came.finish_reason is None else []
             for choice, came in zip(record.request.choices, record.past, strict=True)
         ]
         return self._run(record, queues)
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, TokenDelta], None]:
         record = StreamRecord(request, 0, [PastChoice() for _ in request.choices])
-        return self._run(record, [self._deltas(choice) for choice in request.choices])
+        return self._run(record, [self.deltas(choice) for choice in request.choices])
 
     async def _run(
         self, record: StreamRecord, queues: list[list[TokenDelta]]
@@ -161,14 +166,14 @@ class FakeEngine:
         deltas = [
             TokenDelta(
                 token_ids=(token_id,),
-                logprobs=self._logprobs(token_id, sampling.logprobs),
+                logprobs=self._logprobs(choice, token_id, sampling.logprobs),
                 num_cached_tokens=4,
             )
             for token_id in token_ids
         ]
         if sampling.prompt_logprobs is not None:
             prompt = (
-                self._logprobs(token_id, sampling.prompt_logprobs)
+                self._logprobs(choice, token_id, sampling.prompt_logprobs)
                 for token_id in choice.prompt_token_ids[1:]
             )
             deltas[0] = msgspec.structs.replace(
@@ -184,17 +189,20 @@ class FakeEngine:
             deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="length")
         return deltas
 
-    def _logprobs(self, token_id: int, num_top: int | None) -> tuple[TokenLogprobs, ...]:
-        if num_top is None:
-            return ()
-        top = [token_id, *(other for other in range(60, 90) if other != token_id)][:num_top]
-        return (
-            TokenLogprobs(
-                logprob=-0.25,
-                top_token_ids=tuple(top),
-                top_logprobs=tuple(-0.25 - rank for rank in range(num_top)),
-            ),
-        )
+    def _logprobs(
+        self, choice: ChoiceRequest, token_id: int, num_top: int | None
+    ) -> tuple[TokenLogprobs, ...]:
+        return () if num_top is None else (self.score(choice, token_id, num_top),)
+
+
+def _score(choice: ChoiceRequest, token_id: int, num_top: int) -> TokenLogprobs:
+    del choice
+    top = [token_id, *(other for other in range(60, 90) if other != token_id)][:num_top]
+    return TokenLogprobs(
+        logprob=-0.25,
+        top_token_ids=tuple(top),
+        top_logprobs=tuple(-0.25 - rank for rank in range(num_top)),
+    )
 
 
 def _record(past: PastChoice, delta: TokenDelta) -> None:

@@ -1,14 +1,13 @@
 """Answers whose connection broke, gone on with after any of their events; the engine is a fake."""
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, make_service, serve_on_loopback
+from fake_engine import FakeEngine
 
 from cluster.openai.engine_client import ChoiceRequest
 from cluster.openai.event_id import Position, Sent, parse_event_id
@@ -72,11 +71,6 @@ def summary(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path)
-
-
-@pytest.fixture
 def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
     engine = service_and_engine[1]
 
@@ -85,17 +79,6 @@ def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
 
     engine.answer = answer
     return engine
-
-
-@pytest.fixture
-async def client(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[httpx.AsyncClient, None]:
-    async with (
-        serve_on_loopback(service_and_engine[0]) as url,
-        httpx.AsyncClient(base_url=url, timeout=30) as client,
-    ):
-        yield client
 
 
 async def go_on(client: httpx.AsyncClient, name: str, last_id: str) -> httpx.Response:

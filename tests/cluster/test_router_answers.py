@@ -2,19 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service, serve_on_loopback
-from openai import AsyncOpenAI
+from fake_engine import CONTEXT_LENGTH, FakeEngine
 
 from cluster.openai.sse import AnswerResponse
-from cluster.service import OpenAIService
 from engine.errors import EngineDiedError, RequestGivenUpError
 
 # Its overloads do not take a bool for `stream`.
@@ -24,32 +20,8 @@ MODEL = "Tiny/Tiny-Chat"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture
-def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path)
-
-
-@pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
-async def url(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[str, None]:
-    async with serve_on_loopback(service_and_engine[0]) as url:
-        yield url
-
-
-@pytest.fixture
-async def client(url: str) -> AsyncGenerator[AsyncOpenAI, None]:
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-async def test_a_chat_is_answered(client: Client, engine: FakeEngine) -> None:
-    answer = await client.chat.completions.create(model=MODEL, messages=HELLO)
+async def test_a_chat_is_answered(sdk: Client, engine: FakeEngine) -> None:
+    answer = await sdk.chat.completions.create(model=MODEL, messages=HELLO)
     [choice] = answer.choices
     assert choice.message.role == "assistant"
     assert choice.message.content == "Once upon a time"
@@ -62,8 +34,8 @@ async def test_a_chat_is_answered(client: Client, engine: FakeEngine) -> None:
     assert answer.id == engine.requests[0].request_id
 
 
-async def test_a_streamed_chat_says_the_same_as_a_whole_one(client: Client) -> None:
-    stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+async def test_a_streamed_chat_says_the_same_as_a_whole_one(sdk: Client) -> None:
+    stream = await sdk.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
     chunks = [chunk async for chunk in stream]
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len(chunks) > 3
@@ -75,12 +47,12 @@ async def test_a_streamed_chat_says_the_same_as_a_whole_one(client: Client) -> N
 
 
 async def test_openais_client_reads_on_when_a_stream_says_that_it_waits(
-    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    sdk: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.openai.sse.COMMENT_PERIOD_S", 0.01)
     engine.steps = steps = asyncio.Semaphore(3)
     text = ""
-    stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    stream = await sdk.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
     has_commented = _next_comment(monkeypatch)
     async with asyncio.timeout(30):
         async for chunk in stream:
@@ -106,19 +78,19 @@ def _next_comment(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     return has_commented
 
 
-async def test_the_stream_ends_with_usage_if_asked_for(client: Client) -> None:
-    stream = await client.chat.completions.create(
+async def test_the_stream_ends_with_usage_if_asked_for(sdk: Client) -> None:
+    stream = await sdk.chat.completions.create(
         model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in stream]
-    whole = await client.chat.completions.create(model=MODEL, messages=HELLO)
+    whole = await sdk.chat.completions.create(model=MODEL, messages=HELLO)
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-async def test_usage_counts_tokens(client: Client, engine: FakeEngine) -> None:
-    answer = await client.chat.completions.create(model=MODEL, messages=HELLO, n=2)
+async def test_usage_counts_tokens(sdk: Client, engine: FakeEngine) -> None:
+    answer = await sdk.chat.completions.create(model=MODEL, messages=HELLO, n=2)
     prompt_len = len(engine.requests[0].choices[0].prompt_token_ids)
     usage = answer.usage
     assert usage is not None
@@ -130,8 +102,8 @@ async def test_usage_counts_tokens(client: Client, engine: FakeEngine) -> None:
     assert usage.prompt_tokens_details.cached_tokens == 4
 
 
-async def test_the_prompt_is_the_rendered_template(client: Client, engine: FakeEngine) -> None:
-    await client.chat.completions.create(
+async def test_the_prompt_is_the_rendered_template(sdk: Client, engine: FakeEngine) -> None:
+    await sdk.chat.completions.create(
         model=MODEL,
         messages=[
             {"role": "developer", "content": "Be brief."},
@@ -151,14 +123,14 @@ async def test_the_prompt_is_the_rendered_template(client: Client, engine: FakeE
     assert choice.prompt_token_ids[0] == engine._tokenizer.special_tokens["<|im_start|>"]
 
 
-async def test_n_choices_are_told_apart(client: Client, engine: FakeEngine) -> None:
+async def test_n_choices_are_told_apart(sdk: Client, engine: FakeEngine) -> None:
     engine.answer = lambda choice: f"I am number {choice.sample_index}."
     expected = [f"I am number {index}." for index in range(3)]
-    whole = await client.chat.completions.create(model=MODEL, messages=HELLO, n=3)
+    whole = await sdk.chat.completions.create(model=MODEL, messages=HELLO, n=3)
     assert [choice.message.content for choice in whole.choices] == expected
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     streamed = ["", "", ""]
-    stream = await client.chat.completions.create(model=MODEL, messages=HELLO, n=3, stream=True)
+    stream = await sdk.chat.completions.create(model=MODEL, messages=HELLO, n=3, stream=True)
     async for chunk in stream:
         for choice in chunk.choices:
             streamed[choice.index] += choice.delta.content or ""
@@ -167,11 +139,11 @@ async def test_n_choices_are_told_apart(client: Client, engine: FakeEngine) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_ends_one_choice_and_not_the_other(
-    client: Client, engine: FakeEngine, stream: bool
+    sdk: Client, engine: FakeEngine, stream: bool
 ) -> None:
     engine.answer = lambda choice: ["fox END dog", "fox EN dog"][choice.sample_index]
     texts, reasons = ["", ""], [None, None]
-    answer = await client.chat.completions.create(
+    answer = await sdk.chat.completions.create(
         model=MODEL, messages=HELLO, n=2, stop=["END"], stream=stream
     )
     if isinstance(answer, openai.AsyncStream):
@@ -188,39 +160,37 @@ async def test_a_stop_string_ends_one_choice_and_not_the_other(
 
 
 async def test_the_stop_string_is_reported_and_shown_if_asked_for(
-    client: Client, engine: FakeEngine
+    sdk: Client, engine: FakeEngine
 ) -> None:
     engine.answer = lambda _: "fox END dog"
-    answer = await client.chat.completions.create(
+    answer = await sdk.chat.completions.create(
         model=MODEL, messages=HELLO, stop="END", extra_body={"include_stop_str_in_output": True}
     )
     assert answer.choices[0].message.content == "fox END"
     assert answer.choices[0].model_extra == {"stop_reason": "END"}
 
 
-async def test_max_tokens_ends_with_length(client: Client) -> None:
+async def test_max_tokens_ends_with_length(sdk: Client) -> None:
     for limit in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
-        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, **limit)
+        answer = await sdk.chat.completions.create(model=MODEL, messages=HELLO, **limit)
         assert answer.choices[0].finish_reason == "length"
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 2
 
 
-async def test_characters_are_never_split_across_chunks(client: Client, engine: FakeEngine) -> None:
+async def test_characters_are_never_split_across_chunks(sdk: Client, engine: FakeEngine) -> None:
     text = "你好 👩‍👩‍👧 مرحبا"
     engine.answer = lambda _: text
-    stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    stream = await sdk.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
     pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_chat_logprobs_name_each_token(
-    client: Client, engine: FakeEngine, stream: bool
-) -> None:
+async def test_chat_logprobs_name_each_token(sdk: Client, engine: FakeEngine, stream: bool) -> None:
     engine.answer = lambda _: "fox 你"
-    answer = await client.chat.completions.create(
+    answer = await sdk.chat.completions.create(
         model=MODEL, messages=HELLO, logprobs=True, top_logprobs=3, stream=stream
     )
     if isinstance(answer, openai.AsyncStream):
@@ -242,10 +212,10 @@ async def test_chat_logprobs_name_each_token(
 
 
 async def test_logprobs_of_a_hidden_stop_string_are_hidden_too(
-    client: Client, engine: FakeEngine
+    sdk: Client, engine: FakeEngine
 ) -> None:
     engine.answer = lambda _: "fox##dog"
-    answer = await client.chat.completions.create(
+    answer = await sdk.chat.completions.create(
         model=MODEL, messages=HELLO, logprobs=True, stop="##"
     )
     assert answer.choices[0].logprobs is not None
@@ -254,10 +224,10 @@ async def test_logprobs_of_a_hidden_stop_string_are_hidden_too(
     assert all(token.top_logprobs == [] for token in content)
 
 
-async def test_a_completion_continues_text_or_token_ids(client: Client, engine: FakeEngine) -> None:
+async def test_a_completion_continues_text_or_token_ids(sdk: Client, engine: FakeEngine) -> None:
     token_ids = engine._tokenizer.encode("The quick")
     for prompt in ("The quick", token_ids):
-        answer = await client.completions.create(model=MODEL, prompt=prompt)
+        answer = await sdk.completions.create(model=MODEL, prompt=prompt)
         assert answer.id.startswith("cmpl-")
         assert answer.object == "text_completion"
         assert answer.choices[0].text == "Once upon a time"
@@ -266,10 +236,10 @@ async def test_a_completion_continues_text_or_token_ids(client: Client, engine: 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_list_prompts_come_back_in_order(
-    client: Client, engine: FakeEngine, stream: bool
+    sdk: Client, engine: FakeEngine, stream: bool
 ) -> None:
     engine.answer = lambda choice: f"{len(choice.prompt_token_ids)}-{choice.sample_index}"
-    answer = await client.completions.create(
+    answer = await sdk.completions.create(
         model=MODEL, prompt=[[1, 2], [1, 2, 3]], n=2, echo=True, stream=stream
     )
     texts = [""] * 4
@@ -288,9 +258,9 @@ async def test_list_prompts_come_back_in_order(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echoed_prompt_has_logprobs_too(
-    client: Client, engine: FakeEngine, stream: bool
+    sdk: Client, engine: FakeEngine, stream: bool
 ) -> None:
-    answer = await client.completions.create(
+    answer = await sdk.completions.create(
         model=MODEL, prompt="The quick", echo=True, logprobs=1, stream=stream
     )
     text, tokens, offsets, scores = "", [], [], []
@@ -311,8 +281,8 @@ async def test_an_echoed_prompt_has_logprobs_too(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_completion_logprobs_are_parallel_lists(client: Client, stream: bool) -> None:
-    answer = await client.completions.create(model=MODEL, prompt="The", logprobs=2, stream=stream)
+async def test_completion_logprobs_are_parallel_lists(sdk: Client, stream: bool) -> None:
+    answer = await sdk.completions.create(model=MODEL, prompt="The", logprobs=2, stream=stream)
     tokens, offsets, tops = [], [], []
     chunks = [c async for c in answer] if isinstance(answer, openai.AsyncStream) else [answer]
     for chunk in chunks:
@@ -327,8 +297,8 @@ async def test_completion_logprobs_are_parallel_lists(client: Client, stream: bo
     assert all(top[token] == -0.25 for token, top in zip(tokens, tops, strict=True))
 
 
-async def test_sampling_parameters_reach_the_engine(client: Client, engine: FakeEngine) -> None:
-    await client.chat.completions.create(
+async def test_sampling_parameters_reach_the_engine(sdk: Client, engine: FakeEngine) -> None:
+    await sdk.chat.completions.create(
         model=MODEL,
         messages=HELLO,
         temperature=0.5,
@@ -359,12 +329,12 @@ async def test_sampling_parameters_reach_the_engine(client: Client, engine: Fake
 
 
 async def test_the_models_own_defaults_hold_where_the_client_says_nothing(
-    client: Client, engine: FakeEngine
+    sdk: Client, engine: FakeEngine
 ) -> None:
     engine.info = replace(
         engine.info, generation_defaults={"temperature": 0.7, "top_k": 20, "top_p": 0.8}
     )
-    await client.chat.completions.create(model=MODEL, messages=HELLO, top_p=0.5)
+    await sdk.chat.completions.create(model=MODEL, messages=HELLO, top_p=0.5)
     sampling = engine.requests[0].choices[0].sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 20, 0.5)
     prompt_len = len(engine.requests[0].choices[0].prompt_token_ids)
@@ -372,19 +342,19 @@ async def test_the_models_own_defaults_hold_where_the_client_says_nothing(
     assert sampling.seed is None
 
 
-async def test_models_are_listed_and_found_by_each_name(client: Client) -> None:
-    models = await client.models.list()
+async def test_models_are_listed_and_found_by_each_name(sdk: Client) -> None:
+    models = await sdk.models.list()
     assert [model.id for model in models.data] == [MODEL]
     for name in (MODEL, "Tiny-Chat"):
-        assert (await client.models.retrieve(name)).id == name
-        answer = await client.completions.create(model=name, prompt="The")
+        assert (await sdk.models.retrieve(name)).id == name
+        answer = await sdk.completions.create(model=name, prompt="The")
         assert answer.model == name
     with pytest.raises(openai.NotFoundError):
-        await client.models.retrieve("gpt-4")
+        await sdk.models.retrieve("gpt-4")
 
 
 async def test_an_engine_that_dies_amid_a_stream_ends_it_with_an_error_event(
-    url: str, client: Client, engine: FakeEngine
+    url: str, sdk: Client, engine: FakeEngine
 ) -> None:
     engine.failure = (2, EngineDiedError("Rank 1 died."))
     body = {"model": MODEL, "messages": HELLO, "stream": True}
@@ -397,7 +367,7 @@ async def test_an_engine_that_dies_amid_a_stream_ends_it_with_an_error_event(
     assert error["message"] == "Rank 1 died."
     assert error["type"] == "server_error"
 
-    stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    stream = await sdk.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
     with pytest.raises(openai.APIError, match="Rank 1 died"):
         async for _ in stream:
             pass
@@ -405,23 +375,21 @@ async def test_an_engine_that_dies_amid_a_stream_ends_it_with_an_error_event(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engine_that_dies_before_the_first_token_gives_503(
-    client: Client, engine: FakeEngine, stream: bool
+    sdk: Client, engine: FakeEngine, stream: bool
 ) -> None:
     engine.failure = (0, EngineDiedError("Rank 1 died."))
     with pytest.raises(openai.InternalServerError) as raised:
-        await client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
+        await sdk.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
     assert raised.value.status_code == 503
     assert int(raised.value.response.headers["retry-after"]) > 0
 
 
 async def test_clients_do_not_send_again_what_engines_died_of(
-    client: Client, engine: FakeEngine
+    sdk: Client, engine: FakeEngine
 ) -> None:
     engine.failure = (0, RequestGivenUpError("The engine's hosts died 2 times."))
     with pytest.raises(openai.InternalServerError, match="died 2 times") as raised:
-        await client.with_options(max_retries=2).chat.completions.create(
-            model=MODEL, messages=HELLO
-        )
+        await sdk.with_options(max_retries=2).chat.completions.create(model=MODEL, messages=HELLO)
     assert raised.value.status_code == 500
     assert "retry-after" not in raised.value.response.headers
     assert len(engine.requests) == 1
@@ -429,23 +397,23 @@ async def test_clients_do_not_send_again_what_engines_died_of(
 
 @pytest.mark.parametrize(("prompt_len", "max_tokens"), [(1, 16), (CONTEXT_LENGTH - 3, 3)])
 async def test_a_completion_without_max_tokens_has_16_or_what_the_context_has_room_for(
-    prompt_len: int, max_tokens: int, client: Client, engine: FakeEngine
+    prompt_len: int, max_tokens: int, sdk: Client, engine: FakeEngine
 ) -> None:
-    await client.completions.create(model=MODEL, prompt=[1] * prompt_len)
+    await sdk.completions.create(model=MODEL, prompt=[1] * prompt_len)
     assert engine.requests[0].choices[0].sampling.max_tokens == max_tokens
 
 
 async def test_a_chat_without_max_tokens_may_fill_the_context(
-    client: Client, engine: FakeEngine
+    sdk: Client, engine: FakeEngine
 ) -> None:
-    await client.chat.completions.create(model=MODEL, messages=HELLO)
+    await sdk.chat.completions.create(model=MODEL, messages=HELLO)
     (choice,) = engine.requests[0].choices
     assert choice.sampling.max_tokens == CONTEXT_LENGTH - len(choice.prompt_token_ids)
 
 
-async def test_the_session_of_a_request_travels_with_it(client: Client, engine: FakeEngine) -> None:
+async def test_the_session_of_a_request_travels_with_it(sdk: Client, engine: FakeEngine) -> None:
     headers = {"x-session-id": "s" * 500}
-    await client.chat.completions.create(model=MODEL, messages=HELLO, extra_headers=headers)
-    await client.completions.create(model=MODEL, prompt="Hello", extra_headers=headers)
-    await client.completions.create(model=MODEL, prompt="Hello")
+    await sdk.chat.completions.create(model=MODEL, messages=HELLO, extra_headers=headers)
+    await sdk.completions.create(model=MODEL, prompt="Hello", extra_headers=headers)
+    await sdk.completions.create(model=MODEL, prompt="Hello")
     assert [request.session for request in engine.requests] == ["s" * 128, "s" * 128, None]

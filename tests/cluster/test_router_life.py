@@ -35,26 +35,14 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path, max_queued_requests=2)
+def service_fields() -> dict[str, Any]:
+    return {"max_queued_requests": 2}
 
 
 @pytest.fixture
-def service(service_and_engine: tuple[OpenAIService, FakeEngine]) -> OpenAIService:
-    return service_and_engine[0]
-
-
-@pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
-async def client(service: OpenAIService) -> AsyncGenerator[httpx.AsyncClient, None]:
-    async with (
-        serve_on_loopback(service) as url,
-        httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client,
-    ):
+async def client(url: str) -> AsyncGenerator[httpx.AsyncClient, None]:
+    # Leaving it is seen on a connection only.
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
         yield client
 
 

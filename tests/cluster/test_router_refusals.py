@@ -1,7 +1,6 @@
 """What is wrong with a request comes back in OpenAI's words; nothing a client sends is a 5xx."""
 
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture
-def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path, hold_timeout_s=0.05)
-
-
-@pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
-async def client(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[httpx.AsyncClient, None]:
-    transport = httpx.ASGITransport(create_app(service_and_engine[0]))
-    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
-        yield client
+def service_fields() -> dict[str, Any]:
+    return {"hold_timeout_s": 0.05}
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -93,6 +78,13 @@ def function(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [function(name) for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+TEXT_PART = {"type": "text", "text": "Look:"}
+
 CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "messages", "You must provide messages"),
     ({"messages": []}, "messages", "at least 1 item"),
@@ -100,13 +92,15 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [3]}, "messages[0]", "dict"),
     ({"messages": [{"content": "hi"}]}, "messages[0].role", "You must provide"),
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role", "'wizard'"),
-    ({"messages": [{"role": "function", "content": "hi"}]}, "messages[0].role", '"tool"'),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "no content"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "string"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content",
-        "reads text only",
+    *(
+        (
+            {"messages": [{"role": "user", "content": [TEXT_PART, {"type": kind, kind: {}}]}]},
+            "messages[0].content[1].type",
+            f"'{kind}', but this model reads text only",
+        )
+        for kind in ("image_url", "input_audio", "file", "refusal", "video_url")
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -164,16 +158,53 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [function("a")] * 513}, "tools", "at most 512"),
     ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
     ({"tool_choice": "always"}, "tool_choice", "required"),
+    ({"tool_choice": {"type": "custom"}}, "tool_choice", "allowed_tools"),
+    ({"tool_choice": {"type": ["function"]}}, "tool_choice", ""),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function", "You must provide"),
     (
         {"tool_choice": {"type": "function", "function": {"name": "b"}}},
         "tool_choice",
         "not among tools",
     ),
     ({"thinking_budget": -1}, "thinking_budget", "greater than or equal to 0"),
-    ({"functions": [{}]}, "functions", "not supported"),
+    ({"functions": [{}]}, "functions[0].name", "You must provide"),
+    ({"functions": [{"name": "a"}]}, "tools", "knows no tools"),
+    ({"functions": [{"name": "a"}], "tools": [function("a")]}, "functions", "do not go with"),
+    ({"functions": [{"name": "a"}], "tool_choice": "none"}, "functions", "do not go with"),
+    ({"functions": [{"name": "a"}] * 2}, "functions", "of one name"),
+    ({"function_call": {"name": "a"}}, "function_call", "not among functions"),
+    (
+        {"function_call": {"name": "a"}, "tools": [function("a")]},
+        "function_call",
+        "do not go with",
+    ),
+    ({"function_call": "required"}, "function_call", "auto"),
+    ({"tool_choice": allowed("required", "a")}, "tool_choice", "not among tools"),
+    ({"tool_choice": allowed("none", "a")}, "tool_choice.allowed_tools.mode", "auto"),
+    ({"tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "at least 1"),
+    ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type", "'function'"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
-    ({"best_of": True}, "best_of", "not supported"),
+    ({"audio": {"voice": "a"}}, "audio", "not supported"),
+    ({"moderation": {"model": "m"}}, "moderation", "not supported"),
+    ({"web_search_options": {}}, "web_search_options", "not supported"),
+    ({"verbosity": "low"}, "verbosity", "not supported"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "thinking_budget"),
+    ({"reasoning_effort": "much"}, "reasoning_effort", "xhigh"),
+    (
+        {"reasoning_effort": "none", "enable_thinking": True},
+        "reasoning_effort",
+        "enable_thinking is true",
+    ),
+    ({"best_of": 2}, "best_of", "Unrecognized"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
+    ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "does not go with stream"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "cannot both be true",
+    ),
+    ({"continue_final_message": True}, "continue_final_message", "last one's role is user"),
     ({"topk": 4}, "topk", "Did you mean top_k?"),
     ({"colour": "red"}, "colour", "Unrecognized request argument"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "may not set"),
@@ -214,7 +245,13 @@ async def test_a_faulty_chat_request_names_the_field_at_fault(
         ({"logprobs": 21}, "logprobs", "at most 20"),
         ({"logprobs": True}, "logprobs", "integer"),
         ({"suffix": "end"}, "suffix", "not supported"),
-        ({"best_of": 2}, "best_of", "not supported"),
+        ({"best_of": True}, "best_of", "integer"),
+        ({"best_of": 0}, "best_of", "greater than or equal to 1"),
+        ({"best_of": 129}, "best_of", "less than or equal to 128"),
+        ({"best_of": 2, "n": 3}, "best_of", "less than n"),
+        ({"best_of": 2, "stream": True}, "best_of", "does not go with stream"),
+        ({"prompt": ["a"] * 600, "best_of": 2}, "prompt", "1200 choices"),
+        ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs", "does not go with stream"),
         ({"messages": HELLO}, "messages", "Unrecognized"),
         ({"prompt": ["a"] * 1025}, "prompt", "1025 choices"),
     ],
@@ -293,6 +330,16 @@ async def test_fields_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
         "response_format": {"type": "text"},
         "user": "me",
         "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "flex",
+        "prediction": {"type": "content", "content": "Hi"},
+        "prompt_cache_key": "a",
+        "prompt_cache_options": {"mode": "explicit"},
+        "modalities": ["text"],
+        "verbosity": "medium",
+        "reasoning_effort": "medium",
+        "functions": [],
+        "function_call": "auto",
         "temperature": None,
         "stop": None,
         "n": None,

@@ -1,16 +1,12 @@
 """What clients may say of an answer's form, and what the engine is told of it."""
 
 import json
-from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, make_service
+from fake_engine import FakeEngine
 
-from cluster.router import create_app
-from cluster.service import OpenAIService
 from engine.grammar import Grammar, choice_source, ebnf_source, json_schema_source, regex_source
 
 MODEL = "Tiny/Tiny-Chat"
@@ -25,25 +21,6 @@ SCHEMA: dict[str, Any] = {
 }
 ANY_OBJECT = {"type": "object"}
 NO_BLANKS = "[ ]?"
-
-
-@pytest.fixture
-def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path)
-
-
-@pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
-async def client(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[httpx.AsyncClient, None]:
-    transport = httpx.ASGITransport(create_app(service_and_engine[0]))
-    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
-        yield client
 
 
 SPELLINGS: list[tuple[dict[str, Any], str]] = [

@@ -1,7 +1,6 @@
 """Tools and thoughts over HTTP: what the model is told, and what clients make of its answers."""
 
 import json
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,42 +8,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_engine import FakeEngine, make_service, serve_on_loopback
+from chat_templates import TOOLS_AND_THOUGHTS
+from fake_engine import FakeEngine, make_service
 
 from cluster.router import create_app
-from cluster.service import OpenAIService
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = "Tiny/Tiny-Chat"
 CHAT = "/v1/chat/completions"
-# As Qwen2.5's and Qwen3's templates write tools, calls, results and thoughts.
-TEMPLATE = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\nTools:' }}
-    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
-        {{- '\\n</tool_response><|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role }}
-        {%- if message.content %}{{- '\\n' + message.content }}{%- endif %}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
 QUESTION: list[Any] = [{"role": "user", "content": "How is the weather in Paris?"}]
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -66,29 +37,13 @@ CALLS = (
 
 
 @pytest.fixture
-def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
-    return make_service(tmp_path, chat_template_text=TEMPLATE)
+def service_fields() -> dict[str, Any]:
+    return {"chat_template_text": TOOLS_AND_THOUGHTS}
 
 
 @pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
-def tokenizer(service_and_engine: tuple[OpenAIService, FakeEngine], tmp_path: Path) -> Tokenizer:
+def tokenizer(engine: FakeEngine, tmp_path: Path) -> Tokenizer:
     return load_tokenizer(tmp_path)
-
-
-@pytest.fixture
-async def client(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[openai.AsyncOpenAI, None]:
-    async with (
-        serve_on_loopback(service_and_engine[0]) as url,
-        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as client,
-    ):
-        yield client
 
 
 def prompt_of(engine: FakeEngine, tokenizer: Tokenizer) -> str:
@@ -123,18 +78,18 @@ async def assemble(stream: Any) -> dict[str, Any]:
 
 
 async def test_a_call_comes_whole_and_streamed_and_the_model_was_told_of_its_tools(
-    client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     engine.answer = lambda _: CALLS
     fields: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "tools": [WEATHER]}
-    whole = (await client.chat.completions.create(**fields)).choices[0]
+    whole = (await sdk.chat.completions.create(**fields)).choices[0]
     assert json.dumps(WEATHER) in prompt_of(engine, tokenizer)
     assert engine.requests[0].grammar is None
     assert (whole.finish_reason, whole.message.content) == ("tool_calls", "I look.")
     arguments = [call.function.arguments for call in whole.message.tool_calls or []]
     assert arguments == ['{"city":  "Paris"}', '{"city": "Or\\u00e9"}']
 
-    streamed = await assemble(await client.chat.completions.create(**fields, stream=True))
+    streamed = await assemble(await sdk.chat.completions.create(**fields, stream=True))
     assert (streamed["finish_reason"], streamed["content"]) == ("tool_calls", "I look.")
     assert [call["function"]["arguments"] for call in streamed["tool_calls"]] == arguments
     ids = [call["id"] for call in streamed["tool_calls"]]
@@ -143,11 +98,11 @@ async def test_a_call_comes_whole_and_streamed_and_the_model_was_told_of_its_too
 
 
 async def test_what_a_client_assembles_renders_to_the_tokens_that_were_generated(
-    client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     engine.answer = lambda _: CALLS
     fields: Any = {"model": MODEL, "tools": [WEATHER]}
-    stream = await client.chat.completions.create(**fields, messages=QUESTION, stream=True)
+    stream = await sdk.chat.completions.create(**fields, messages=QUESTION, stream=True)
     message = await assemble(stream)
     first = engine.requests[0].choices[0].prompt_token_ids
     generated = [*tokenizer.encode(CALLS), tokenizer.special_tokens["<|im_end|>"]]
@@ -159,7 +114,7 @@ async def test_what_a_client_assembles_renders_to_the_tokens_that_were_generated
     ]
     engine.answer = lambda _: "It rains."
     history: list[Any] = [*QUESTION, message, *results]
-    answer = await client.chat.completions.create(**fields, messages=history)
+    answer = await sdk.chat.completions.create(**fields, messages=history)
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (
         "It rains.",
         "stop",
@@ -170,14 +125,14 @@ async def test_what_a_client_assembles_renders_to_the_tokens_that_were_generated
 
 
 async def test_a_call_that_must_come_is_in_the_grammar(
-    client: openai.AsyncOpenAI, engine: FakeEngine
+    sdk: openai.AsyncOpenAI, engine: FakeEngine
 ) -> None:
     named = {"type": "function", "function": {"name": "get_weather"}}
     fields: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "tools": [WEATHER]}
     sources = []
     choice: Any
     for choice, parallel in (("required", True), (named, True), (named, False)):
-        await client.chat.completions.create(
+        await sdk.chat.completions.create(
             **fields, tool_choice=choice, parallel_tool_calls=parallel
         )
         grammar = engine.requests[-1].grammar
@@ -185,17 +140,17 @@ async def test_a_call_that_must_come_is_in_the_grammar(
         sources.append(grammar.source)
     assert sources[0] == sources[1] != sources[2]
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
-    await client.chat.completions.create(model=MODEL, messages=QUESTION, tools=[strict])  # type: ignore[arg-type]
+    await sdk.chat.completions.create(model=MODEL, messages=QUESTION, tools=[strict])  # type: ignore[arg-type]
     assert engine.requests[-1].grammar is not None
-    await client.chat.completions.create(**fields, tool_choice="none")
+    await sdk.chat.completions.create(**fields, tool_choice="none")
     assert engine.requests[-1].grammar is None
 
 
 async def test_tools_that_may_not_be_called_are_not_told(
-    client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     engine.answer = lambda _: "<tool_call>\nis a mark"
-    answer = await client.chat.completions.create(
+    answer = await sdk.chat.completions.create(
         model=MODEL,
         messages=QUESTION,
         tools=[WEATHER],  # type: ignore[list-item]
@@ -207,28 +162,28 @@ async def test_tools_that_may_not_be_called_are_not_told(
 
 
 async def test_thoughts_are_told_from_the_answer(
-    client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     engine.answer = lambda _: "<think>\nParis is wet.\n</think>\n\nIt rains."
     fields: dict[str, Any] = {"model": MODEL, "messages": QUESTION}
-    whole = (await client.chat.completions.create(**fields)).choices[0]
+    whole = (await sdk.chat.completions.create(**fields)).choices[0]
     assert whole.message.content == "It rains."
     assert whole.message.model_extra == {
         "reasoning_content": "Paris is wet.",
         "reasoning": "Paris is wet.",
     }
-    streamed = await assemble(await client.chat.completions.create(**fields, stream=True))
+    streamed = await assemble(await sdk.chat.completions.create(**fields, stream=True))
     assert (streamed["content"], streamed["reasoning"]) == ("It rains.", "Paris is wet.")
 
     # Who does not want any has them not, and a text that looks like some stays what it is.
     fields["extra_body"] = {"enable_thinking": False}
-    plain = (await client.chat.completions.create(**fields)).choices[0]
+    plain = (await sdk.chat.completions.create(**fields)).choices[0]
     assert prompt_of(engine, tokenizer).endswith("<think>\n\n</think>\n\n")
     assert plain.message.content == "<think>\nParis is wet.\n</think>\n\nIt rains."
 
 
 async def test_log_probabilities_come_beside_calls(
-    client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
     engine.answer = lambda _: CALLS
     fields: dict[str, Any] = {
@@ -237,11 +192,11 @@ async def test_log_probabilities_come_beside_calls(
         "tools": [WEATHER],
         "logprobs": True,
     }
-    whole = (await client.chat.completions.create(**fields)).choices[0]
+    whole = (await sdk.chat.completions.create(**fields)).choices[0]
     assert whole.logprobs is not None
     assert "".join(token.token for token in whole.logprobs.content or []) == CALLS
     spelled = ""
-    async for chunk in await client.chat.completions.create(**fields, stream=True):
+    async for chunk in await sdk.chat.completions.create(**fields, stream=True):
         logprobs = chunk.choices[0].logprobs
         tokens = logprobs.content if logprobs is not None else None
         spelled += "".join(token.token for token in tokens or [])

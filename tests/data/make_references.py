@@ -1,7 +1,8 @@
-"""Makes the references for sliding windows and YaRN with transformers, in float32.
+"""Makes the references for sliding windows, YaRN and log probabilities, in float32.
 
-Each is a variation of a tiny checkpoint's config.json over the same weights, so that only the
-configuration and the expected numbers are kept. Run in an environment of its own, from this folder:
+They are transformers'. A variation is a tiny checkpoint's config.json, changed, over the same
+weights, so that only the configuration and the expected numbers are kept. Run in an environment of
+its own, from this folder:
 
     pip install torch transformers safetensors
     python make_references.py [folder of the demo model]
@@ -20,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 NUM_GREEDY = 24
+NUM_TOP_LOGPROBS = 5
+CHECKPOINTS = ("tiny-qwen2", "tiny-qwen2-tied", "tiny-qwen3")
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 VARIATIONS = {
@@ -74,6 +77,8 @@ def main() -> None:
     for name, (base, changes) in VARIATIONS.items():
         reference = make_reference(base, changes)
         (HERE / "variations" / f"{name}.json").write_text(json.dumps(reference) + "\n")
+    logprobs = {name: make_logprobs(name) for name in CHECKPOINTS}
+    (HERE / "logprobs.json").write_text(json.dumps(logprobs) + "\n")
     if len(sys.argv) > 1:
         errors = bfloat16_errors(Path(sys.argv[1]))
         (HERE / "smollm2_bfloat16.json").write_text(json.dumps(errors, indent=1) + "\n")
@@ -104,6 +109,31 @@ def make_reference(base: str, changes: dict) -> dict:
         "argmax": logits.argmax(-1).tolist(),
         "greedy": ids[len(prompt) :],
     }
+
+
+@torch.no_grad()
+def make_logprobs(name: str) -> dict[str, list]:
+    """Of each token of the golden prompt but the first, and of each that followed greedily.
+
+    An entry is the token's own log probability and the likeliest tokens with theirs.
+    """
+    golden = json.loads((HERE / name / "golden.json").read_text())
+    config = AutoConfig.from_pretrained(HERE / name)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.load_state_dict(load_file(HERE / name / "model.safetensors"), strict=False)
+    model.tie_weights()
+    model.eval()
+    ids = golden["ids"] + golden["greedy"]
+    rows = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0], -1)
+    entries = []
+    for token_id, row in zip(ids[1:], rows, strict=False):
+        top = row.topk(NUM_TOP_LOGPROBS)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        entries.append([round(float(row[token_id]), 5), [[i, round(v, 5)] for i, v in pairs]])
+    num_prompt = len(golden["ids"]) - 1
+    return {"prompt": entries[:num_prompt], "greedy": entries[num_prompt:]}
 
 
 @torch.no_grad()
