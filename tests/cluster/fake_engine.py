@@ -214,15 +214,20 @@ def _record(past: PastChoice, delta: TokenDelta) -> None:
 
 
 def make_service(
-    directory: Path, *, chat_template_text: str | None = CHAT_TEMPLATE, **fields: object
+    directory: Path,
+    *,
+    chat_template_text: str | None = CHAT_TEMPLATE,
+    write_tokenizer: Callable[..., object] = write_tiny_tokenizer,
+    **fields: object,
 ) -> tuple[OpenAIService, FakeEngine]:
-    """Make a service over a fake engine and the tiny tokenizer.
+    """Make a service over a fake engine.
 
     Args:
         chat_template_text: The checkpoint's; None for none.
+        write_tokenizer: Writes the checkpoint's tokenizer into a folder, with `chat_template`.
         fields: Fields of `EngineConfig`.
     """
-    write_tiny_tokenizer(directory, chat_template=chat_template_text)
+    write_tokenizer(directory, chat_template=chat_template_text)
     tokenizer = load_tokenizer(directory)
     engine = FakeEngine(tokenizer)
     config = EngineConfig.model_validate({"model_path": "Tiny/Tiny-Chat", **fields})
