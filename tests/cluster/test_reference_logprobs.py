@@ -69,7 +69,7 @@ def load() -> Iterator[Callable[[str], LLM]]:
                 "page_size": 16,
                 "context_length": 256,
                 "max_total_tokens": 512,
-                "max_running_requests": 2,
+                "max_running_requests": 1,
                 "chunked_prefill_size": 64,
             }
             loaded[name] = LLM(EngineConfig.model_validate(fields))

@@ -1,13 +1,24 @@
 """What clients may say of an answer's form, and what the engine is told of it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
+from chat_templates import TOOLS_AND_THOUGHTS
+from fake_engine import FakeEngine, make_service
 
-from engine.grammar import Grammar, choice_source, ebnf_source, json_schema_source, regex_source
+from cluster.router import create_app
+from engine.grammar import (
+    Grammar,
+    GrammarCompiler,
+    choice_source,
+    ebnf_source,
+    json_schema_source,
+    regex_source,
+)
+from engine.text.tokenizer import load_tokenizer
 
 MODEL = "Tiny/Tiny-Chat"
 CHAT = "/v1/chat/completions"
@@ -121,6 +132,76 @@ async def test_what_cannot_be_followed_is_refused_before_the_engine_hears_of_it(
     assert message in error["message"]
     assert len(error["message"]) < 800
     assert engine.requests == []
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+FORMS: list[tuple[dict[str, Any], str, str]] = [
+    ({"response_format": {"type": "json_object"}}, '{"a": 1}', "[1]"),
+    ({"guided_json": SCHEMA}, '{"city": "Paris", "degrees": 3}', '{"city": "Paris"}'),
+    ({"guided_regex": "[ab]+"}, "abba", "abc"),
+    ({"guided_choice": ["yes", "no"]}, "yes", "perhaps"),
+    ({"guided_grammar": 'root ::= "a" more\nmore ::= "b"+'}, "abb", "a"),
+    ({"guided_grammar": 'start: "a" call\ncall: "b"'}, "ab", "a"),
+]
+
+
+@pytest.mark.parametrize(("form", "fits", "does_not"), FORMS, ids=[str(row[0]) for row in FORMS])
+async def test_an_answer_that_may_call_tools_is_of_the_form_or_consists_of_calls(
+    form: dict[str, Any], fits: str, does_not: str, tmp_path: Path
+) -> None:
+    service, engine = make_service(tmp_path, chat_template_text=TOOLS_AND_THOUGHTS)
+    tokenizer = load_tokenizer(tmp_path)
+    [end_token_id] = engine.info.eos_token_ids
+    compiler = GrammarCompiler(tokenizer, end_token_ids=[end_token_id])
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    choices: list[tuple[dict[str, Any], set[str]]] = [
+        ({"tools": [TOOL]}, {fits, CALL, f"{CALL}\n{CALL}"}),
+        ({"tools": [strict]}, {fits, CALL, f"{CALL}\n{CALL}"}),
+        ({"tools": [strict], "parallel_tool_calls": False}, {fits, CALL}),
+        ({"tools": [TOOL], "tool_choice": "required"}, {CALL, f"{CALL}\n{CALL}"}),
+        ({"tools": [TOOL], "tool_choice": "none"}, {fits}),
+    ]
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        for fields, allowed in choices:
+            body = {"model": MODEL, "messages": HELLO, **form, **fields}
+            (await client.post(CHAT, json=body)).raise_for_status()
+            grammar = engine.requests[-1].grammar
+            assert grammar is not None
+            tried = {fits, does_not, CALL, f"{CALL}\n{CALL}", f"{fits}\n{CALL}", "Hi."}
+            got = {
+                text
+                for text in tried
+                if follows(compiler, grammar, [*tokenizer.encode(text), end_token_id])
+            }
+            assert got == allowed, fields
+
+
+def follows(compiler: GrammarCompiler, grammar: Grammar, token_ids: list[int]) -> bool:
+    """Whether a grammar lets an answer through, token by token."""
+    constraint = compiler.constraint(grammar)
+    for token_id in token_ids:
+        words = constraint.allowed_tokens()
+        assert words is not None
+        if constraint.error or not words[token_id // 32] >> (token_id % 32) & 1:
+            return False
+        constraint.accept(token_id)
+    return True
+
+
+async def test_what_cannot_be_told_from_a_call_is_refused_beside_tools(tmp_path: Path) -> None:
+    # ChatML's tokens and no template: ReAct.
+    service, engine = make_service(tmp_path, chat_template_text=None)
+    transport = httpx.ASGITransport(create_app(service))
+    body = {"model": MODEL, "messages": HELLO, "tools": [TOOL], "guided_regex": "a+"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        response = await client.post(CHAT, json=body)
+        assert response.json()["error"]["param"] == "tools"
+        assert engine.requests == []
 
 
 async def test_an_answer_that_its_grammar_stopped_ends_in_an_error_that_says_so(
