@@ -4,14 +4,14 @@ Tools, thoughts and structured output meet here; each by itself is elsewhere.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.openai.chat_prompt import continued_part
 from cluster.openai.schema import ChatCompletionRequest
-from cluster.openai.structured_output import grammar_source
+from cluster.openai.structured_output import ANY_JSON_OBJECT, grammar_source
 from cluster.openai.tools import ToolChoice
 from engine.errors import RequestError
-from engine.grammar import Grammar, checked
+from engine.grammar import Grammar, checked, json_schema_source
 from engine.text.answer_parts import AnswerReader
 from engine.text.chat_template import ChatTemplate
 from engine.text.reasoning import (
@@ -23,7 +23,7 @@ from engine.text.reasoning import (
     thinking_after,
 )
 from engine.text.tokenizer import Tokenizer
-from engine.text.tool_formats import ToolFormat
+from engine.text.tool_formats import Tool, ToolFormat
 
 # Enough for a mark and the line breaks around it.
 _NUM_END_TOKENS = 16
@@ -136,14 +136,17 @@ class AnswerForms:
 
     def _source(self, body: ChatCompletionRequest, form: AnswerForm) -> str | None:
         """The grammar of what follows the thoughts."""
-        source, choice = grammar_source(body), form.choice
-        is_bound = choice.is_required or choice.is_narrowed or source is not None
+        source, choice, tools = grammar_source(body), form.choice, form.choice.tools
+        binds_calls = choice.is_required or any(tool.is_strict for tool in tools)
         if form.tool_format is None or not (
-            is_bound or any(tool.is_strict for tool in choice.tools)
+            binds_calls or choice.is_narrowed or source is not None
         ):
             return source
+        if not binds_calls:
+            # Their arguments need not follow a schema, so one that cannot be followed is no fault.
+            tools = [_followable(tool) for tool in tools]
         grammar = form.tool_format.grammar(
-            choice.tools,
+            tools,
             is_call_required=choice.is_required,
             max_calls=choice.max_calls,
             # Where a call must come there is no text that a form could bind.
@@ -161,3 +164,12 @@ class AnswerForms:
             return Thinking.NONE
         end = b"".join(map(self._tokenizer.token_bytes, prompt[-_NUM_END_TOKENS:]))
         return thinking_after(end.decode(errors="replace"))
+
+
+def _followable(tool: Tool) -> Tool:
+    """A tool whose arguments may be any where its schema cannot be followed."""
+    try:
+        json_schema_source(tool.parameters, param="tools")
+    except RequestError:
+        return replace(tool, parameters=ANY_JSON_OBJECT)
+    return tool

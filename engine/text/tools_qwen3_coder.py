@@ -67,6 +67,16 @@ class Qwen3CoderFormat:
 def _call_rules(name: str, tool: Tool) -> list[str]:
     properties: Mapping[str, Any] = tool.parameters.get("properties", {})
     required = set(tool.parameters.get("required", ()))
+    opening, closing = literal(f"<function={tool.name}>\n"), literal(_FUNCTION_END)
+    if not properties and tool.parameters.get("additionalProperties", True):
+        # Of its arguments nothing is said: any parameters.
+        end = literal(f"\n{_PARAMETER_END}\n")
+        return [
+            f"{name}: {opening} {name}_any* {closing}",
+            f'{name}_any: "<parameter=" /[^>\\n]{{1,256}}/ ">\\n" {name}_text',
+            f"{name}_text[lazy]: TEXT_{name.upper()} {end}",
+            f"TEXT_{name.upper()}: /(.|\\n)*/",
+        ]
     rules, body = [], []
     for index, (parameter, schema) in enumerate(properties.items()):
         rule = f"{name}_{index}"
@@ -81,7 +91,6 @@ def _call_rules(name: str, tool: Tool) -> list[str]:
         else:
             rules.append(f"{rule}: {head} {json_rule(schema)} {end}")
         body.append(rule if parameter in required else f"{rule}?")
-    opening, closing = literal(f"<function={tool.name}>\n"), literal(_FUNCTION_END)
     return [f"{name}: {' '.join([opening, *body, closing])}", *rules]
 
 

@@ -193,6 +193,30 @@ def follows(compiler: GrammarCompiler, grammar: Grammar, token_ids: list[int]) -
     return True
 
 
+async def test_a_tool_whose_schema_cannot_be_followed_takes_any_arguments_beside_a_form(
+    tmp_path: Path,
+) -> None:
+    service, engine = make_service(tmp_path, chat_template_text=TOOLS_AND_THOUGHTS)
+    parameters = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    function = {"name": "look", "parameters": parameters}
+    body: dict[str, Any] = {"model": MODEL, "messages": HELLO, "guided_choice": ["yes"]}
+    tokenizer = load_tokenizer(tmp_path)
+    [end_token_id] = engine.info.eos_token_ids
+    compiler = GrammarCompiler(tokenizer, end_token_ids=[end_token_id])
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        tools = [{"type": "function", "function": function}]
+        (await client.post(CHAT, json={**body, "tools": tools})).raise_for_status()
+        grammar = engine.requests[0].grammar
+        assert grammar is not None
+        for text in (CALL.replace("{}", '{"tags": [1, 1]}'), "yes"):
+            assert follows(compiler, grammar, [*tokenizer.encode(text), end_token_id])
+        tools = [{"type": "function", "function": {**function, "strict": True}}]
+        response = await client.post(CHAT, json={**body, "tools": tools})
+        assert response.status_code == 400
+        assert "uniqueItems" in response.json()["error"]["message"]
+
+
 async def test_what_cannot_be_told_from_a_call_is_refused_beside_tools(tmp_path: Path) -> None:
     # ChatML's tokens and no template: ReAct.
     service, engine = make_service(tmp_path, chat_template_text=None)

@@ -12,6 +12,7 @@ from chat_templates import TOOLS_AND_THOUGHTS
 from fake_engine import FakeEngine, make_service
 
 from cluster.router import create_app
+from engine.grammar import Grammar
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = "Tiny/Tiny-Chat"
@@ -146,6 +147,33 @@ async def test_a_call_that_must_come_is_in_the_grammar(
     assert engine.requests[-1].grammar is None
 
 
+async def test_of_all_tools_that_are_told_some_may_be_allowed(
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    clock: Any = {"type": "function", "function": {"name": "get_time"}}
+    fields: Any = {"model": MODEL, "messages": QUESTION, "tools": [WEATHER, clock]}
+
+    async def grammar_for(tool_choice: Any, tools: Any = fields["tools"]) -> Grammar | None:
+        await sdk.chat.completions.create(**{**fields, "tools": tools}, tool_choice=tool_choice)
+        return engine.requests[-1].grammar
+
+    def allowed(mode: str, *names: str) -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    one = await grammar_for(allowed("required", "get_weather"))
+    assert '"get_time"' in prompt_of(engine, tokenizer)
+    assert one is not None
+    assert one == await grammar_for("required", tools=[WEATHER])
+    both = await grammar_for(allowed("required", "get_weather", "get_time"))
+    assert both == await grammar_for("required")
+    # No call has to come, but one of another tool must not.
+    narrowed = await grammar_for(allowed("auto", "get_weather"))
+    assert narrowed is not None
+    assert "get_time" not in narrowed.source
+    assert await grammar_for(allowed("auto", "get_time", "get_weather")) is None
+
+
 async def test_tools_that_may_not_be_called_are_not_told(
     sdk: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
 ) -> None:
@@ -180,6 +208,34 @@ async def test_thoughts_are_told_from_the_answer(
     plain = (await sdk.chat.completions.create(**fields)).choices[0]
     assert prompt_of(engine, tokenizer).endswith("<think>\n\n</think>\n\n")
     assert plain.message.content == "<think>\nParis is wet.\n</think>\n\nIt rains."
+
+
+@pytest.mark.parametrize(
+    ("template", "effort", "end"),
+    [
+        (TOOLS_AND_THOUGHTS, "none", "<think>\n\n</think>\n\n"),
+        (TOOLS_AND_THOUGHTS, "medium", "assistant\n"),
+        ("{{ messages[0].content }} assistant\n", "none", "assistant"),
+        (None, "none", "assistant\n"),
+        ("{{ messages[0].content }} ({{ reasoning_effort }})", "high", " (high)"),
+        (TOOLS_AND_THOUGHTS, "high", "thinking_budget"),
+        ("{{ messages[0].content }}<think>", "none", "always thinks"),
+    ],
+    ids=range(7),
+)
+async def test_how_much_is_thought_goes_by_what_the_template_knows(
+    template: str | None, effort: str, end: str, tmp_path: Path
+) -> None:
+    service, engine = make_service(tmp_path, chat_template_text=template)
+    transport = httpx.ASGITransport(create_app(service))
+    body = {"model": MODEL, "messages": QUESTION, "reasoning_effort": effort}
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        response = await client.post(CHAT, json=body)
+    if response.status_code == 200:
+        assert prompt_of(engine, load_tokenizer(tmp_path)).endswith(end)
+    else:
+        assert response.json()["error"]["param"] == "reasoning_effort"
+        assert end in response.json()["error"]["message"]
 
 
 async def test_log_probabilities_come_beside_calls(

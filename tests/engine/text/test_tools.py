@@ -6,10 +6,11 @@ from typing import Any
 
 import llguidance
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.grammar import checked
+from engine.errors import RequestError
+from engine.grammar import checked, json_schema_source
 from engine.text.answer_parts import (
     AnswerPart,
     AnswerReader,
@@ -168,6 +169,7 @@ def test_calls_are_read_however_the_answer_is_cut(
         assert read(tool_format.reader(TOOLS), pieces) == expected, size
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_text_without_a_mark_is_content(data: st.DataObject) -> None:
     text = data.draw(st.text(alphabet='<tool_cal>/\n fun=Actio:{}"x', max_size=40))
@@ -188,6 +190,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=4), st.integers(1, 9))
 def test_arguments_come_as_they_were_written(arguments: dict[str, Any], size: int) -> None:
     written = json.dumps(arguments, ensure_ascii=False)
@@ -334,3 +337,46 @@ def test_grammars_let_through_what_is_a_call_and_nothing_else(
 ) -> None:
     source = tool_format.grammar(TOOLS, is_call_required=is_call_required, max_calls=max_calls)
     assert {text: matches(source, text) for text in texts} == texts
+
+
+@pytest.mark.parametrize(("tool_format", "call"), [(HERMES, PARIS), (CODER, CODER_PARIS)])
+def test_text_that_must_have_a_form_has_it_or_there_are_calls(
+    tool_format: ToolFormat, call: str
+) -> None:
+    # Both of llguidance's notations: JSON for schemas, and Lark.
+    schema = json_schema_source({"type": "object", "required": ["a"]}, param="")
+    for text_source, fits, does_not in ((schema, '{"a": 1}', "{}"), ('start: "yes"', "yes", "no")):
+        source = tool_format.grammar(
+            TOOLS, is_call_required=False, max_calls=None, text_source=text_source
+        )
+        texts = {
+            fits: True,
+            does_not: False,
+            call: True,
+            f"{call}\n{call}": True,
+            f"{fits}\n{call}": False,
+            f"{call}\n{fits}": False,
+            "": False,
+        }
+        assert {text: matches(source, text) for text in texts} == texts
+
+
+def test_a_form_beside_calls_is_refused_where_both_stand_amid_thoughts() -> None:
+    with pytest.raises(RequestError, match="ReAct"):
+        REACT.grammar(TOOLS, is_call_required=False, max_calls=None, text_source='start: "yes"')
+    assert REACT.grammar(TOOLS, is_call_required=True, max_calls=None, text_source='start: "yes"')
+
+
+@pytest.mark.parametrize("tool_format", [HERMES, CODER])
+def test_a_tool_that_says_nothing_of_its_arguments_takes_any(tool_format: ToolFormat) -> None:
+    tools = [Tool(name="run", parameters={"type": "object"}), WEATHER]
+    source = tool_format.grammar(tools, is_call_required=True, max_calls=None)
+    calls = {
+        HERMES: '{"name": "run", "arguments": {"command": "ls", "n": 3}}',
+        CODER: "<function=run>\n<parameter=command>\nls\n-l\n</parameter>\n<parameter=n>\n3\n"
+        "</parameter>\n</function>",
+    }
+    assert matches(source, f"<tool_call>\n{calls[tool_format]}\n</tool_call>")
+    empty = {HERMES: '{"name": "run", "arguments": {}}', CODER: "<function=run>\n</function>"}
+    assert matches(source, f"<tool_call>\n{empty[tool_format]}\n</tool_call>")
+    assert not matches(source, "<tool_call>\nrun\n</tool_call>")
