@@ -182,7 +182,7 @@ async def test_a_form_holds_behind_thoughts_that_are_gone_on_with(tmp_path: Path
 
 async def test_a_turn_is_opened_only_if_that_is_wanted(tmp_path: Path) -> None:
     for wanted, end in ((True, "<|im_start|>assistant\n"), (False, "story.<|im_end|>\n")):
-        fields = {"continue_final_message": False, "add_generation_prompt": wanted}
+        fields: dict[str, Any] = {"continue_final_message": False, "add_generation_prompt": wanted}
         prompt, response, _ = await answer(tmp_path, CHAT_TEMPLATE, [QUESTION], **fields)
         assert response.status_code == 200
         assert prompt.endswith(end)

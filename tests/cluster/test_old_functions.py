@@ -76,7 +76,8 @@ async def test_a_conversation_in_the_old_way_is_told_as_one_in_the_new(
     ]
     engine.answer = lambda _: "It rains."
     tools: Any = [WEATHER]
-    answer = await sdk.chat.completions.create(model=MODEL, messages=old, functions=[FUNCTION])
+    functions: Any = [FUNCTION]
+    answer = await sdk.chat.completions.create(model=MODEL, messages=old, functions=functions)
     assert answer.choices[0].message.content == "It rains."
     assert answer.choices[0].message.function_call is None
     assert "function_call" not in answer.choices[0].message.model_fields_set
