@@ -17,8 +17,10 @@ from cluster.fleet_page import FleetState, describe_fleet
 from cluster.openai.answer_form import AnswerForm
 from cluster.openai.chat import answer_chat
 from cluster.openai.completions import answer_completion, encode_prompts, make_echoes
+from cluster.openai.embeddings import as_completion, collect_embeddings, embedding_choices
 from cluster.openai.engine_client import (
     Caller,
+    ChoiceRequest,
     EngineClient,
     EngineInfo,
     GenerateRequest,
@@ -33,6 +35,7 @@ from cluster.openai.sampling import num_samples
 from cluster.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
+    EmbeddingRequest,
     ModelCard,
     ModelList,
     ProfileStatus,
@@ -149,7 +152,7 @@ class OpenAIService:
             request = self._make_request(
                 body, heading, [prompt.token_ids], info, entry, caller, grammar
             )
-            answer = self._answer_chat(body, heading, request, entry, prompt.form)
+            answer = self._answer(body, heading, request, entry, form=prompt.form)
             async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
@@ -162,15 +165,47 @@ class OpenAIService:
         with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
             prompts = await self._in_thread(
-                partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
+                partial(
+                    encode_prompts,
+                    body.prompt,
+                    self._text.tokenizer,
+                    vocab_size=info.vocab_size,
+                    param="prompt",
+                )
             )
             grammar = await self._in_thread(partial(self._text.grammar, body))
             heading = make_heading(request_id, body.model, info.fingerprint)
             request = self._make_request(body, heading, prompts, info, entry, caller, grammar)
-            answer = self._answer_completion(body, heading, request, entry)
-            async with aclosing(answer) as parts:
+            async with aclosing(self._answer(body, heading, request, entry)) as parts:
                 async for part in parts:
                     yield part
+
+    async def embed(
+        self, body: EmbeddingRequest, request_id: str, caller: Caller = _ANYBODY
+    ) -> AsyncGenerator[bytes, None]:
+        """Answer an embedding request: the whole object; raises as `chat`."""
+        self._check_model(body.model)
+        completion = as_completion(body)
+        with self._entered(completion, len(body.input), caller) as entry:
+            info = await self._ready_info()
+            prompts = await self._in_thread(
+                partial(
+                    encode_prompts,
+                    body.input,
+                    self._text.tokenizer,
+                    vocab_size=info.vocab_size,
+                    param="input",
+                )
+            )
+            heading = make_heading(request_id, body.model, info.fingerprint)
+            choices = embedding_choices(prompts, info)
+            request = self._request(completion, heading, choices, entry, caller, None)
+            with RequestWatch(
+                request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
+            ) as watch:
+                generation = self._generation(completion, request, watch, None)
+                embeddings = await collect_embeddings(body, generation, heading)
+                yield await self._in_thread(lambda: embeddings.model_dump_json().encode())
 
     async def recall(
         self, request_id: str, last_event_id: str | None, caller: Caller = _ANYBODY
@@ -195,58 +230,48 @@ class OpenAIService:
         self, recalled: Recalled, caller: Caller = _ANYBODY
     ) -> AsyncGenerator[bytes, None]:
         """Go on with an answer, as `chat` would have done: what the client has is left out."""
-        body, heading, resumption = recalled.body, recalled.heading, recalled.resumption
-        request = resumption.record.request
-        num_prompts = len(request.choices) // num_samples(body)
-        with self._entered(body, num_prompts, caller) as entry:
+        request = recalled.resumption.record.request
+        num_prompts = len(request.choices) // num_samples(recalled.body)
+        with self._entered(recalled.body, num_prompts, caller) as entry:
             entry.ticket.add_tokens(sum(len(each.prompt_token_ids) for each in request.choices))
-            if isinstance(body, ChatCompletionRequest):
-                form = self._text.form(body, request.choices[0].prompt_token_ids)
-                answer = self._answer_chat(body, heading, request, entry, form, resumption)
-            else:
-                answer = self._answer_completion(body, heading, request, entry, resumption)
+            answer = self._answer(
+                recalled.body, recalled.heading, request, entry, recalled.resumption
+            )
             async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
 
-    async def _answer_chat(
+    async def _answer(
         self,
-        body: ChatCompletionRequest,
-        heading: Heading,
-        request: GenerateRequest,
-        entry: Entry,
-        form: AnswerForm,
-        resumption: Resumption | None = None,
-    ) -> AsyncGenerator[bytes, None]:
-        with self._watch(request, entry) as watch:
-            generation = self._generation(body, request, watch, resumption, form.stop)
-            parts = answer_chat(body, generation, heading, self._text.tokenizer, form)
-            async with aclosing(parts):
-                async for part in parts:
-                    yield part
-
-    async def _answer_completion(
-        self,
-        body: CompletionRequest,
+        body: ChatCompletionRequest | CompletionRequest,
         heading: Heading,
         request: GenerateRequest,
         entry: Entry,
         resumption: Resumption | None = None,
+        form: AnswerForm | None = None,
     ) -> AsyncGenerator[bytes, None]:
-        with self._watch(request, entry) as watch:
-            generation = self._generation(body, request, watch, resumption)
-            prompts = [
-                choice.prompt_token_ids for choice in request.choices if choice.sample_index == 0
-            ]
+        with RequestWatch(
+            request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
+        ) as watch:
             tokenizer = self._text.tokenizer
-            echoes = await self._in_thread(partial(make_echoes, body, prompts, tokenizer))
-            parts = answer_completion(body, generation, heading, tokenizer, echoes)
+            if isinstance(body, ChatCompletionRequest):
+                form = form or self._text.form(body, request.choices[0].prompt_token_ids)
+                generation = self._generation(body, request, watch, resumption, form.stop)
+                parts = answer_chat(body, generation, heading, tokenizer, form)
+            else:
+                generation = self._generation(body, request, watch, resumption)
+                prompts = [
+                    choice.prompt_token_ids
+                    for choice in request.choices
+                    if choice.sample_index == 0
+                ]
+                echoes = await self._in_thread(
+                    partial(make_echoes, body, prompts, self._text.tokenizer)
+                )
+                parts = answer_completion(body, generation, heading, self._text.tokenizer, echoes)
             async with aclosing(parts):
                 async for part in parts:
                     yield part
-
-    def _watch(self, request: GenerateRequest, entry: Entry) -> RequestWatch:
-        return RequestWatch(request, entry.ticket, entry.key_use, self._stats, entry.arrival_s)
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""
@@ -336,8 +361,20 @@ class OpenAIService:
         grammar: Grammar | None,
     ) -> GenerateRequest:
         choices = self._text.make_choices(body, prompts, info)
-        entry.ticket.add_tokens(num_samples(body) * sum(map(len, prompts)))
-        entry.key_use.take_tokens(sum(map(len, prompts)))
+        return self._request(body, heading, choices, entry, caller, grammar)
+
+    def _request(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        heading: Heading,
+        choices: tuple[ChoiceRequest, ...],
+        entry: Entry,
+        caller: Caller,
+        grammar: Grammar | None,
+    ) -> GenerateRequest:
+        entry.ticket.add_tokens(sum(len(choice.prompt_token_ids) for choice in choices))
+        firsts = (choice for choice in choices if choice.sample_index == 0)
+        entry.key_use.take_tokens(sum(len(choice.prompt_token_ids) for choice in firsts))
         return GenerateRequest(
             request_id=heading.id,
             choices=choices,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.openai.chat_prompt import continued_part
+from cluster.openai.effort import thinking_budget
 from cluster.openai.schema import ChatCompletionRequest
 from cluster.openai.structured_output import ANY_JSON_OBJECT, grammar_source
 from cluster.openai.tools import ToolChoice
@@ -80,6 +81,7 @@ class AnswerForms:
         has_reasoning: bool,
     ) -> None:
         source = template.source if template is not None else ""
+        self._template_source = source
         self._tokenizer = tokenizer
         self._tool_format = tool_format
         self._think_end_id = tokenizer.token_id(THINK_END)
@@ -124,7 +126,7 @@ class AnswerForms:
                 "must be called or are strict: their form begins where the answer does.",
                 param="continue_final_message",
             )
-        budget = body.thinking_budget
+        budget = thinking_budget(body, self._template_source)
         is_thinking = form.thinking in (Thinking.OPEN, Thinking.AMID) or (
             form.thinking is Thinking.MAY_BEGIN and self._thinks_by_itself
         )

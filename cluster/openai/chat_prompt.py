@@ -3,11 +3,11 @@
 import secrets
 from typing import Any, Literal
 
+from cluster.openai.effort import thinking_kwargs
 from cluster.openai.schema import ChatCompletionRequest, ChatMessage
 from cluster.openai.tools import ToolChoice, past_calls, template_tools
 from engine.errors import RequestError
 from engine.text.chat_template import ChatMLTemplate, ChatTemplate
-from engine.text.reasoning import THINK_START
 from engine.text.tools_react import spell_react
 
 ContinuedPart = Literal["content", "reasoning_content"]
@@ -48,7 +48,7 @@ def render_messages(
     text = template.render(
         messages,
         add_generation_prompt=part is None and body.add_generation_prompt is not False,
-        kwargs=_template_kwargs(body, template),
+        kwargs={**body.chat_template_kwargs, **thinking_kwargs(body, template.source)},
         tools=tools,
     )
     if part is None:
@@ -110,35 +110,3 @@ def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
     if calls:
         entry["tool_calls"] = calls
     return entry
-
-
-def _template_kwargs(body: ChatCompletionRequest, template: ChatTemplate) -> dict[str, Any]:
-    kwargs = dict(body.chat_template_kwargs)
-    if body.enable_thinking is not None:
-        kwargs["enable_thinking"] = body.enable_thinking
-    effort = body.reasoning_effort
-    if effort is None:
-        return kwargs
-    if "reasoning_effort" in template.source:
-        kwargs["reasoning_effort"] = effort
-    elif effort == "none" and "enable_thinking" in template.source:
-        if kwargs.setdefault("enable_thinking", False):
-            raise RequestError(
-                "reasoning_effort is none, but enable_thinking is true. Say one of them.",
-                param="reasoning_effort",
-            )
-    elif effort == "none" and THINK_START in template.source:
-        raise RequestError(
-            "This model always thinks, so reasoning_effort cannot be none. Set thinking_budget to "
-            "the most tokens that it may.",
-            param="reasoning_effort",
-            code="unsupported_value",
-        )
-    elif effort not in ("none", "medium"):
-        raise RequestError(
-            f"reasoning_effort is {effort}, but this model knows no degrees of it: none and medium "
-            "(as it thinks by itself) are all. Set thinking_budget to bound its thoughts.",
-            param="reasoning_effort",
-            code="unsupported_value",
-        )
-    return kwargs

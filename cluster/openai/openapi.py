@@ -8,7 +8,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from cluster.openai.schema import ChatCompletionRequest, CompletionRequest, ProfileRequest
+from cluster.openai.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ProfileRequest,
+)
 
 
 def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[s
 
 
 def body_schemas() -> dict[str, Any]:
-    kinds = (ChatCompletionRequest, CompletionRequest, ProfileRequest)
+    kinds = (ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ProfileRequest)
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds],
         ref_template="#/components/schemas/{model}",

@@ -378,6 +378,17 @@ class CompletionRequest(_GenerationBody):
     """So many are generated, of which the n likeliest are the answer."""
 
 
+class EmbeddingRequest(_Body):
+    """Body of POST /v1/embeddings."""
+
+    model: StrictStr
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    """The first so many, for models that were trained for it."""
+    cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
+
+
 class ProfileRequest(_Body):
     """Body of POST /start_profile; an empty one will do."""
 
@@ -488,6 +499,24 @@ class ChatCompletion(BaseModel):
     @model_serializer(mode="wrap")
     def _leave_out_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return _without_nulls(dump(self), ("prompt_logprobs",))
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class FunctionCallDelta(BaseModel):

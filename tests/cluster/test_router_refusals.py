@@ -188,13 +188,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"moderation": {"model": "m"}}, "moderation", "not supported"),
     ({"web_search_options": {}}, "web_search_options", "not supported"),
     ({"verbosity": "low"}, "verbosity", "not supported"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "thinking_budget"),
     ({"reasoning_effort": "much"}, "reasoning_effort", "xhigh"),
-    (
-        {"reasoning_effort": "none", "enable_thinking": True},
-        "reasoning_effort",
-        "enable_thinking is true",
-    ),
     ({"best_of": 2}, "best_of", "Unrecognized"),
     ({"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),

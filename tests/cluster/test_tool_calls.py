@@ -11,6 +11,8 @@ import pytest
 from chat_templates import TOOLS_AND_THOUGHTS
 from fake_engine import FakeEngine, make_service
 
+from cluster.openai.effort import LOW_EFFORT_TOKENS, thinking_budget
+from cluster.openai.schema import ChatCompletionRequest
 from cluster.router import create_app
 from engine.grammar import Grammar
 from engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -214,14 +216,18 @@ async def test_thoughts_are_told_from_the_answer(
     ("template", "effort", "end"),
     [
         (TOOLS_AND_THOUGHTS, "none", "<think>\n\n</think>\n\n"),
+        (TOOLS_AND_THOUGHTS, "minimal", "<think>\n\n</think>\n\n"),
         (TOOLS_AND_THOUGHTS, "medium", "assistant\n"),
+        (TOOLS_AND_THOUGHTS, "xhigh", "assistant\n"),
         ("{{ messages[0].content }} assistant\n", "none", "assistant"),
         (None, "none", "assistant\n"),
         ("{{ messages[0].content }} ({{ reasoning_effort }})", "high", " (high)"),
-        (TOOLS_AND_THOUGHTS, "high", "thinking_budget"),
+        ("{{ messages[0].content }}<think>", "high", "<think>"),
         ("{{ messages[0].content }}<think>", "none", "always thinks"),
+        ("{{ messages[0].content }}", "high", "does not think"),
+        (None, "low", "does not think"),
     ],
-    ids=range(7),
+    ids=range(11),
 )
 async def test_how_much_is_thought_goes_by_what_the_template_knows(
     template: str | None, effort: str, end: str, tmp_path: Path
@@ -236,6 +242,19 @@ async def test_how_much_is_thought_goes_by_what_the_template_knows(
     else:
         assert response.json()["error"]["param"] == "reasoning_effort"
         assert end in response.json()["error"]["message"]
+
+
+async def test_little_effort_bounds_thoughts_unless_the_client_sets_a_bound() -> None:
+    def budget(source: str = "{% if enable_thinking %}", **fields: Any) -> int | None:
+        body = ChatCompletionRequest.model_validate(
+            {"model": MODEL, "messages": QUESTION, **fields}
+        )
+        return thinking_budget(body, source)
+
+    assert budget(reasoning_effort="low") == LOW_EFFORT_TOKENS
+    assert budget(reasoning_effort="low", thinking_budget=7) == 7
+    assert budget(reasoning_effort="high") is None
+    assert budget("{{ reasoning_effort }}", reasoning_effort="low") is None
 
 
 async def test_log_probabilities_come_beside_calls(
