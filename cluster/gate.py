@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # The empty one is that of a route prefix without its slash, which is sent on to the page.
 _NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
 _FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
-_FOR_THE_ENGINE = frozenset(("/v1/chat/completions", "/v1/completions"))
+_FOR_THE_ENGINE = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses"))
 
 
 def service_of(request: Request) -> OpenAIService:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import msgspec
+
 from cluster.admission import Admission, Ticket
 from cluster.api_keys import ApiKeys, KeyUse, KeyUses
 from cluster.exposition import Exposition
@@ -22,12 +24,14 @@ from cluster.openai.engine_client import (
     EngineInfo,
     GenerateRequest,
 )
-from cluster.openai.errors import describe_error, internal_error
+from cluster.openai.errors import ErrorReply, describe_error, internal_error
 from cluster.openai.event_id import parse_event_id
-from cluster.openai.generation import Generation, Resumption
+from cluster.openai.generation import ChoiceUpdate, Generation, Resumption
 from cluster.openai.heading import Heading, make_heading
 from cluster.openai.model_text import ModelText
 from cluster.openai.origin import Origin
+from cluster.openai.response_answer import ResponseAnswer
+from cluster.openai.responses import ResponseCall
 from cluster.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -67,11 +71,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """A request that was begun elsewhere, as far as it has come."""
+    """A request that was begun elsewhere, as far as it has come.
+
+    Attributes:
+        body: The request; of a response, the chat that it is.
+        response: What the response was asked with, if it is one.
+    """
 
     body: ChatCompletionRequest | CompletionRequest
     heading: Heading
     resumption: Resumption
+    response: ResponseCall | None
 
 
 class OpenAIService:
@@ -125,7 +135,11 @@ class OpenAIService:
         self._admission.check()
 
     async def chat(
-        self, body: ChatCompletionRequest, request_id: str, caller: Caller = _ANYBODY
+        self,
+        body: ChatCompletionRequest,
+        request_id: str,
+        caller: Caller = _ANYBODY,
+        response: ResponseAnswer | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Answer a chat request: the stream's events without its end, or the whole object.
 
@@ -133,6 +147,7 @@ class OpenAIService:
             body: The request.
             request_id: As the client sees it.
             caller: Who sends it.
+            response: Makes the answer, if it is to be a response.
 
         Raises:
             RequestError, EngineError: Before the first part, or amid a stream.
@@ -140,12 +155,14 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, 1, caller) as entry:
             info = await self._ready_info()
-            prompt, has_special = await self._in_thread(partial(self._text.encode_chat, body))
+            prompt, has_special = await self.in_thread(partial(self._text.encode_chat, body))
             self._stats.special_tokens_in_messages_total += has_special
-            grammar = await self._in_thread(partial(self._text.grammar, body, prompt))
+            grammar = await self.in_thread(partial(self._text.grammar, body, prompt))
             heading = make_heading(request_id, body.model, info.fingerprint)
-            request = self._make_request(body, heading, [prompt], info, entry, caller, grammar)
-            async with aclosing(self._answer(body, heading, request, entry)) as parts:
+            origin = Origin.of(body if response is None else response.call, heading)
+            request = self._make_request(body, origin, [prompt], info, entry, caller, grammar)
+            answer = self._answer(body, heading, request, entry, response=response)
+            async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
 
@@ -156,12 +173,13 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
-            prompts = await self._in_thread(
+            prompts = await self.in_thread(
                 partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
             )
-            grammar = await self._in_thread(partial(self._text.grammar, body, prompts[0]))
+            grammar = await self.in_thread(partial(self._text.grammar, body, prompts[0]))
             heading = make_heading(request_id, body.model, info.fingerprint)
-            request = self._make_request(body, heading, prompts, info, entry, caller, grammar)
+            origin = Origin.of(body, heading)
+            request = self._make_request(body, origin, prompts, info, entry, caller, grammar)
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
                 async for part in parts:
                     yield part
@@ -183,10 +201,20 @@ class OpenAIService:
         engine_id = position.engine_id if position else None
         record = await self.engine.recall(request_id, engine_id=engine_id, tenant=caller.tenant)
         origin = Origin.decode(record.request.origin)
-        return Recalled(origin.body(), origin.heading, Resumption(record, position))
+        body = origin.body()
+        response = body if isinstance(body, ResponseCall) else None
+        return Recalled(
+            body.chat if isinstance(body, ResponseCall) else body,
+            origin.heading,
+            Resumption(record, position),
+            response,
+        )
 
     async def resume(
-        self, recalled: Recalled, caller: Caller = _ANYBODY
+        self,
+        recalled: Recalled,
+        caller: Caller = _ANYBODY,
+        response: ResponseAnswer | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Go on with an answer, as `chat` would have done: what the client has is left out."""
         request = recalled.resumption.record.request
@@ -194,11 +222,24 @@ class OpenAIService:
         with self._entered(recalled.body, num_prompts, caller) as entry:
             entry.ticket.add_tokens(sum(len(each.prompt_token_ids) for each in request.choices))
             answer = self._answer(
-                recalled.body, recalled.heading, request, entry, recalled.resumption
+                recalled.body, recalled.heading, request, entry, recalled.resumption, response
             )
             async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
+
+    def replay(self, recalled: Recalled, response: ResponseAnswer) -> AsyncGenerator[bytes, None]:
+        """What has come of a response, as an answer of its own: no engine is asked for more."""
+        record = recalled.resumption.record
+        past = [
+            msgspec.structs.replace(came, finish_reason=came.finish_reason or "stop")
+            for came in record.past
+        ]
+        ended = Resumption(msgspec.structs.replace(record, past=past), None)
+        assert isinstance(recalled.body, ChatCompletionRequest), "a response is a chat"
+        return self._chat_parts(
+            recalled.body, recalled.heading, record.request, ended, response=response
+        )
 
     async def _answer(
         self,
@@ -207,29 +248,49 @@ class OpenAIService:
         request: GenerateRequest,
         entry: Entry,
         resumption: Resumption | None = None,
+        response: ResponseAnswer | None = None,
     ) -> AsyncGenerator[bytes, None]:
         with RequestWatch(
             request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
         ) as watch:
-            tokenizer = self._text.tokenizer
             if isinstance(body, ChatCompletionRequest):
-                form = self._text.form(body, request.choices[0].prompt_token_ids)
-                generation = self._generation(body, request, watch, resumption, form.stop)
-                parts = answer_chat(body, generation, heading, tokenizer, form)
+                parts = self._chat_parts(
+                    body, heading, request, resumption, response=response, on_update=watch.take
+                )
             else:
-                generation = self._generation(body, request, watch, resumption)
+                generation = self._generation(body, request, watch.take, resumption)
                 prompts = [
                     choice.prompt_token_ids
                     for choice in request.choices
                     if choice.sample_index == 0
                 ]
-                echoes = await self._in_thread(
+                echoes = await self.in_thread(
                     partial(make_echoes, body, prompts, self._text.tokenizer)
                 )
                 parts = answer_completion(body, generation, heading, self._text.tokenizer, echoes)
             async with aclosing(parts):
                 async for part in parts:
                     yield part
+
+    def _chat_parts(
+        self,
+        body: ChatCompletionRequest,
+        heading: Heading,
+        request: GenerateRequest,
+        resumption: Resumption | None,
+        *,
+        response: ResponseAnswer | None,
+        on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
+    ) -> AsyncGenerator[bytes, None]:
+        form = self._text.form(body, request.choices[0].prompt_token_ids)
+        generation = self._generation(body, request, on_update, resumption, form.stop)
+        if response is not None:
+            return response.parts(generation, heading, self._text.tokenizer, form)
+        return answer_chat(body, generation, heading, self._text.tokenizer, form)
+
+    async def count_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(await self.in_thread(partial(self._text.tokenizer.encode, text)))
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""
@@ -305,13 +366,14 @@ class OpenAIService:
             return info
         return await self.engine.wait_until_ready(self._config.hold_timeout_s)
 
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Do what takes milliseconds, in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _make_request(
         self,
         body: ChatCompletionRequest | CompletionRequest,
-        heading: Heading,
+        origin: Origin,
         prompts: list[list[int]],
         info: EngineInfo,
         entry: Entry,
@@ -322,12 +384,12 @@ class OpenAIService:
         entry.ticket.add_tokens(body.n * sum(map(len, prompts)))
         entry.key_use.take_tokens(sum(map(len, prompts)))
         return GenerateRequest(
-            request_id=heading.id,
+            request_id=origin.heading.id,
             choices=choices,
             cache_salt=caller.tenant + (body.cache_salt or "").encode(),
             session=caller.session,
             tenant=caller.tenant,
-            origin=Origin.of(body, heading).encode(),
+            origin=origin.encode(),
             weights=self._config.weights_name,
             grammar=grammar,
         )
@@ -336,7 +398,7 @@ class OpenAIService:
         self,
         body: ChatCompletionRequest | CompletionRequest,
         request: GenerateRequest,
-        watch: RequestWatch,
+        on_update: Callable[[ChoiceUpdate], None],
         resumption: Resumption | None,
         stop: Sequence[str] = (),
     ) -> Generation:
@@ -345,19 +407,23 @@ class OpenAIService:
             request,
             make_detokenizer=partial(self._text.detokenizer, body, stop),
             own_stop_token_ids=frozenset(body.stop_token_ids),
-            on_update=watch.take,
+            on_update=on_update,
             resumption=resumption,
         )
 
     def describe_stream_failure(self, error: Exception) -> bytes:
         """The event that ends a stream whose status is long sent."""
+        return encode_error_event(self.count_failure(error))
+
+    def count_failure(self, error: Exception) -> ErrorReply:
+        """What to tell of an error amid a stream; counts the request."""
         if isinstance(error, QwenOnRayError):
             reply = describe_error(error)
         else:
             logger.error("a stream failed", exc_info=error)
             reply = internal_error()
         self._stats.count_request(reply.status)
-        return encode_error_event(reply)
+        return reply
 
     def count_request(self, status: int) -> None:
         """Count a request that was refused, or failed, with this HTTP status."""
@@ -377,4 +443,4 @@ class OpenAIService:
         """The engines' metrics and this router's in Prometheus' text format."""
         fleet, engines = await self.engine.engine_info(), await self.engine.engines()
         # Some milliseconds an engine, which streams should not stand still for.
-        return await self._in_thread(partial(self._exposition.text, fleet, engines, self.stats()))
+        return await self.in_thread(partial(self._exposition.text, fleet, engines, self.stats()))

@@ -8,6 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from cluster.openai.responses_schema import ResponseRequest
 from cluster.openai.schema import ChatCompletionRequest, CompletionRequest, ProfileRequest
 
 
@@ -24,7 +25,7 @@ def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[s
 
 
 def body_schemas() -> dict[str, Any]:
-    kinds = (ChatCompletionRequest, CompletionRequest, ProfileRequest)
+    kinds = (ChatCompletionRequest, CompletionRequest, ResponseRequest, ProfileRequest)
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds],
         ref_template="#/components/schemas/{model}",
