@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.util
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
@@ -25,7 +26,15 @@ from starlette.exceptions import HTTPException
 from cluster.api_keys import ApiKeys
 from cluster.engine_link import EngineLink
 from cluster.fleet_page import PAGE_PATH, FleetState, PageFiles
-from cluster.gate import Gate, on_fault, on_http_error, on_own_error, service_of
+from cluster.gate import (
+    Gate,
+    on_bad_parameter,
+    on_fault,
+    on_http_error,
+    on_own_error,
+    service_of,
+)
+from cluster.inspection_routes import add_inspection_routes
 from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
 from cluster.openai.heading import make_request_id
@@ -48,6 +57,7 @@ from cluster.request_router import list_running
 from cluster.response_routes import add_response_routes
 from cluster.response_service import ResponseService
 from cluster.route_parts import answer_with, caller_of
+from cluster.server_info import project_version
 from cluster.service import OpenAIService
 from cluster.status import read_all
 from cluster.user_config import ROUTER_SETTINGS, UserConfig
@@ -78,6 +88,7 @@ def create_app(service: OpenAIService) -> FastAPI:
     app = FastAPI(
         title="qwen-on-ray",
         description="OpenAI's API for Qwen models, served with JAX under Ray.",
+        version=project_version(),
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
     app.state.service = service
@@ -85,6 +96,7 @@ def create_app(service: OpenAIService) -> FastAPI:
     app.add_middleware(Gate)
     app.add_exception_handler(QwenOnRayError, on_own_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_bad_parameter)
     app.add_exception_handler(Exception, on_fault)
     schemas = body_schemas()
     app.openapi = lambda: describe_app(app, schemas)
@@ -181,6 +193,7 @@ def _add_routes(app: FastAPI) -> None:
         return await service_of(request).fleet()
 
     add_response_routes(app)
+    add_inspection_routes(app)
     page = PageFiles()
 
     @app.get(PAGE_PATH, include_in_schema=False)

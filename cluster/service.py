@@ -117,6 +117,11 @@ class OpenAIService:
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._started_at = int(time.time())
 
+    @property
+    def config(self) -> EngineConfig:
+        """What the router was started with."""
+        return self._config
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -291,6 +296,19 @@ class OpenAIService:
     async def count_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
         return len(await self.in_thread(partial(self._text.tokenizer.encode, text)))
+
+    async def inspect_text(
+        self, work: Callable[[ModelText], _T], model: str | None, caller: Caller
+    ) -> _T:
+        """Do something with the model's text that asks no engine, as one request of a key.
+
+        Raises:
+            RequestError, EngineBusyError: There is no such model, or the key may not, or not yet.
+        """
+        if model is not None:
+            self._check_model(model)
+        with self._key_uses.enter(caller.tenant), self._admission.admit(1):
+            return await self.in_thread(partial(work, self._text))
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from cluster.openai.responses_schema import ResponseRequest
 from cluster.openai.schema import ChatCompletionRequest, CompletionRequest, ProfileRequest
+from cluster.openai.tokenization import DetokenizeRequest, TokenizeRequest
 
 
 def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
@@ -25,7 +26,14 @@ def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[s
 
 
 def body_schemas() -> dict[str, Any]:
-    kinds = (ChatCompletionRequest, CompletionRequest, ResponseRequest, ProfileRequest)
+    kinds = (
+        ChatCompletionRequest,
+        CompletionRequest,
+        ResponseRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        ProfileRequest,
+    )
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds],
         ref_template="#/components/schemas/{model}",

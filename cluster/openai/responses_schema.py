@@ -109,6 +109,14 @@ Tools = Annotated[
     list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), BeforeValidator(_check_tools)
 ]
 MetadataKey = Annotated[StrictStr, Field(max_length=64)]
+
+
+def _count_metadata(metadata: Any) -> Any:
+    if isinstance(metadata, dict) and len(metadata) > MAX_METADATA:
+        raise ValueError(f"it has {len(metadata)} entries; at most {MAX_METADATA} may be")
+    return metadata
+
+
 MetadataValue = Annotated[StrictStr, Field(max_length=512)]
 
 
@@ -133,7 +141,7 @@ class ResponseRequest(RequestObject):
     ] = Field(default=[])
     """The latter is accepted, but thoughts come in the clear."""
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(
+    metadata: Annotated[dict[MetadataKey, MetadataValue], BeforeValidator(_count_metadata)] = Field(
         default={}
     )
     user: StrictStr | None = None
