@@ -45,7 +45,9 @@ class ResponseService:
             past = await self._conversation(body.previous_response_id, caller)
         call = ResponseCall(body=body, past=past)
         answer = self._answer(call, caller, is_stream=body.stream)
-        parts = self._service.chat(call.chat, response_id, caller, answer)
+        # A large input takes a tenth of a second.
+        chat = await self._service.in_thread(lambda: call.chat)
+        parts = self._service.chat(chat, response_id, caller, answer)
         async with aclosing(self._guarded(parts, answer)) as guarded:
             async for part in guarded:
                 yield part
@@ -170,7 +172,7 @@ class ResponseService:
         return await self._service.in_thread(partial(StoredResponse.decode, content))
 
     async def _store(self, call: ResponseCall, caller: Caller, response: Response) -> bool:
-        content = await self._service.in_thread(StoredResponse.of(call, response).encode)
+        content = await self._service.in_thread(lambda: StoredResponse.of(call, response).encode())
         is_kept = await self._service.engine.responses.store(response.id, caller.tenant, content)
         if not is_kept:
             logger.info("%s is not kept: no engine took it", response.id)
