@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from engine.request import Request, SamplingParams
-from engine.runner.batch import BatchBuilder, IntColumn, StepInputs, padding_inputs
+from engine.runner.batch import BatchBuilder, IntColumn, StepInputs, padding_plan
 from engine.runner.slot_state import init_slot_state
 from engine.scheduling.scheduler import Scheduler
 from engine.step import Bucket, EngineLimits, StepResult, decode_plan, encode
@@ -84,8 +84,8 @@ def measure(num_running: int, context_length: int, num_steps: int) -> dict[str, 
     for index in range(num_running):
         prompt = numbers.integers(0, VOCAB_SIZE, PROMPT_LEN).tolist()
         scheduler.add(Request(request_id=str(index), prompt_token_ids=prompt, sampling=sampling))
-    batch = BatchBuilder(num_slots=num_running, pages_per_seq=pages_per_seq)
-    call = _null_program(decode, num_running, pages_per_seq)
+    batch = BatchBuilder(num_slots=num_running, pages_per_seq=pages_per_seq, vocab_size=VOCAB_SIZE)
+    call = _null_program(batch.build(padding_plan(decode)), num_running)
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     while len(times["plan"]) < num_steps:
         marks = [time.perf_counter()]
@@ -121,7 +121,7 @@ def _result(step: int, num_rows: int) -> StepResult:
     )
 
 
-def _null_program(bucket: Bucket, num_slots: int, pages_per_seq: int) -> Any:
+def _null_program(example: StepInputs, num_slots: int) -> Any:
     """A program with a real step's arguments that only passes them on; keeps its own arrays."""
     layer = {f"weight_{index}": jnp.ones(8) for index in range(WEIGHTS_PER_LAYER)}
     params = {"layers": [dict(layer) for _ in range(NUM_LAYERS)]}
@@ -133,7 +133,6 @@ def _null_program(bucket: Bucket, num_slots: int, pages_per_seq: int) -> Any:
     def step(params: Any, cache: Any, state: Any, inputs: StepInputs) -> Any:
         return inputs.row_ints[:, IntColumn.KV_LEN], cache, state
 
-    example = padding_inputs(bucket, num_slots=num_slots, pages_per_seq=pages_per_seq)
     program = jax.jit(step, donate_argnums=(1, 2)).lower(params, *held, example).compile()
 
     def call(inputs: StepInputs) -> None:

@@ -220,4 +220,5 @@ def _tokens(call: Call, choice: int, output: RequestOutput, epoch: int) -> Choic
         output.prompt_logprobs,
         epoch,
         output.timing,
+        output.embedding,
     )

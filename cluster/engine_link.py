@@ -365,4 +365,5 @@ def _delta(tokens: ChoiceTokens, engine_id: str) -> TokenDelta:
         stop_token_id=tokens.stop_token_id,
         num_cached_tokens=tokens.num_cached_tokens,
         visit=visit,
+        embedding=tokens.embedding,
     )

@@ -40,6 +40,7 @@ from engine.step import (
     EngineLimits,
     ProgressCallback,
     StartProgress,
+    StepMasks,
     StepPlan,
     StepResult,
     decode_result,
@@ -200,6 +201,10 @@ class Gang:
         else:
             self._pending.append((plan.step, time.monotonic(), future))
         return future
+
+    def mask(self, masks: StepMasks) -> None:
+        if not self.failure.done() and self._socket is not None:
+            self._broadcast(self._socket, MessageKind.MASKS, encode(masks))
 
     def profile(self, num_steps: int) -> None:
         if not self.failure.done() and self._socket is not None:

@@ -28,6 +28,8 @@ class MessageKind(enum.Enum):
     PROGRESS = b"progress"
     READY = b"ready"
     PLAN = b"plan"
+    MASKS = b"masks"
+    """Of the plan before it."""
     RESULT = b"result"
     PROFILE = b"profile"
     """Trace so many of the next steps, as msgpack; 0 ends a trace early."""

@@ -19,6 +19,7 @@ from engine.step import (
     EngineLimits,
     ProgressCallback,
     StartProgress,
+    StepMasks,
     StepPlan,
     StepResult,
 )
@@ -81,6 +82,11 @@ class HostGroup:
             future.set_exception(EngineDiedError("the engine's hosts are not running"))
             return future
         return self._gang.execute(plan)
+
+    def mask(self, masks: StepMasks) -> None:
+        """Have every host sample the masked rows of the step that was started last."""
+        if self._gang is not None:
+            self._gang.mask(masks)
 
     def profile(self, num_steps: int) -> None:
         """Have every host trace its next steps; 0 ends a trace early.

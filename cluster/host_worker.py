@@ -31,8 +31,10 @@ from engine.step import (
     EngineLimits,
     ProgressCallback,
     StartProgress,
+    StepMasks,
     StepPlan,
     StepResult,
+    decode_masks,
     decode_plan,
     encode,
 )
@@ -60,6 +62,10 @@ class Runner(Protocol):
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
         """Start a step, in plan order; returns before the device is done."""
+        ...
+
+    def sample_masked(self, masks: StepMasks) -> PendingStep:
+        """Have the last step, whose plan has masked rows, sample them; returns that step."""
         ...
 
     def profile(self, num_steps: int) -> None:
@@ -247,7 +253,11 @@ def _run_plans(runner: Runner, link: HostSocket, *, is_reporting: bool) -> NoRet
                     "was lost with a connection to the leader that broke"
                 )
             next_step += 1
-            steps.put(runner.dispatch(plan))
+            pending = runner.dispatch(plan)
+            if not len(plan.masked_rows):
+                steps.put(pending)
+        elif kind is MessageKind.MASKS:
+            steps.put(runner.sample_masked(decode_masks(payload)))
         elif kind is MessageKind.PROFILE:
             runner.profile(msgspec.msgpack.decode(payload, type=int))
     raise failures.get()

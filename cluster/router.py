@@ -45,6 +45,8 @@ from cluster.openai.schema import (
     ChatCompletionRequest,
     Completion,
     CompletionRequest,
+    EmbeddingList,
+    EmbeddingRequest,
     ErrorResponse,
     ModelCard,
     ModelList,
@@ -125,6 +127,18 @@ def _add_routes(app: FastAPI) -> None:
         request_id = make_request_id("cmpl-")
         parts = service_of(request).complete(body, request_id, caller_of(request))
         return answer_with(request, parts, request_id, is_stream=body.stream)
+
+    @app.post(
+        "/v1/embeddings",
+        response_model=EmbeddingList,
+        openapi_extra=body_reference(EmbeddingRequest),
+    )
+    async def create_embeddings(request: Request) -> Response:
+        """The hidden states of the inputs' last tokens, each of length one."""
+        body = parse_body(EmbeddingRequest, await read_body(request))
+        request_id = make_request_id("embd-")
+        parts = service_of(request).embed(body, request_id, caller_of(request))
+        return answer_with(request, parts, request_id, is_stream=False)
 
     @app.get("/v1/streams/{request_id}")
     async def resume_stream(request: Request, request_id: str) -> Response:

@@ -18,8 +18,10 @@ from cluster.exposition import Exposition
 from cluster.fleet_page import FleetState, describe_fleet
 from cluster.openai.chat import answer_chat
 from cluster.openai.completions import answer_completion, encode_prompts, make_echoes
+from cluster.openai.embeddings import as_completion, collect_embeddings, embedding_choices
 from cluster.openai.engine_client import (
     Caller,
+    ChoiceRequest,
     EngineClient,
     EngineInfo,
     GenerateRequest,
@@ -35,6 +37,7 @@ from cluster.openai.responses import ResponseCall
 from cluster.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
+    EmbeddingRequest,
     ModelCard,
     ModelList,
     ProfileStatus,
@@ -179,7 +182,13 @@ class OpenAIService:
         with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
             prompts = await self.in_thread(
-                partial(encode_prompts, body, self._text.tokenizer, vocab_size=info.vocab_size)
+                partial(
+                    encode_prompts,
+                    body.prompt,
+                    self._text.tokenizer,
+                    vocab_size=info.vocab_size,
+                    param="prompt",
+                )
             )
             grammar = await self.in_thread(partial(self._text.grammar, body, prompts[0]))
             heading = make_heading(request_id, body.model, info.fingerprint)
@@ -188,6 +197,34 @@ class OpenAIService:
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
                 async for part in parts:
                     yield part
+
+    async def embed(
+        self, body: EmbeddingRequest, request_id: str, caller: Caller = _ANYBODY
+    ) -> AsyncGenerator[bytes, None]:
+        """Answer an embedding request: the whole object; raises as `chat`."""
+        self._check_model(body.model)
+        completion = as_completion(body)
+        with self._entered(completion, len(body.input), caller) as entry:
+            info = await self._ready_info()
+            prompts = await self.in_thread(
+                partial(
+                    encode_prompts,
+                    body.input,
+                    self._text.tokenizer,
+                    vocab_size=info.vocab_size,
+                    param="input",
+                )
+            )
+            heading = make_heading(request_id, body.model, info.fingerprint)
+            choices = embedding_choices(prompts, info)
+            origin = Origin.of(completion, heading)
+            request = self._request(completion, origin, choices, entry, caller, None)
+            with RequestWatch(
+                request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
+            ) as watch:
+                generation = self._generation(completion, request, watch.take, None)
+                embeddings = await collect_embeddings(body, generation, heading)
+                yield await self.in_thread(lambda: embeddings.model_dump_json().encode())
 
     async def recall(
         self, request_id: str, last_event_id: str | None, caller: Caller = _ANYBODY
@@ -399,8 +436,20 @@ class OpenAIService:
         grammar: Grammar | None,
     ) -> GenerateRequest:
         choices = self._text.make_choices(body, prompts, info)
-        entry.ticket.add_tokens(body.n * sum(map(len, prompts)))
-        entry.key_use.take_tokens(sum(map(len, prompts)))
+        return self._request(body, origin, choices, entry, caller, grammar)
+
+    def _request(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        origin: Origin,
+        choices: tuple[ChoiceRequest, ...],
+        entry: Entry,
+        caller: Caller,
+        grammar: Grammar | None,
+    ) -> GenerateRequest:
+        entry.ticket.add_tokens(sum(len(choice.prompt_token_ids) for choice in choices))
+        firsts = (choice for choice in choices if choice.sample_index == 0)
+        entry.key_use.take_tokens(sum(len(choice.prompt_token_ids) for choice in firsts))
         return GenerateRequest(
             request_id=origin.heading.id,
             choices=choices,

@@ -73,6 +73,7 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         epoch: Of the hosts that computed it.
         timing: With the attempt's first token and with the choice's last.
+        embedding: The prompt's, as in `RequestOutput`.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class ChoiceTokens(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     epoch: int = 0
     timing: RequestTiming | None = None
+    embedding: bytes = b""
 
 
 class AbortChoice(msgspec.Struct, frozen=True, array_like=True):
@@ -196,6 +198,7 @@ def _join(parts: Sequence[ChoiceTokens]) -> ChoiceTokens:
         logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
         prompt_logprobs=parts[0].prompt_logprobs,
         timing=parts[-1].timing or parts[0].timing,
+        embedding=parts[0].embedding,
     )
 
 

@@ -58,7 +58,7 @@ class Accounting:
         stats = self.stats
         stats.device_ms_total += result.device_ms
         stats.compiles_total = result.num_compiles
-        stats.generated_tokens_total += len(outputs)
+        stats.generated_tokens_total += sum(len(output.token_ids) for output in outputs)
         now_s = time.monotonic()
         # Most requests had their last token in the step before, and so the same time between.
         before_s, num_alike = 0.0, 0

@@ -151,11 +151,16 @@ class EngineCore:
             if step is None:
                 await self._wait_for_work()
                 continue
-            self._deliver(step, await self._executor.execute(step.plan))
+            result = self._executor.execute(step.plan)
+            self._mask(step)
+            self._deliver(step, await result)
 
     async def _run_overlapped(self) -> None:
         under_way: _StepUnderWay | None = None
         while True:
+            if under_way is not None:
+                # The tokens before it are known by now, and the device has begun with the rest.
+                self._mask(under_way.step)
             step = self._plan()
             if step is None and under_way is None:
                 await self._wait_for_work()
@@ -192,6 +197,12 @@ class EngineCore:
         self._accounting.planned(step, self._scheduler)
         self.stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
         return step
+
+    def _mask(self, step: ScheduledStep) -> None:
+        if len(step.plan.masked_rows):
+            started_s = time.perf_counter()
+            self._executor.mask(self._scheduler.masks(step))
+            self.stats.host_ms_total += (time.perf_counter() - started_s) * 1e3
 
     def _deliver(self, step: ScheduledStep, result: StepResult) -> None:
         started_s = time.perf_counter()

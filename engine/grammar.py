@@ -7,7 +7,7 @@ model's vocabulary. Knows neither requests nor queues, and no arrays of devices.
 
 import json
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -134,6 +134,10 @@ class Constraint:
         self._matcher = matcher
         self._after_token_id = grammar.after_token_id
         self._num_left_before = grammar.max_tokens_before
+        # The matcher is behind these already.
+        self._forced: deque[int] = deque()
+        if self._after_token_id is None:
+            self._force()
 
     @property
     def error(self) -> str | None:
@@ -141,21 +145,44 @@ class Constraint:
         return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
 
     def allowed_tokens(self) -> np.ndarray | None:
+        if self._forced:
+            return _only(self._forced[0])
         if self._after_token_id is None:
             return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        if self._num_left_before != 0:
-            return None
-        words = np.zeros(self._after_token_id // 32 + 1, np.uint32)
-        words[-1] = 1 << (self._after_token_id % 32)
-        return words
+        return None if self._num_left_before != 0 else _only(self._after_token_id)
 
     def accept(self, token_id: int) -> None:
-        if self._after_token_id is None:
+        if self._forced:
+            self._forced.popleft()
+        elif self._after_token_id is None:
             self._matcher.consume_token(token_id)
+            self._force()
         elif token_id == self._after_token_id:
             self._after_token_id = None
+            self._force()
         elif self._num_left_before:
             self._num_left_before -= 1
+
+    def forced_tokens(self) -> list[int]:
+        return list(self._forced)
+
+    def _force(self) -> None:
+        """See which tokens must come next.
+
+        They come as the tokenizer would split their text, whether or not the engine makes use of
+        knowing them, so that an answer does not depend on what else runs.
+        """
+        if self._matcher.is_stopped():
+            return
+        forced = self._matcher.compute_ff_tokens()
+        if forced and self._matcher.consume_tokens(forced):
+            self._forced.extend(forced)
+
+
+def _only(token_id: int) -> np.ndarray:
+    words = np.zeros(token_id // 32 + 1, np.uint32)
+    words[-1] = 1 << (token_id % 32)
+    return words
 
 
 class GrammarCompiler:

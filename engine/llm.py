@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Coroutine, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
+import numpy as np
 from tqdm.auto import tqdm
 
 from engine.config import EngineConfig
@@ -21,11 +23,19 @@ from engine.hub import resolve_checkpoint, resolve_tokenizer
 from engine.models.config import ModelConfig, load_model_config
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from engine.runner.model_runner import ModelRunner, PendingStep
-from engine.step import EngineLimits, ProgressCallback, StartProgress, StepPlan, StepResult
+from engine.step import (
+    EngineLimits,
+    ProgressCallback,
+    StartProgress,
+    StepMasks,
+    StepPlan,
+    StepResult,
+)
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 _T = TypeVar("_T")
+_PendingStepFuture = concurrent.futures.Future[PendingStep]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +47,7 @@ class Completion:
         token_ids: The end token included.
         logprobs: One per token, or empty if not asked for.
         prompt_logprobs: One per prompt token but the first, or empty if not asked for.
+        embedding: float32 [D], the prompt's last hidden state, if asked for.
     """
 
     prompt_token_ids: list[int]
@@ -46,6 +57,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    embedding: np.ndarray | None = None
 
 
 class InProcessExecutor:
@@ -55,6 +67,7 @@ class InProcessExecutor:
         self._runner = runner
         self._dispatcher = concurrent.futures.ThreadPoolExecutor(1, "dispatch")
         self._waiter = concurrent.futures.ThreadPoolExecutor(1, "wait")
+        self._unsampled: tuple[_PendingStepFuture, asyncio.Future[StepResult]]
 
     async def start(self, on_progress: ProgressCallback) -> EngineLimits:
         loop = asyncio.get_running_loop()
@@ -62,7 +75,23 @@ class InProcessExecutor:
 
     def execute(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         pending = self._dispatcher.submit(self._runner.dispatch, plan)
-        return asyncio.wrap_future(self._waiter.submit(_wait, pending))
+        if not len(plan.masked_rows):
+            return self._wait(pending)
+        self._unsampled = pending, asyncio.get_running_loop().create_future()
+        return self._unsampled[1]
+
+    def mask(self, masks: StepMasks) -> None:
+        dispatched, future = self._unsampled
+
+        def sample_masked() -> PendingStep:
+            dispatched.result()  # Why it failed, if it did.
+            return self._runner.sample_masked(masks)
+
+        result = self._wait(self._dispatcher.submit(sample_masked))
+        result.add_done_callback(functools.partial(_pass_on, future))
+
+    def _wait(self, pending: _PendingStepFuture) -> asyncio.Future[StepResult]:
+        return asyncio.wrap_future(self._waiter.submit(lambda: pending.result().wait()))
 
     async def stop(self) -> None:
         for thread in (self._dispatcher, self._waiter):
@@ -218,6 +247,8 @@ class LLM:
             completion.prompt_logprobs.extend(output.prompt_logprobs)
             completion.finish_reason = output.finish_reason
             completion.num_cached_tokens = output.num_cached_tokens
+            if output.embedding:
+                completion.embedding = np.frombuffer(output.embedding, "<f4")
             if output.finish_reason is not None and self._bar is not None:
                 self._bar.update()
 
@@ -267,8 +298,15 @@ class LLM:
         self._loop.close()
 
 
-def _wait(pending: "concurrent.futures.Future[PendingStep]") -> StepResult:
-    return pending.result().wait()
+def _pass_on(future: asyncio.Future[StepResult], result: asyncio.Future[StepResult]) -> None:
+    if future.done():
+        return
+    if result.cancelled():
+        future.cancel()
+    elif (error := result.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result.result())
 
 
 def _find_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:

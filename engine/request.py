@@ -5,6 +5,7 @@ Knows no text (stop strings live above) and no arrays. The scheduler owns a requ
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -39,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: Go on past the model's own end tokens.
         logprobs: None for none, else how many alternatives to report beside the chosen token.
         prompt_logprobs: The same for the tokens of the prompt, all but its first.
+        embedding: Report the prompt's: the model's last hidden state of its last token.
     """
 
     temperature: float = 1.0
@@ -56,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0, 2)
@@ -130,6 +133,10 @@ class TokenConstraint(Protocol):
         """Take in the token that came; it was allowed."""
         ...
 
+    def forced_tokens(self) -> Sequence[int]:
+        """The tokens that come next whatever is sampled, each then the only one allowed."""
+        ...
+
 
 class RequestState(enum.Enum):
     WAITING = enum.auto()
@@ -175,6 +182,8 @@ class Request:
     """Keys of its first full pages of known tokens, as far as they were asked for: they never
     change, whatever becomes of the pages."""
     output_token_ids: list[int] = field(default_factory=list)
+    num_reported_tokens: int = 0
+    """Of `output_token_ids`, those that its owner has been told."""
     prompt_logprobs: "list[TokenLogprobs]" = field(default_factory=list)
     """Of the prompt's second token and those that follow, as far as they are known."""
     num_computed_tokens: int = 0
@@ -209,6 +218,11 @@ class Request:
         if self.sampling.prompt_logprobs is None or self.num_prompt_output_tokens:
             return False
         return len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
+
+    @property
+    def wants_embedding(self) -> bool:
+        """Whether the prompt's embedding is asked for, and not known yet."""
+        return self.sampling.embedding and not self.output_token_ids
 
     def token_ids_from(self, start: int, stop: int) -> list[int]:
         """Token ids at positions start to stop - 1 of prompt and output together."""
@@ -260,6 +274,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
         stop_token_id: The end token that stopped it, if one did.
         prompt_logprobs: With the first token: one per prompt token but the first, if asked for.
         timing: With the first token that the engine generates of a request, and with the last.
+        embedding: float32, little-endian, with the first token if asked for.
     """
 
     request_id: str
@@ -271,3 +286,4 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     timing: RequestTiming | None = None
+    embedding: bytes = b""

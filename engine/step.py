@@ -93,16 +93,6 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     next_token_id: int = -1
 
 
-class MaskUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """The tokens that a slot may sample from this step on, until the next update or admission.
-
-    `words` is uint32 as `TokenConstraint.allowed_tokens` has it, sent as int32.
-    """
-
-    slot: int
-    words: np.ndarray
-
-
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """One step for every host: the same plan on each gives the same tokens on each.
 
@@ -119,7 +109,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         chunks: Prefill chunks.
         has_logprobs: Whether log probabilities of this step's tokens are wanted.
         has_prompt_logprobs: Whether those of the chunks' tokens are.
-        masks: Of slots whose allowed tokens are others than before.
+        masked_rows: int32, rows whose tokens are sampled once the step's `StepMasks` has come,
+            which follows before the next plan.
+        embedded_rows: int32, rows of chunks whose last tokens' hidden states are wanted.
     """
 
     step: int
@@ -131,11 +123,36 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     chunks: tuple[Chunk, ...] = ()
     has_logprobs: bool = False
     has_prompt_logprobs: bool = False
-    masks: tuple[MaskUpdate, ...] = ()
+    masked_rows: np.ndarray = NO_INTS
+    embedded_rows: np.ndarray = NO_INTS
 
     @property
     def num_rows(self) -> int:
         return len(self.decode_slots) + len(self.chunks)
+
+    def slot_and_end(self, row: int) -> tuple[int, int]:
+        """A row's slot, and the position of the token that it samples."""
+        num_decodes = len(self.decode_slots)
+        if row < num_decodes:
+            return int(self.decode_slots[row]), int(self.decode_positions[row]) + 1
+        chunk = self.chunks[row - num_decodes]
+        return chunk.slot, chunk.start + len(chunk.token_ids)
+
+
+class StepMasks(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Which tokens a step's masked rows may sample.
+
+    They depend on the tokens of the step before, so that they come after the plan, while the device
+    computes all that does not depend on them.
+
+    Attributes:
+        step: The plan's.
+        words: One for each of `StepPlan.masked_rows`: uint32 as `TokenConstraint.allowed_tokens`
+            has them, sent as int32; empty = any token.
+    """
+
+    step: int
+    words: tuple[np.ndarray, ...]
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -151,6 +168,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             the plan; or empty if not wanted.
         prompt_top_token_ids: int32 [chunk tokens * MAX_TOP_LOGPROBS], or empty.
         prompt_top_logprobs: float32 [chunk tokens * MAX_TOP_LOGPROBS], or empty.
+        embeddings: float32 [embedded rows * D], the model's last hidden states, normalised by its
+            last norm and not otherwise; or empty.
         device_ms: From dispatch to the tokens' arrival on the host.
         num_compiles: Programs that rank 0 compiled since it was ready; anything but 0 is a fault.
     """
@@ -163,6 +182,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     prompt_logprobs: np.ndarray = NO_FLOATS
     prompt_top_token_ids: np.ndarray = NO_INTS
     prompt_top_logprobs: np.ndarray = NO_FLOATS
+    embeddings: np.ndarray = NO_FLOATS
     device_ms: float = 0.0
     num_compiles: int = 0
 
@@ -225,6 +245,10 @@ class Executor(Protocol):
         """
         ...
 
+    def mask(self, masks: StepMasks) -> None:
+        """Have the step that was started last sample its masked rows; it has some."""
+        ...
+
     async def stop(self) -> None:
         """End all processes and threads; safe to call twice."""
         ...
@@ -248,10 +272,11 @@ def _decode_array(kind: type, value: Any) -> Any:
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
 _plan_decoder = msgspec.msgpack.Decoder(StepPlan, dec_hook=_decode_array)
+_masks_decoder = msgspec.msgpack.Decoder(StepMasks, dec_hook=_decode_array)
 _result_decoder = msgspec.msgpack.Decoder(StepResult, dec_hook=_decode_array)
 
 
-def encode(message: StepPlan | StepResult) -> bytes:
+def encode(message: StepPlan | StepMasks | StepResult) -> bytes:
     """Encode as msgpack."""
     return _encoder.encode(message)
 
@@ -262,6 +287,14 @@ def decode_plan(data: bytes | memoryview) -> StepPlan:
         return _plan_decoder.decode(data)
     except (msgspec.DecodeError, TypeError, ValueError) as error:
         raise EngineError(f"a host received a step plan that it cannot read: {error}") from error
+
+
+def decode_masks(data: bytes | memoryview) -> StepMasks:
+    """Decode a step's masks. Raises EngineError for bytes that are none."""
+    try:
+        return _masks_decoder.decode(data)
+    except (msgspec.DecodeError, TypeError, ValueError) as error:
+        raise EngineError(f"a host received masks that it cannot read: {error}") from error
 
 
 def decode_result(data: bytes | memoryview) -> StepResult:

@@ -20,15 +20,19 @@ from engine.text.tokenizer import Tokenizer
 
 
 def encode_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, *, vocab_size: int
+    given: Sequence[str | list[int]], tokenizer: Tokenizer, *, vocab_size: int, param: str
 ) -> list[list[int]]:
     """Turn each prompt into token ids.
+
+    Args:
+        given: The prompts as the client wrote them.
+        param: What the client called them.
 
     Raises:
         RequestError: A prompt is empty, or has an id that the model does not have.
     """
     prompts = []
-    for prompt in request.prompt:
+    for prompt in given:
         if isinstance(prompt, str):
             token_ids = tokenizer.encode(prompt, add_special_tokens=True)
         else:
@@ -36,12 +40,12 @@ def encode_prompts(
             for token_id in token_ids:
                 if not 0 <= token_id < vocab_size:
                     raise RequestError(
-                        f"The prompt has the token id {token_id}; ids run from 0 to "
+                        f"The {param} has the token id {token_id}; ids run from 0 to "
                         f"{vocab_size - 1}.",
-                        param="prompt",
+                        param=param,
                     )
         if not token_ids:
-            raise RequestError("A prompt is empty; give at least one token.", param="prompt")
+            raise RequestError(f"A {param} is empty; give at least one token.", param=param)
         prompts.append(token_ids)
     return prompts
 

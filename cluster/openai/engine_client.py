@@ -120,6 +120,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         num_cached_tokens: Prompt tokens that the prefix cache held; the same in each delta.
         prompt_logprobs: With the first token: one per prompt token but the first, if asked for.
         visit: With an attempt's first token and with the choice's last, unless its end was cut.
+        embedding: The prompt's, with the first token: float32, little-endian; empty if not asked
+            for.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -129,6 +131,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     visit: EngineVisit | None = None
+    embedding: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         stop_reason: The stop string or the client's own stop token that ended it.
         visit: As the delta had it.
         was_sent: The client has it already; `num_tokens` is 0.
+        embedding: With the first update, as in `TokenDelta`.
     """
 
     index: int
@@ -53,6 +54,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_reason: int | str | None = None
     visit: EngineVisit | None = None
     was_sent: bool = False
+    embedding: bytes = b""
 
 
 @dataclass(slots=True)
@@ -254,6 +256,7 @@ class Generation:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             visit=delta.visit,
+            embedding=delta.embedding,
         )
 
 

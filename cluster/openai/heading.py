@@ -24,7 +24,7 @@ class Heading:
     system_fingerprint: str | None
 
 
-def make_request_id(kind: Literal["chatcmpl-", "cmpl-", "resp_"]) -> str:
+def make_request_id(kind: Literal["chatcmpl-", "cmpl-", "embd-", "resp_"]) -> str:
     """Make an id that no other request of any router has."""
     return f"{kind}{uuid.uuid4().hex}"
 

@@ -9,7 +9,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from cluster.openai.responses_schema import ResponseRequest
-from cluster.openai.schema import ChatCompletionRequest, CompletionRequest, ProfileRequest
+from cluster.openai.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ProfileRequest,
+)
 from cluster.openai.tokenization import DetokenizeRequest, TokenizeRequest
 
 
@@ -29,6 +34,7 @@ def body_schemas() -> dict[str, Any]:
     kinds = (
         ChatCompletionRequest,
         CompletionRequest,
+        EmbeddingRequest,
         ResponseRequest,
         TokenizeRequest,
         DetokenizeRequest,

@@ -314,6 +314,17 @@ class CompletionRequest(_GenerationBody):
     echo: StrictBool = False
 
 
+class EmbeddingRequest(_Body):
+    """Body of POST /v1/embeddings."""
+
+    model: StrictStr
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    """The first so many, for models that were trained for it."""
+    cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
+
+
 class ProfileRequest(_Body):
     """Body of POST /start_profile; an empty one will do."""
 
@@ -406,6 +417,24 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class FunctionCallDelta(BaseModel):

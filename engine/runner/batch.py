@@ -6,13 +6,17 @@ whatever its size, and a step takes few arguments, each of which costs time to h
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import jax
 import numpy as np
 
-from engine.step import Bucket, SlotParams, StepPlan
+from engine.step import NO_INTS, Bucket, SlotParams, StepPlan
+
+MASKED_AT_ONCE = 8
+"""Masked rows that one call samples."""
 
 
 class IntColumn(enum.IntEnum):
@@ -30,7 +34,11 @@ class IntColumn(enum.IntEnum):
     """Below this position no end token may be sampled."""
     HAS_PENALTIES = 7
     HAS_LOGIT_BIAS = 8
-    HAS_MASK = 9
+    IS_MASKED = 9
+    """The row's token is sampled later, once it is known which it may be."""
+
+
+_ADJUSTING = [IntColumn.HAS_PENALTIES, IntColumn.HAS_LOGIT_BIAS, IntColumn.MIN_LEN]
 
 
 class FloatColumn(enum.IntEnum):
@@ -69,6 +77,8 @@ class StepInputs:
         num_decodes: int32 [].
         has_logprobs: bool [].
         has_prompt_logprobs: bool [].
+        masked_rows: int32 [R], those whose tokens are sampled later, and zeros.
+        num_masked_rows: int32 [].
     """
 
     row_ints: jax.Array
@@ -79,6 +89,26 @@ class StepInputs:
     num_decodes: jax.Array
     has_logprobs: jax.Array
     has_prompt_logprobs: jax.Array
+    masked_rows: jax.Array
+    num_masked_rows: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedInputs:
+    """What the host hands to one sampling of masked rows; M is MASKED_AT_ONCE.
+
+    Attributes:
+        row_ints: int32 [M, len(IntColumn)].
+        row_floats: float32 [M, len(FloatColumn)].
+        masks: int32 [M, ceil(V / 32)], a bit for each token that may be sampled.
+        has_logprobs: bool [].
+    """
+
+    row_ints: jax.Array
+    row_floats: jax.Array
+    masks: jax.Array
+    has_logprobs: jax.Array
 
 
 class BatchBuilder:
@@ -88,8 +118,9 @@ class BatchBuilder:
     after the last slot belongs to padding: no pages, greedy, no features.
     """
 
-    def __init__(self, *, num_slots: int, pages_per_seq: int) -> None:
+    def __init__(self, *, num_slots: int, pages_per_seq: int, vocab_size: int) -> None:
         self._num_slots = num_slots
+        self._num_mask_words = -(-vocab_size // 32)
         self._page_table = np.zeros((num_slots + 1, pages_per_seq), np.int32)
         self._slot_ints = np.zeros((num_slots + 1, len(IntColumn)), np.int32)
         self._slot_ints[:, IntColumn.SLOT] = np.arange(num_slots + 1)
@@ -104,9 +135,6 @@ class BatchBuilder:
         for update in plan.page_updates:
             stop = update.first + len(update.pages)
             self._page_table[update.slot, update.first : stop] = update.pages
-
-        for mask in plan.masks:
-            self._slot_ints[mask.slot, IntColumn.HAS_MASK] = len(mask.words) > 0
 
         bucket = plan.bucket
         num_rows = bucket.num_seqs + bucket.num_chunks
@@ -144,6 +172,17 @@ class BatchBuilder:
         row_ints[:, IntColumn.KV_LEN] = kv_len_R
         row_floats = self._slot_floats[sampling_slot_R]
         row_floats[:, FloatColumn.ROPE_ALPHA] = self._slot_floats[slot_R, FloatColumn.ROPE_ALPHA]
+        num_masked = len(plan.masked_rows)
+        masked_rows = np.zeros(num_rows, np.int32)
+        if num_masked:
+            is_chunk = plan.masked_rows >= num_decodes
+            masked_rows[:num_masked] = plan.masked_rows
+            masked_rows[:num_masked][is_chunk] += bucket.num_seqs - num_decodes
+            # What is sampled of them now counts for nothing, so it takes the cheapest way.
+            masked = masked_rows[:num_masked]
+            row_ints[masked, IntColumn.IS_MASKED] = True
+            row_ints[masked[:, None], _ADJUSTING] = 0
+            row_floats[masked, FloatColumn.TEMPERATURE] = 0
         arrays = {
             "row_ints": row_ints,
             "row_floats": row_floats,
@@ -153,9 +192,41 @@ class BatchBuilder:
             "num_decodes": np.int32(num_decodes),
             "has_logprobs": np.bool_(plan.has_logprobs),
             "has_prompt_logprobs": np.bool_(plan.has_prompt_logprobs),
+            "masked_rows": masked_rows,
+            "num_masked_rows": np.int32(num_masked),
         }
         # Host arrays where the compiled program takes device arrays: it copies them itself.
         return StepInputs(**cast("dict[str, jax.Array]", arrays))
+
+    def build_masked(self, plan: StepPlan, words: Sequence[np.ndarray]) -> list[MaskedInputs]:
+        """Lay out the masked rows of the plan that was built last, `MASKED_AT_ONCE` in each call.
+
+        Args:
+            plan: With masked rows, or none for a call of padding.
+            words: As in `StepMasks`.
+        """
+        calls = []
+        for start in range(0, max(1, len(words)), MASKED_AT_ONCE):
+            slot_M = np.full(MASKED_AT_ONCE, self._num_slots, np.int32)
+            kv_len_M = np.zeros(MASKED_AT_ONCE, np.int32)
+            masks = np.full((MASKED_AT_ONCE, self._num_mask_words), -1, np.int32)
+            rows = plan.masked_rows[start : start + MASKED_AT_ONCE].tolist()
+            for place, row in enumerate(rows):
+                slot_M[place], kv_len_M[place] = plan.slot_and_end(row)
+                given = words[start + place][: self._num_mask_words]
+                if len(given):
+                    masks[place, : len(given)] = given
+                    masks[place, len(given) :] = 0
+            row_ints = self._slot_ints[slot_M]
+            row_ints[:, IntColumn.KV_LEN] = kv_len_M
+            arrays = {
+                "row_ints": row_ints,
+                "row_floats": self._slot_floats[slot_M],
+                "masks": masks,
+                "has_logprobs": np.bool_(plan.has_logprobs),
+            }
+            calls.append(MaskedInputs(**cast("dict[str, jax.Array]", arrays)))
+        return calls
 
     def _admit(self, params: SlotParams) -> None:
         ints = self._slot_ints[params.slot]
@@ -166,7 +237,6 @@ class BatchBuilder:
         ints[IntColumn.MIN_LEN] = _min_len(params)
         ints[IntColumn.HAS_PENALTIES] = params.has_penalties
         ints[IntColumn.HAS_LOGIT_BIAS] = len(params.logit_bias) > 0
-        ints[IntColumn.HAS_MASK] = False
         floats = self._slot_floats[params.slot]
         floats[FloatColumn.TEMPERATURE] = params.temperature
         floats[FloatColumn.TOP_P] = params.top_p
@@ -177,13 +247,9 @@ class BatchBuilder:
         floats[FloatColumn.ROPE_ALPHA] = params.rope_alpha
 
 
-def padding_inputs(bucket: Bucket, *, num_slots: int, pages_per_seq: int) -> StepInputs:
-    """Inputs of a step that computes nothing: for shapes, and to warm a program up."""
-    builder = BatchBuilder(num_slots=num_slots, pages_per_seq=pages_per_seq)
-    nothing = np.empty(0, np.int32)
-    return builder.build(
-        StepPlan(step=0, bucket=bucket, decode_slots=nothing, decode_positions=nothing)
-    )
+def padding_plan(bucket: Bucket) -> StepPlan:
+    """A plan that computes nothing: for shapes, and to warm a program up."""
+    return StepPlan(step=0, bucket=bucket, decode_slots=NO_INTS, decode_positions=NO_INTS)
 
 
 def _min_len(params: SlotParams) -> int:

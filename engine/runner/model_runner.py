@@ -6,8 +6,9 @@ Knows neither requests nor queues.
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,13 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.hub import resolve_checkpoint
 from engine.kernels.attention import Cache, zeroed_cache
 from engine.models.checkpoint import dummy_weights, load_weights
 from engine.models.config import ModelConfig, load_model_config
 from engine.models.layer_stack import lay_out_for_cpu
-from engine.runner.batch import BatchBuilder
+from engine.runner.batch import MASKED_AT_ONCE
 from engine.runner.compilation import CompileCounter, compile_all
 from engine.runner.fingerprint import model_fingerprint
 from engine.runner.kv_cache import gang_capacity
@@ -29,12 +30,12 @@ from engine.runner.platform import compilation_cache_dir, configure_jax, keep_fr
 from engine.runner.program_store import ProgramStore
 from engine.runner.programs import (
     ADMISSION,
-    MASKS,
+    MASKED_SAMPLING,
     EnginePrograms,
     describe_program,
 )
 from engine.runner.sampler import Logprobs
-from engine.runner.slot_state import SlotState, make_admissions, make_masks, needs_admission
+from engine.runner.slot_state import SlotState, make_admissions, needs_admission
 from engine.runner.step_profiler import StepProfiler
 from engine.runner.step_program import StepOutputs
 from engine.sharding import make_mesh
@@ -43,9 +44,9 @@ from engine.step import (
     NO_INTS,
     Bucket,
     EngineLimits,
-    MaskUpdate,
     ProgressCallback,
     StartProgress,
+    StepMasks,
     StepPlan,
     StepResult,
 )
@@ -53,42 +54,74 @@ from engine.step import (
 logger = logging.getLogger(__name__)
 
 
+class _Sampled(NamedTuple):
+    """What one program sampled: of which rows of the plan, and at which places of its outputs."""
+
+    rows: np.ndarray
+    places: np.ndarray
+    token_ids: jax.Array
+    logprobs: Logprobs
+
+
 class PendingStep:
-    """A step that the device may still be computing."""
+    """A step that the device may still be computing.
+
+    Where its plan has masked rows, `wait` comes after `ModelRunner.sample_masked`.
+    """
 
     def __init__(
         self, plan: StepPlan, outputs: StepOutputs, started_s: float, num_compiles: int
     ) -> None:
+        self.plan = plan
         self._num_compiles = num_compiles
-        self._step = plan.step
-        self._has_logprobs = plan.has_logprobs
-        self._has_prompt_logprobs = plan.has_prompt_logprobs
-        self._outputs = outputs
+        self._prompt_logprobs = outputs.prompt_logprobs
+        self._hidden = outputs.hidden
         self._started_s = started_s
+        self._sampled: list[_Sampled] = []
         num_seqs = plan.bucket.num_seqs
-        self._rows = np.concatenate(
+        places = np.concatenate(
             [np.arange(len(plan.decode_slots)), num_seqs + np.arange(len(plan.chunks))]
         )
-        self._num_chunk_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
-        outputs.token_ids.copy_to_host_async()
+        self.add(np.arange(plan.num_rows), places, outputs.token_ids, outputs.logprobs)
+
+    def add(
+        self, rows: np.ndarray, places: np.ndarray, token_ids: jax.Array, logprobs: Logprobs
+    ) -> None:
+        """Take in what a program sampled, in place of what was there for its rows.
+
+        Args:
+            rows: Rows of the plan.
+            places: Where the arrays have them.
+            token_ids: int32.
+            logprobs: Theirs.
+        """
+        token_ids.copy_to_host_async()
+        self._sampled.append(_Sampled(rows, places, token_ids, logprobs))
 
     def wait(self) -> StepResult:
         """Block until the tokens are on the host."""
-        token_ids = _read(self._outputs.token_ids, self._rows)
+        token_ids = self._read(lambda sampled: sampled.token_ids)
         device_ms = (time.monotonic() - self._started_s) * 1e3
         logprobs = top_logprobs = NO_FLOATS
         prompt_logprobs = prompt_top_logprobs = NO_FLOATS
         top_token_ids = prompt_top_token_ids = NO_INTS
-        if self._has_logprobs:
-            logprobs, top_token_ids, top_logprobs = _read_logprobs(
-                self._outputs.logprobs, self._rows
+        if self.plan.has_logprobs:
+            logprobs = self._read(lambda sampled: sampled.logprobs.logprobs)
+            top_token_ids = self._read(lambda sampled: sampled.logprobs.top_token_ids)
+            top_logprobs = self._read(lambda sampled: sampled.logprobs.top_logprobs)
+        if self.plan.has_prompt_logprobs:
+            num_tokens = sum(len(chunk.token_ids) for chunk in self.plan.chunks)
+            of_prompt = self._prompt_logprobs
+            prompt_logprobs, prompt_top_token_ids, prompt_top_logprobs = (
+                _to_host(array)[:num_tokens].reshape(-1)
+                for array in (of_prompt.logprobs, of_prompt.top_token_ids, of_prompt.top_logprobs)
             )
-        if self._has_prompt_logprobs:
-            prompt_logprobs, prompt_top_token_ids, prompt_top_logprobs = _read_logprobs(
-                self._outputs.prompt_logprobs, np.arange(self._num_chunk_tokens)
-            )
+        embeddings = NO_FLOATS
+        if len(self.plan.embedded_rows):
+            chunks = self.plan.embedded_rows - len(self.plan.decode_slots)
+            embeddings = _to_host(self._hidden)[chunks].reshape(-1)
         return StepResult(
-            step=self._step,
+            step=self.plan.step,
             token_ids=token_ids,
             logprobs=logprobs,
             top_token_ids=top_token_ids,
@@ -96,9 +129,18 @@ class PendingStep:
             prompt_logprobs=prompt_logprobs,
             prompt_top_token_ids=prompt_top_token_ids,
             prompt_top_logprobs=prompt_top_logprobs,
+            embeddings=embeddings,
             device_ms=device_ms,
             num_compiles=self._num_compiles,
         )
+
+    def _read(self, array_of: Callable[[_Sampled], jax.Array]) -> np.ndarray:
+        """One array of all rows: what was sampled last of each."""
+        first, *others = self._sampled
+        values = _to_host(array_of(first))[first.places]
+        for sampled in others:
+            values[sampled.rows] = _to_host(array_of(sampled))[sampled.places]
+        return values.reshape(-1)
 
 
 class ModelRunner:
@@ -125,6 +167,7 @@ class ModelRunner:
         self._params: Any = None
         self._cache: Cache = None
         self._state: SlotState | None = None
+        self._unsampled: PendingStep | None = None
         self._compiles: CompileCounter | None = None
         self._store: ProgramStore | None = None
 
@@ -176,9 +219,7 @@ class ModelRunner:
         pages = self._compile(programs, on_progress)
         self._cache = zeroed_cache(programs.cache_shapes(pages))
         self._state = jax.jit(programs.init_state, out_shardings=programs.replicated)()
-        self._batch = BatchBuilder(
-            num_slots=config.max_running_requests, pages_per_seq=programs.pages_per_seq
-        )
+        self._batch = programs.batch_builder()
         if platform == "cpu":
             keep_freed_memory()
         self._warm_up(programs.buckets, on_progress)
@@ -208,7 +249,17 @@ class ModelRunner:
         )
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
-        """Start a step and return before the device is done with it."""
+        """Start a step and return before the device is done with it.
+
+        Where the plan has masked rows, `sample_masked` comes before the next step.
+
+        Raises:
+            EngineError: It did not come for the step before.
+        """
+        if self._unsampled is not None:
+            raise EngineError(
+                f"step {plan.step} came before the masks of step {self._unsampled.plan.step}"
+            )
         started_s = time.monotonic()
         self._profiler.count_step()
         with jax.profiler.StepTraceAnnotation("step", step_num=plan.step):
@@ -216,15 +267,30 @@ class ModelRunner:
                 if needs_admission(params):
                     for admission in make_admissions(params, self._vocab_size):
                         self._state = self._programs[ADMISSION](self._state, admission)
-            for masks in make_masks(
-                plan.masks, self._config.max_running_requests, self._vocab_size
-            ):
-                self._state = self._programs[MASKS](self._state, masks)
             inputs = self._batch.build(plan)
             outputs, self._cache, self._state = self._programs[plan.bucket](
                 self._params, self._cache, self._state, inputs
             )
-        return PendingStep(plan, outputs, started_s, self.num_compiles_since_ready)
+        pending = PendingStep(plan, outputs, started_s, self.num_compiles_since_ready)
+        if len(plan.masked_rows):
+            self._unsampled = pending
+        return pending
+
+    def sample_masked(self, masks: StepMasks) -> PendingStep:
+        """Start to sample the masked rows of the step that was dispatched last, and return it.
+
+        Raises:
+            EngineError: That step has none, or the masks are another step's.
+        """
+        pending, self._unsampled = self._unsampled, None
+        if pending is None or pending.plan.step != masks.step:
+            raise EngineError(f"masks of step {masks.step} came where none were due")
+        rows = pending.plan.masked_rows
+        for index, inputs in enumerate(self._batch.build_masked(pending.plan, masks.words)):
+            token_ids, logprobs, self._state = self._programs[MASKED_SAMPLING](self._state, inputs)
+            some = rows[index * MASKED_AT_ONCE : (index + 1) * MASKED_AT_ONCE]
+            pending.add(some, np.arange(len(some)), token_ids, logprobs)
+        return pending
 
     def profile(self, num_steps: int) -> None:
         """Write a trace of the next steps below `profile_dir`; 0 ends one that is under way."""
@@ -317,20 +383,16 @@ class ModelRunner:
                 decode_positions=NO_INTS,
                 has_logprobs=True,
                 has_prompt_logprobs=True,
-                masks=(MaskUpdate(self._config.max_running_requests, NO_INTS),),
             )
             self.dispatch(plan).wait()
+            for inputs in self._batch.build_masked(plan, ()):
+                *_, self._state = self._programs[MASKED_SAMPLING](self._state, inputs)
             on_progress(StartProgress(phase="warmup", done=done, total=len(smallest)))
 
 
-def _read(array: jax.Array, rows: np.ndarray) -> np.ndarray:
+def _to_host(array: jax.Array) -> np.ndarray:
     # Every device holds the whole array; another process's copy could not be read.
-    return np.asarray(array.addressable_data(0))[rows].reshape(-1)
-
-
-def _read_logprobs(logprobs: Logprobs, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-    arrays = logprobs.logprobs, logprobs.top_token_ids, logprobs.top_logprobs
-    return tuple(_read(array, rows) for array in arrays)
+    return np.asarray(array.addressable_data(0))
 
 
 def _check_platform(config: EngineConfig, mesh: Mesh) -> str:

@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from engine.kernels.attention import Cache, make_attention
 from engine.models.config import ModelConfig
 from engine.models.registry import ParameterSpec, make_model, parameter_specs
-from engine.runner.batch import padding_inputs
+from engine.runner.batch import BatchBuilder, padding_plan
 from engine.runner.compilation import Program
 from engine.runner.kv_cache import MemoryUse, bytes_per_device, num_pages, temporary_bytes
 from engine.runner.likeliest import likeliest_on
@@ -26,17 +26,15 @@ from engine.runner.slot_state import (
     SlotState,
     admit,
     init_slot_state,
-    make_masks,
     padding_admission,
-    set_masks,
 )
-from engine.runner.step_program import make_step
+from engine.runner.step_program import make_masked_sampling, make_step
 from engine.scheduling.buckets import bucket_table
 from engine.sharding import ResidualStream, named_sharding
-from engine.step import NO_INTS, Bucket, MaskUpdate
+from engine.step import Bucket
 
 ADMISSION = "admission"
-MASKS = "masks"
+MASKED_SAMPLING = "masked sampling"
 PARALLEL_FROM = 256
 """Tokens of a step from which on TPUs share the residual stream out over tokens."""
 
@@ -47,8 +45,8 @@ stay the same; of 8192 tokens they grow by a tenth."""
 
 FEW_CHUNK_TOKENS = 2048
 
-SLOT_PROGRAMS = (ADMISSION, MASKS)
-"""Programs that set what the device holds of a slot."""
+SLOT_PROGRAMS = (ADMISSION, MASKED_SAMPLING)
+"""Programs of what the device holds of slots, beside the steps."""
 
 
 class EnginePrograms:
@@ -193,6 +191,14 @@ class EnginePrograms:
         """The state of an engine without requests."""
         return init_slot_state(self._config.max_running_requests, self._model_config.vocab_size)
 
+    def batch_builder(self) -> BatchBuilder:
+        """Make what lays out the steps' inputs."""
+        return BatchBuilder(
+            num_slots=self._config.max_running_requests,
+            pages_per_seq=self.pages_per_seq,
+            vocab_size=self._model_config.vocab_size,
+        )
+
     def program(self, name: Bucket | str, params: Any, num_pages: int) -> Program:
         """Describe one program.
 
@@ -201,26 +207,25 @@ class EnginePrograms:
             params: The parameters, or their shapes.
             num_pages: Of the KV cache.
         """
-        slots, vocab_size = self._config.max_running_requests, self._model_config.vocab_size
         state = self.state_shapes()
+        likeliest = likeliest_on(self.platform)
         if isinstance(name, str):
             if name == ADMISSION:
-                function, nothing = admit, padding_admission(slots, vocab_size)
+                function, nothing = (
+                    admit,
+                    padding_admission(
+                        self._config.max_running_requests, self._model_config.vocab_size
+                    ),
+                )
             else:
-                function = set_masks
-                (nothing,) = make_masks([MaskUpdate(slots, NO_INTS)], slots, vocab_size)
+                function = make_masked_sampling(likeliest)
+                (nothing,) = self.batch_builder().build_masked(padding_plan(self.buckets[0]), ())
             jitted = jax.jit(function, donate_argnums=0, out_shardings=self.replicated)
             return Program(name, jitted, (state, self._whole(nothing)))
         cache = self.cache_shapes(num_pages)
-        inputs = self._whole(
-            padding_inputs(name, num_slots=slots, pages_per_seq=self.pages_per_seq)
-        )
+        inputs = self._whole(self.batch_builder().build(padding_plan(name)))
         cache_shardings = jax.tree.map(lambda array: array.sharding, cache)
-        step = make_step(
-            self.model,
-            page_size=self._config.page_size,
-            likeliest=likeliest_on(self.platform),
-        )
+        step = make_step(self.model, page_size=self._config.page_size, likeliest=likeliest)
         jitted = jax.jit(
             step,
             donate_argnums=(1, 2),

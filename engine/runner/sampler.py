@@ -18,7 +18,7 @@ from jax.extend.random import threefry_2x32
 
 from engine.request import MAX_LOGPROBS
 from engine.runner.likeliest import NEVER, Likeliest, Limits
-from engine.runner.slot_state import IN_PROMPT, ONE_OUTPUT, SlotState
+from engine.runner.slot_state import IN_PROMPT, ONE_OUTPUT, SlotState, rows_of_slots
 
 CDF_BLOCK = 512
 
@@ -37,7 +37,7 @@ class SamplingInputs:
         top_k: int32, 0 = all.
         top_p, min_p: float32.
         presence_penalty, frequency_penalty, repetition_penalty: float32.
-        has_penalties, has_logit_bias, bans_end_tokens, has_mask: bool.
+        has_penalties, has_logit_bias, bans_end_tokens: bool.
         seed: uint32 [R, 2], high and low half.
         choice_index: int32.
         position: int32, position in its sequence of the token to sample.
@@ -55,7 +55,6 @@ class SamplingInputs:
     has_penalties: jax.Array
     has_logit_bias: jax.Array
     bans_end_tokens: jax.Array
-    has_mask: jax.Array
     seed: jax.Array
     choice_index: jax.Array
     position: jax.Array
@@ -79,26 +78,32 @@ class Logprobs:
 
 
 def sample(
-    logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState, likeliest: Likeliest
+    logits_RV: jax.Array,
+    inputs: SamplingInputs,
+    state: SlotState,
+    likeliest: Likeliest,
+    masks: jax.Array | None = None,
 ) -> tuple[jax.Array, Logprobs]:
     """Choose one token per row.
 
     Args:
         logits_RV: float32, of the model.
         inputs: How to choose.
-        state: Counts, biases, end tokens and masks by slot.
+        state: Counts, biases and end tokens by slot.
         likeliest: How the likeliest tokens are found.
+        masks: int32 [R, ceil(V / 32)], a bit for each token that may be chosen; None = all may.
 
     Returns:
         int32 [R]; and log probabilities, which are zeros unless asked for.
     """
     with jax.named_scope("sample"):
-        is_adjusted = jnp.any(
-            inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens | inputs.has_mask
-        )
+        is_adjusted = jnp.any(inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens)
+        if masks is not None:
+            is_adjusted = jnp.bool_(True)
 
         def adjust() -> jax.Array:
-            return _adjust(logits_RV, inputs, state)
+            changed_RV = _adjust(logits_RV, inputs, state)
+            return changed_RV if masks is None else _mask(changed_RV, masks)
 
         # Adjusted in each branch anew: what a branch returns is copied, and where nothing is
         # adjusted the likeliest token is to be had without a copy of all logits.
@@ -136,7 +141,7 @@ def _adjust(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> j
     )
 
     def penalize() -> jax.Array:
-        counts_RV = _rows(state.token_counts, inputs.slot)
+        counts_RV = rows_of_slots(state.token_counts, inputs.slot)
         outputs_RV = (counts_RV // ONE_OUTPUT).astype(jnp.float32)
         was_output_RV = outputs_RV > 0
         was_seen_RV = was_output_RV | ((counts_RV & IN_PROMPT) > 0)
@@ -147,28 +152,13 @@ def _adjust(logits_RV: jax.Array, inputs: SamplingInputs, state: SlotState) -> j
         penalized_RV -= inputs.presence_penalty[:, None] * was_output_RV
         return jnp.where(inputs.has_penalties[:, None], penalized_RV, changed_RV)
 
-    penalized_RV = jax.lax.cond(jnp.any(inputs.has_penalties), penalize, lambda: changed_RV)
-
-    def mask() -> jax.Array:
-        bits = state.masks[inputs.slot][:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
-        is_allowed_RV = (bits & 1).reshape(len(bits), -1)[:, : logits_RV.shape[1]] > 0
-        return jnp.where(is_allowed_RV | ~inputs.has_mask[:, None], penalized_RV, NEVER)
-
-    return jax.lax.cond(jnp.any(inputs.has_mask), mask, lambda: penalized_RV)
+    return jax.lax.cond(jnp.any(inputs.has_penalties), penalize, lambda: changed_RV)
 
 
-def _rows(array: jax.Array, row_R: jax.Array) -> jax.Array:
-    """The rows of an array by their numbers, one after another.
-
-    As a gather, the compiler for TPUs would take 3 s over rows as long as a vocabulary.
-    """
-
-    def copy_row(place: jax.Array, rows: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_slice_in_dim(array, row_R[place], 1)
-        return jax.lax.dynamic_update_slice_in_dim(rows, row, place, axis=0)
-
-    rows = jnp.zeros((len(row_R), array.shape[1]), array.dtype)
-    return jax.lax.fori_loop(0, len(row_R), copy_row, rows)
+def _mask(logits_RV: jax.Array, masks: jax.Array) -> jax.Array:
+    bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
+    is_allowed_RV = (bits & 1).reshape(len(bits), -1)[:, : logits_RV.shape[1]] > 0
+    return jnp.where(is_allowed_RV, logits_RV, NEVER)
 
 
 def _change_listed(

@@ -1,11 +1,10 @@
 """What the device remembers of each slot between steps, and how a request's admission sets it.
 
-Last tokens stay on the device so that a step can be planned before its input tokens are known.
-Token counts and biases stay there because they are large. Everything else that sampling needs comes
-with each step.
+Last tokens stay on the device so that a step can be planned before its input tokens are known, and
+so do the logits of rows whose masks are not known yet. Token counts and biases stay there because
+they are large. Everything else that sampling needs comes with each step.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from engine.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
-from engine.step import MaskUpdate, SlotParams
+from engine.step import SlotParams
 
 MAX_END_TOKENS = MAX_STOP_TOKENS + 16
 """End tokens of a request and of its model together."""
@@ -28,9 +27,6 @@ IN_PROMPT = 1
 
 ONE_OUTPUT = 2
 """Context lengths stay far below what 32 bits count in steps of this."""
-
-MASKS_AT_ONCE = 8
-"""Slots whose masks one call of the masks program sets."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +41,7 @@ class SlotState:
         bias_ids: int32 [num_slots + 1, MAX_LOGIT_BIAS], V where unused.
         bias_values: float32, the same shape.
         end_token_ids: int32 [num_slots + 1, MAX_END_TOKENS], V where unused.
-        masks: int32 [num_slots + 1, ceil(V / 32)], a bit for each token that may be sampled; read
-            only for rows whose requests have masks.
+        logits: float32 [num_slots + 1, V], kept between a step and the sampling of its masked rows.
     """
 
     last_token: jax.Array
@@ -54,16 +49,11 @@ class SlotState:
     bias_ids: jax.Array
     bias_values: jax.Array
     end_token_ids: jax.Array
-    masks: jax.Array
+    logits: jax.Array
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Masks:
-    """One call of the masks program: int32 [MASKS_AT_ONCE] slots, and [MASKS_AT_ONCE, words]."""
-
-    slots: jax.Array
-    words: jax.Array
+    @property
+    def num_slots(self) -> int:
+        return len(self.last_token) - 1
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +87,7 @@ def init_slot_state(num_slots: int, vocab_size: int) -> SlotState:
         bias_ids=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
         end_token_ids=jnp.full((rows, MAX_END_TOKENS), vocab_size, jnp.int32),
-        masks=jnp.zeros((rows, -(-vocab_size // 32)), jnp.int32),
+        logits=jnp.zeros((rows, vocab_size), jnp.float32),
     )
 
 
@@ -162,22 +152,43 @@ def admit(state: SlotState, admission: Admission) -> SlotState:
     )
 
 
-def make_masks(updates: Sequence[MaskUpdate], num_slots: int, vocab_size: int) -> Iterator[Masks]:
-    """Split a step's updates into calls of the masks program."""
-    for start in range(0, len(updates), MASKS_AT_ONCE):
-        slots = np.full(MASKS_AT_ONCE, num_slots, np.int32)
-        words = np.zeros((MASKS_AT_ONCE, -(-vocab_size // 32)), np.int32)
-        for place, update in enumerate(updates[start : start + MASKS_AT_ONCE]):
-            given = update.words[: words.shape[1]]
-            slots[place] = update.slot
-            words[place, : len(given)] = given
-        # Host arrays, as in `_admission`.
-        yield Masks(**cast("dict[str, jax.Array]", {"slots": slots, "words": words}))
+def keep_logits(
+    state: SlotState,
+    logits_RV: jax.Array,
+    slot_R: jax.Array,
+    row_M: jax.Array,
+    num_rows: jax.Array,
+) -> SlotState:
+    """Keep the logits of some rows by their slots; where there are none it costs nothing.
+
+    Args:
+        state: Before the step.
+        logits_RV: float32.
+        slot_R: int32.
+        row_M: int32, the rows.
+        num_rows: int32 [], how many of `row_M` there are.
+    """
+
+    def keep(place: jax.Array, kept: jax.Array) -> jax.Array:
+        row = row_M[place]
+        logits_1V = jax.lax.dynamic_slice_in_dim(logits_RV, row, 1)
+        return jax.lax.dynamic_update_slice_in_dim(kept, logits_1V, slot_R[row], axis=0)
+
+    return replace(state, logits=jax.lax.fori_loop(0, num_rows, keep, state.logits))
 
 
-def set_masks(state: SlotState, masks: Masks) -> SlotState:
-    """Set what some slots may sample. Meant to be compiled, with `state` donated."""
-    return replace(state, masks=state.masks.at[masks.slots].set(masks.words))
+def rows_of_slots(array: jax.Array, slot_R: jax.Array) -> jax.Array:
+    """The rows of some slots, one after another.
+
+    As a gather, the compiler for TPUs would take 3 s over rows as long as a vocabulary.
+    """
+
+    def copy_row(place: jax.Array, rows: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(array, slot_R[place], 1)
+        return jax.lax.dynamic_update_slice_in_dim(rows, row, place, axis=0)
+
+    rows = jnp.zeros((len(slot_R), array.shape[1]), array.dtype)
+    return jax.lax.fori_loop(0, len(slot_R), copy_row, rows)
 
 
 def record_tokens(

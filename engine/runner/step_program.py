@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from engine.kernels.attention import AttentionMetadata, Cache
 from engine.models.registry import Model
-from engine.runner.batch import ChunkRow, FloatColumn, IntColumn, StepInputs
+from engine.runner.batch import ChunkRow, FloatColumn, IntColumn, MaskedInputs, StepInputs
 from engine.runner.likeliest import Likeliest
 from engine.runner.sampler import Logprobs, SamplingInputs, logprobs_of, no_logprobs, sample
-from engine.runner.slot_state import SlotState, record_tokens
+from engine.runner.slot_state import SlotState, keep_logits, record_tokens, rows_of_slots
 
 PROMPT_LOGPROBS_BLOCK = 64
 """Chunk tokens whose logits exist at the same time."""
@@ -30,11 +30,13 @@ class StepOutputs:
         token_ids: int32 [R], sampled.
         logprobs: Theirs.
         prompt_logprobs: [num_chunk_tokens]: of the token that follows each.
+        hidden: float32 [num_chunks, D], normalised hidden states of the chunks' last tokens.
     """
 
     token_ids: jax.Array
     logprobs: Logprobs
     prompt_logprobs: Logprobs
+    hidden: jax.Array
 
 
 StepFunction = Callable[[Any, Cache, SlotState, StepInputs], tuple[StepOutputs, Cache, SlotState]]
@@ -65,10 +67,16 @@ def make_step(model: Model, *, page_size: int, likeliest: Likeliest) -> StepFunc
             [jnp.arange(num_decode_rows), num_decode_rows + last_of_chunk]
         )
         # They stay sharded over the vocabulary: what is gathered is candidates, not logits.
-        logits_RV = model.logits(params, hidden_TD[sampled_token_R])
+        hidden_RD = hidden_TD[sampled_token_R]
+        logits_RV = model.logits(params, hidden_RD)
         sampling = _sampling_inputs(inputs)
         token_ids, logprobs = sample(logits_RV, sampling, state, likeliest)
-        state = record_tokens(state, sampling.slot, token_ids, sampling.has_penalties)
+        is_masked_R = inputs.row_ints[:, IntColumn.IS_MASKED] > 0
+        state = keep_logits(
+            state, logits_RV, sampling.slot, inputs.masked_rows, inputs.num_masked_rows
+        )
+        recorded_slot_R = jnp.where(is_masked_R, state.num_slots, sampling.slot)
+        state = record_tokens(state, recorded_slot_R, token_ids, sampling.has_penalties)
         with jax.named_scope("prompt_logprobs"):
             prompt_logprobs = _prompt_logprobs(
                 lambda some_TD, next_T: logprobs_of(
@@ -78,11 +86,35 @@ def make_step(model: Model, *, page_size: int, likeliest: Likeliest) -> StepFunc
                 inputs,
             )
         outputs = StepOutputs(
-            token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            hidden=hidden_RD[num_decode_rows:].astype(jnp.float32),
         )
         return outputs, cache, state
 
     return step
+
+
+MaskedSampling = Callable[[SlotState, MaskedInputs], tuple[jax.Array, Logprobs, SlotState]]
+
+
+def make_masked_sampling(likeliest: Likeliest) -> MaskedSampling:
+    """Make the function that samples rows of the step before; donate the state.
+
+    It gives int32 [M] tokens, their log probabilities, and the state.
+    """
+
+    def sample_masked(
+        state: SlotState, inputs: MaskedInputs
+    ) -> tuple[jax.Array, Logprobs, SlotState]:
+        sampling = _sampling_inputs(inputs)
+        logits_MV = rows_of_slots(state.logits, sampling.slot)
+        token_ids, logprobs = sample(logits_MV, sampling, state, likeliest, inputs.masks)
+        state = record_tokens(state, sampling.slot, token_ids, sampling.has_penalties)
+        return token_ids, logprobs, state
+
+    return sample_masked
 
 
 def _prompt_logprobs(
@@ -141,7 +173,7 @@ def _attention_metadata(inputs: StepInputs, page_size: int) -> AttentionMetadata
     )
 
 
-def _sampling_inputs(inputs: StepInputs) -> SamplingInputs:
+def _sampling_inputs(inputs: StepInputs | MaskedInputs) -> SamplingInputs:
     def ints(column: IntColumn) -> jax.Array:
         return inputs.row_ints[:, column]
 
@@ -160,7 +192,6 @@ def _sampling_inputs(inputs: StepInputs) -> SamplingInputs:
         repetition_penalty=floats(FloatColumn.REPETITION_PENALTY),
         has_penalties=ints(IntColumn.HAS_PENALTIES) > 0,
         has_logit_bias=ints(IntColumn.HAS_LOGIT_BIAS) > 0,
-        has_mask=ints(IntColumn.HAS_MASK) > 0,
         bans_end_tokens=ints(IntColumn.KV_LEN) < ints(IntColumn.MIN_LEN),
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
         choice_index=ints(IntColumn.CHOICE_INDEX),

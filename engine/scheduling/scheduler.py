@@ -8,6 +8,7 @@ anew later. Knows no arrays and no processes; runs the same whether its plans ar
 import time
 from collections import deque
 
+import msgspec
 import numpy as np
 
 from engine.errors import ContextLengthError
@@ -15,7 +16,7 @@ from engine.request import FinishReason, Request, RequestOutput, RequestState, T
 from engine.scheduling.page_pool import PagePool
 from engine.scheduling.prefix_cache import PrefixCache, page_key, root_key
 from engine.scheduling.step_builder import ScheduledStep, StepBuilder
-from engine.step import MAX_TOP_LOGPROBS, EngineLimits, StepResult
+from engine.step import MAX_TOP_LOGPROBS, NO_INTS, EngineLimits, StepMasks, StepResult
 
 
 class Scheduler:
@@ -81,6 +82,8 @@ class Scheduler:
         max_tokens = request.sampling.max_tokens
         wanted = self.max_len if max_tokens is None else output_start + max_tokens
         request.max_len = min(self.max_len, wanted)
+        # Computed with the prompt, they cost no step of their own; one token has to be sampled.
+        self._skip_ahead(request, request.max_len - request.num_tokens - 1)
         request.queued_s = time.monotonic()
         self.waiting.append(request)
 
@@ -91,10 +94,6 @@ class Scheduler:
 
     def plan(self) -> ScheduledStep | None:
         """Schedule the next step, or return None if nothing can run before a result is applied."""
-        if any(request.constraint and request.num_inflight_tokens for request in self.running):
-            # Its next token depends on the one under way. Left out of this step, it would run in
-            # every second one; that the host works while the device waits costs far less.
-            return None
         builder = StepBuilder()
         self._is_short = False
         self._plan_running(builder)
@@ -110,10 +109,23 @@ class Scheduler:
             row.request.num_inflight_tokens += row.samples
         return step
 
+    def masks(self, step: ScheduledStep) -> StepMasks:
+        """What the masked rows of a step may sample, once all steps before it are applied."""
+        words = []
+        for row in step.plan.masked_rows.tolist():
+            request, end = step.rows[row].request, step.rows[row].end
+            allowed = None
+            is_open = request.state is not RequestState.FINISHED and end == request.num_tokens
+            if request.constraint is not None and is_open:
+                allowed = request.constraint.allowed_tokens()
+            words.append(NO_INTS if allowed is None else allowed.view(np.int32))
+        return StepMasks(step=step.plan.step, words=tuple(words))
+
     def apply(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Take in a step's tokens: what each request got, and which have ended."""
         outputs = []
         token_ids = result.token_ids.tolist()
+        embeddings = _embeddings(step, result)
         if len(result.prompt_logprobs):
             self._take_prompt_logprobs(step, result)
         for index, row in enumerate(step.rows):
@@ -123,16 +135,19 @@ class Scheduler:
             if request.state is RequestState.FINISHED:
                 self._release_if_idle(request)
                 continue
-            if row.samples:
+            # Else it was skipped ahead while this step was under way.
+            is_next = row.samples and row.end == request.num_tokens
+            if is_next:
                 request.output_token_ids.append(token_ids[index])
-                if request.constraint is not None:
-                    request.constraint.accept(token_ids[index])
             if request.state is RequestState.RUNNING:
                 # Preempted and admitted anew meanwhile, it may hold less than this row wrote.
                 self._publish(request, min(row.end, request.num_computed_tokens))
-            if row.samples:
+            if is_next:
                 logprobs = _logprobs(request, result, index) if len(result.logprobs) else ()
-                outputs.append(self._output(request, token_ids[index], logprobs))
+                output = self._take_token(request, token_ids[index], logprobs)
+                if index in embeddings:
+                    output = msgspec.structs.replace(output, embedding=embeddings[index])
+                outputs.append(output)
         return outputs
 
     def check_integrity(self) -> None:
@@ -316,29 +331,72 @@ class Scheduler:
                     )
             offset += len(chunk.token_ids)
 
-    def _output(
+    def _take_token(
         self, request: Request, token_id: int, logprobs: tuple[TokenLogprobs, ...]
     ) -> RequestOutput:
-        first_index = request.num_prompt_output_tokens + len(request.output_token_ids) - 1
-        is_end = token_id in request.sampling.stop_token_ids or (
-            token_id in request.eos_token_ids and not request.sampling.ignore_eos
-        )
-        if request.constraint is not None and request.constraint.error is not None:
+        """See what a request's latest token makes of it, and what its owner is to be told."""
+        index = request.num_prompt_output_tokens + len(request.output_token_ids) - 1
+        constraint = request.constraint
+        if constraint is not None:
+            constraint.accept(token_id)
+        if constraint is not None and constraint.error is not None:
             self._finish(request, "error")
-        elif is_end and first_index >= request.sampling.min_tokens:
+        elif self._is_end(request, token_id) and index >= request.sampling.min_tokens:
             self._finish(request, "stop")
-        elif request.num_tokens >= request.max_len:
+        elif request.state is RequestState.RUNNING:
+            # Those that were preempted go on token by token: they are rare.
+            self._skip_ahead(request, request.max_len - request.num_tokens)
+        if request.finish_reason is None and request.num_tokens >= request.max_len:
             self._finish(request, "length")
+        first = request.num_reported_tokens
+        request.num_reported_tokens = len(request.output_token_ids)
+        first_index = request.num_prompt_output_tokens + first
         return RequestOutput(
             request_id=request.request_id,
             first_index=first_index,
-            token_ids=(token_id,),
+            token_ids=tuple(request.output_token_ids[first:]),
             logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_token_id=token_id if request.finish_reason == "stop" else None,
             num_cached_tokens=request.num_cached_tokens,
             prompt_logprobs=tuple(request.prompt_logprobs) if first_index == 0 else (),
         )
+
+    def _is_end(self, request: Request, token_id: int) -> bool:
+        sampling = request.sampling
+        is_own = token_id in request.eos_token_ids and not sampling.ignore_eos
+        return is_own or token_id in sampling.stop_token_ids
+
+    def _skip_ahead(self, request: Request, limit: int) -> None:
+        """Append the tokens that must come next, so that one chunk computes them all.
+
+        What the device counts and reports of tokens, it does of those that it sampled: with
+        penalties or log probabilities they are sampled one by one.
+
+        Args:
+            limit: Tokens at most.
+        """
+        sampling = request.sampling
+        if request.constraint is None or sampling.has_penalties or sampling.logprobs is not None:
+            return
+        forced = request.constraint.forced_tokens()[: max(0, limit)]
+        ends = (index for index, each in enumerate(forced) if self._is_end(request, each))
+        forced = forced[: next(ends, len(forced))]
+        if request.is_decoding and len(forced) < self._min_forced:
+            return
+        for token_id in forced:
+            request.constraint.accept(token_id)
+        request.output_token_ids.extend(forced)
+        # A step under way may sample the first of them again, which is dropped.
+        request.is_decoding = request.is_decoding and not forced
+
+    @property
+    def _min_forced(self) -> int:
+        """Forced tokens that are worth a chunk.
+
+        On a TPU a step with a chunk takes a third longer (`buckets.TPU_STEPS`), for all who run.
+        """
+        return max(2, len(self.running) // 3)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state is RequestState.WAITING:
@@ -355,6 +413,14 @@ class Scheduler:
         if request.num_inflight_steps == 0 and self._ending.pop(request.request_id, None):
             self.pool.release(request.pages)
             request.pages = []
+
+
+def _embeddings(step: ScheduledStep, result: StepResult) -> dict[int, bytes]:
+    rows = step.plan.embedded_rows.tolist()
+    if not rows:
+        return {}
+    values = result.embeddings.astype("<f4").reshape(len(rows), -1)
+    return {row: of_row.tobytes() for row, of_row in zip(rows, values, strict=True)}
 
 
 def _logprobs(request: Request, result: StepResult, index: int) -> tuple[TokenLogprobs, ...]:

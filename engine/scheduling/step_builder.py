@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.request import Request
 from engine.scheduling.buckets import choose_bucket
-from engine.step import NO_INTS, Bucket, Chunk, MaskUpdate, PageUpdate, SlotParams, StepPlan
+from engine.step import NO_INTS, Bucket, Chunk, PageUpdate, SlotParams, StepPlan
 
 
 class ScheduledRow(msgspec.Struct, frozen=True):
@@ -51,7 +51,6 @@ class StepBuilder:
         self.keys_computed: set[bytes] = set()
         self.has_logprobs = False
         self.has_prompt_logprobs = False
-        self.masks: list[MaskUpdate] = []
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +58,9 @@ class StepBuilder:
 
     def build(self, step: int, buckets: Sequence[Bucket]) -> ScheduledStep:
         """Close the plan; the builder is of no more use."""
+        rows = self.decode_rows + self.chunk_rows
+        is_masked = [row.samples and row.request.constraint is not None for row in rows]
+        embedded = [row.samples and row.request.wants_embedding for row in rows]
         plan = StepPlan(
             step=step,
             bucket=choose_bucket(
@@ -71,9 +73,10 @@ class StepBuilder:
             chunks=tuple(self.chunks),
             has_logprobs=self.has_logprobs,
             has_prompt_logprobs=self.has_prompt_logprobs,
-            masks=tuple(self.masks),
+            masked_rows=np.flatnonzero(is_masked).astype(np.int32),
+            embedded_rows=np.flatnonzero(embedded).astype(np.int32),
         )
-        return ScheduledStep(plan, self.decode_rows + self.chunk_rows)
+        return ScheduledStep(plan, rows)
 
     def admit(self, request: Request) -> None:
         self.admissions.append(_slot_params(request))
@@ -87,7 +90,7 @@ class StepBuilder:
         self.decode_slots.append(request.slot)
         self.decode_positions.append(position)
         self.decode_rows.append(ScheduledRow(request, position + 1, True))
-        self._add_sampling(request)
+        self.has_logprobs |= request.sampling.logprobs is not None
 
     def add_chunk(
         self, request: Request, start: int, token_ids: list[int], end: int, is_last: bool
@@ -102,15 +105,7 @@ class StepBuilder:
         self.num_chunk_tokens += len(token_ids)
         self.chunk_rows.append(ScheduledRow(request, end, is_last))
         if is_last:
-            self._add_sampling(request)
-
-    def _add_sampling(self, request: Request) -> None:
-        self.has_logprobs |= request.sampling.logprobs is not None
-        if request.constraint is not None:
-            words = request.constraint.allowed_tokens()
-            # A slot has no mask until it gets one, and a constraint that has begun goes on.
-            if words is not None:
-                self.masks.append(MaskUpdate(request.slot, words.view(np.int32)))
+            self.has_logprobs |= request.sampling.logprobs is not None
 
 
 def _slot_params(request: Request) -> SlotParams:

@@ -13,6 +13,7 @@ from engine.step import (
     EngineLimits,
     ProgressCallback,
     StartProgress,
+    StepMasks,
     StepPlan,
     StepResult,
 )
@@ -66,7 +67,13 @@ class NullRunner:
         with self._log.open("a") as log:
             log.write(f"step {plan.step}\n")
         is_hanging = HANGING_POSITION in plan.decode_positions
-        return NullStep(plan, device_s=3600.0 if is_hanging else 0.0)
+        self._last = NullStep(plan, device_s=3600.0 if is_hanging else 0.0)
+        return self._last
+
+    def sample_masked(self, masks: StepMasks) -> NullStep:
+        with self._log.open("a") as log:
+            log.write(f"masks {masks.step}\n")
+        return self._last
 
     def profile(self, num_steps: int) -> None:
         with self._log.open("a") as log:

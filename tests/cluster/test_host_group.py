@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import null_program
 import numpy as np
 import psutil
@@ -21,7 +22,7 @@ from cluster.host_group import HostGroup
 from cluster.host_processes import rank_order
 from engine.config import EngineConfig
 from engine.errors import CapacityError, CheckpointError, EngineDiedError
-from engine.step import Bucket, StartProgress, StepPlan
+from engine.step import Bucket, StartProgress, StepMasks, StepPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -85,6 +86,19 @@ async def test_every_host_gets_every_plan_in_order_and_results_come_back(
     assert [p.done for p in progress if p.phase == "placement"][-1] == num_hosts
     for rank in range(num_hosts):
         assert steps_seen(tmp_path, rank) == [f"step {step}" for step in range(10)]
+
+
+async def test_a_step_with_masked_rows_ends_once_its_masks_are_there(tmp_path: Path) -> None:
+    async with gang(tmp_path) as group:
+        await group.start(ignore)
+        masked = group.execute(
+            msgspec.structs.replace(plan(0), masked_rows=np.array([1], np.int32))
+        )
+        group.mask(StepMasks(step=0, words=(np.array([1], np.int32),)))
+        following = group.execute(plan(1))
+        assert [(await masked).step, (await following).step] == [0, 1]
+    for rank in range(2):
+        assert steps_seen(tmp_path, rank) == ["step 0", "masks 0", "step 1"]
 
 
 async def test_gang_serves_again_in_a_new_epoch_after_a_rank_was_killed(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from cluster.openai.engine_client import EngineInfo
 from cluster.replica import Engine
 from cluster.status import read_all, read_refusals
 from engine.errors import ConfigError, EngineDiedError, EngineNotReadyError, QwenOnRayError
-from engine.step import Bucket, EngineLimits, ProgressCallback, StepPlan, StepResult
+from engine.step import (
+    Bucket,
+    EngineLimits,
+    ProgressCallback,
+    StepMasks,
+    StepPlan,
+    StepResult,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,6 +66,9 @@ class Hosts:
         result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         result.set_exception(EngineDiedError("the device caught fire"))
         return result
+
+    def mask(self, masks: StepMasks) -> None:
+        pass
 
     async def failed(self) -> QwenOnRayError:
         return await asyncio.shield(self.failure)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.errors import EngineDiedError
-from engine.step import EngineLimits, ProgressCallback, StepPlan, StepResult
+from engine.step import EngineLimits, ProgressCallback, StepMasks, StepPlan, StepResult
 
 VOCAB_SIZE = 50
 
@@ -40,7 +40,7 @@ class SimulatedDevice:
         self._pages = np.full((limits.num_pages, limits.page_size), -7, np.int32)
         self._tables: dict[int, list[int]] = {}
         self._last_tokens: dict[int, int] = {}
-        self._allowed: dict[int, list[int]] = {}
+        self._unsampled: tuple[asyncio.Future[StepResult], list[list[int]]] | None = None
 
     async def start(self, on_progress: ProgressCallback) -> EngineLimits:
         del on_progress
@@ -51,22 +51,34 @@ class SimulatedDevice:
         if self._dies_at_step is not None and plan.step >= self._dies_at_step:
             future.set_exception(EngineDiedError("the simulated host died"))
         else:
-            future.set_result(self._run(plan))
+            self._run(plan, future)
         return future
+
+    def mask(self, masks: StepMasks) -> None:
+        if self._unsampled is None:
+            assert self._dies_at_step is not None
+            return
+        future, contexts = self._unsampled
+        plan = self.plans[-1]
+        assert masks.step == plan.step
+        allowed = {
+            row: np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+            for row, words in zip(plan.masked_rows.tolist(), masks.words, strict=True)
+            if len(words)
+        }
+        self._unsampled = None
+        self._sample(plan, contexts, allowed, future)
 
     async def stop(self) -> None:
         pass
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan, future: asyncio.Future[StepResult]) -> None:
         assert plan.step == len(self.plans), "steps must come in order"
+        assert self._unsampled is None, "a step lacks its masks"
         self.plans.append(plan)
         for params in plan.admissions:
             self._tables[params.slot] = []
             self._last_tokens[params.slot] = -1
-            self._allowed.pop(params.slot, None)
-        for mask in plan.masks:
-            bits = np.unpackbits(mask.words.view(np.uint8), bitorder="little")
-            self._allowed[mask.slot] = np.flatnonzero(bits).tolist()
         for update in plan.page_updates:
             table = self._tables[update.slot]
             assert len(table) == update.first, "a page table has a hole"
@@ -87,21 +99,38 @@ class SimulatedDevice:
                 page = self._tables[slot][position // self.limits.page_size]
                 assert page != 0, "a real token was written to the padding page"
                 self._pages[page, position % self.limits.page_size] = token_id
+        contexts = [
+            prefix + token_ids for prefix, (_, _, token_ids) in zip(prefixes, rows, strict=True)
+        ]
+        if len(plan.masked_rows):
+            self._unsampled = future, contexts
+        else:
+            self._sample(plan, contexts, {}, future)
+
+    def _sample(
+        self,
+        plan: StepPlan,
+        contexts: list[list[int]],
+        allowed: dict[int, list[int]],
+        future: asyncio.Future[StepResult],
+    ) -> None:
         sampled = [
-            next_token(prefix + token_ids, self._allowed.get(slot, range(VOCAB_SIZE)))
-            for prefix, (slot, _, token_ids) in zip(prefixes, rows, strict=True)
+            next_token(context, allowed.get(row, range(VOCAB_SIZE)))
+            for row, context in enumerate(contexts)
         ]
         is_last = [True] * len(plan.decode_slots) + [chunk.is_last for chunk in plan.chunks]
-        for (slot, _, _), token_id, last in zip(rows, sampled, is_last, strict=True):
+        for row, (token_id, last) in enumerate(zip(sampled, is_last, strict=True)):
             if last:
-                self._last_tokens[slot] = token_id
+                self._last_tokens[plan.slot_and_end(row)[0]] = token_id
         empty = np.empty(0, np.float32)
-        return StepResult(
-            step=plan.step,
-            token_ids=np.array(sampled, np.int32),
-            logprobs=empty,
-            top_token_ids=np.empty(0, np.int32),
-            top_logprobs=empty,
+        future.set_result(
+            StepResult(
+                step=plan.step,
+                token_ids=np.array(sampled, np.int32),
+                logprobs=empty,
+                top_token_ids=np.empty(0, np.int32),
+                top_logprobs=empty,
+            )
         )
 
     def _read(self, slot: int, stop: int) -> list[int]:

@@ -16,7 +16,7 @@ from engine.request import Request, RequestOutput, SamplingParams
 from engine.scheduling import scheduler
 from engine.scheduling.buckets import bucket_table
 from engine.scheduling.prefix_cache import page_key
-from engine.step import EngineLimits, encode
+from engine.step import EngineLimits, StepPlan, StepResult, encode
 
 ALL_TOKENS = range(VOCAB_SIZE)
 
@@ -145,6 +145,37 @@ class Countdown:
         assert token_id in self.allowed()
         self.num_tokens += 1
 
+    def forced_tokens(self) -> list[int]:
+        return []
+
+
+class Refrain(Countdown):
+    """Allows any token in the first of each five places, and one alone in the other four."""
+
+    def __init__(self) -> None:
+        super().__init__(modulus=5)
+
+    def allowed(self) -> list[int]:
+        return self._allowed_at(self.num_tokens)
+
+    def forced_tokens(self) -> list[int]:
+        places = range(self.num_tokens, -(-self.num_tokens // 5) * 5)
+        return [self._allowed_at(place)[0] for place in places]
+
+    def _allowed_at(self, place: int) -> list[int]:
+        return list(ALL_TOKENS) if place % 5 == 0 else [7 * place % VOCAB_SIZE]
+
+
+def expected_of(prompt: list[int], num_tokens: int, constraint: Countdown | None) -> list[int]:
+    """What a request must get, one token at a time."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        allowed = constraint.allowed() if constraint else ALL_TOKENS
+        tokens.append(next_token(tokens, allowed))
+        if constraint:
+            constraint.accept(tokens[-1])
+    return tokens[len(prompt) :]
+
 
 @pytest.mark.parametrize("overlap", [True, False])
 async def test_constrained_requests_get_what_their_masks_allow_and_others_all(overlap: bool):
@@ -158,13 +189,98 @@ async def test_constrained_requests_get_what_their_masks_allow_and_others_all(ov
     await engine.run_until_done()
     assert engine.core.stats.preemptions_total > 0
     for index, modulus in enumerate(moduli):
-        expected = [index, 5, 6, 7]
-        oracle = modulus and Countdown(modulus)
-        for _ in range(14):
-            expected.append(next_token(expected, oracle.allowed() if oracle else ALL_TOKENS))
-            if oracle:
-                oracle.accept(expected[-1])
-        assert engine.tokens[str(index)] == expected[4:]
+        oracle = Countdown(modulus) if modulus else None
+        assert engine.tokens[str(index)] == expected_of([index, 5, 6, 7], 14, oracle)
+
+
+async def test_steps_of_constrained_requests_overlap_as_all_others_do():
+    engine = Engine()
+    request = make_request("constrained", [1, 2, 3], max_tokens=10)
+    request.constraint = Countdown(3)
+    engine.core.add(request)
+    engine.core.add(make_request("free", [4, 5, 6], max_tokens=10))
+    seen: list[tuple[int, int]] = []
+    execute = engine.device.execute
+
+    def watched(plan: StepPlan) -> asyncio.Future[StepResult]:
+        seen.append((plan.step, len(engine.tokens["constrained"])))
+        return execute(plan)
+
+    engine.device.execute = watched
+    await engine.run_until_done()
+    # Both have a token in each step, and each step starts before the tokens of the last are there.
+    assert seen == [(step, max(0, step - 1)) for step in range(10)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_tokens_that_must_come_are_computed_together(overlap: bool):
+    engine = Engine(disable_overlap_schedule=not overlap)
+    request = make_request("refrain", [1, 2, 3], max_tokens=18)
+    request.constraint = Refrain()
+    engine.core.add(request)
+    await engine.run_until_done()
+    assert engine.tokens["refrain"] == expected_of([1, 2, 3], 18, Refrain())
+    assert engine.core.stats.generated_tokens_total == 18
+    # One step for each free token, four, and where the next step starts before a token is there,
+    # one more for each.
+    assert len(engine.device.plans) == (8 if overlap else 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    workload=st.lists(
+        st.tuples(
+            st.sampled_from(["free", "countdown", "refrain", "refrain with logprobs"]),
+            st.integers(1, 9),  # prompt
+            st.integers(1, 20),  # max_tokens
+            st.integers(0, 12),  # how much of the output is there from an earlier attempt
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    num_pages=st.integers(10, 40),
+    overlap=st.booleans(),
+    end_tokens=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=4),
+)
+def test_forced_tokens_change_nothing_but_the_number_of_steps(
+    workload, num_pages, overlap, end_tokens
+):
+    constraints = {"countdown": lambda: Countdown(3), "free": lambda: None}
+
+    async def scenario() -> None:
+        engine = Engine(
+            num_pages=num_pages, context_length=32, disable_overlap_schedule=not overlap
+        )
+        for index, (kind, prompt_len, max_tokens, num_past) in enumerate(workload):
+            prompt = [index + 1] * prompt_len
+            make = constraints.get(kind, Refrain)
+            whole = expected_of(prompt, max_tokens, make())
+            ends = [place for place, token in enumerate(whole) if token in end_tokens]
+            whole = whole[: ends[0] + 1] if ends else whole
+            past = whole[: min(num_past, len(whole) - 1)]
+            wants = {"logprobs": 0} if kind == "refrain with logprobs" else {}
+            request = make_request(
+                str(index),
+                prompt + past,
+                max_tokens,
+                stop_token_ids=tuple(sorted(end_tokens)),
+                **wants,
+            )
+            request.num_prompt_output_tokens = len(past)
+            constraint = request.constraint = make()
+            for token_id in past if constraint else []:
+                constraint.accept(token_id)
+            engine.tokens[str(index)] = list(past)
+            engine.core.add(request)
+            expected[str(index)] = whole
+        await engine.run_until_done()
+        assert engine.tokens == expected
+        for name, output in engine.finished.items():
+            is_end = expected[name][-1] in end_tokens
+            assert output.finish_reason == ("stop" if is_end else "length")
+
+    expected: dict[str, list[int]] = {}
+    asyncio.run(scenario())
 
 
 async def test_a_plan_does_not_grow_with_the_context():

@@ -220,6 +220,52 @@ def test_an_answer_goes_on_behind_tokens_that_have_come(
         whole.accept(token_id)
 
 
+def test_what_must_come_is_known_as_the_tokenizer_would_split_it(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, end_token_id: int
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"first": {"type": "boolean"}, "second": {"const": "always this"}},
+        "required": ["first", "second"],
+        "additionalProperties": False,
+    }
+    grammar = Grammar(json_schema_source(schema, param="schema"))
+    constraint = compiler.constraint(grammar)
+    token_ids: list[int] = []
+    runs = []
+    while end_token_id not in allowed(constraint):
+        run = constraint.forced_tokens()
+        runs.append(b"".join(map(tokenizer.token_bytes, run)).decode())
+        for place, token_id in enumerate(run):
+            assert allowed(constraint) == [token_id]
+            # Whoever goes on in the midst of it knows the rest.
+            resumed = compiler.constraint(grammar, token_ids)
+            assert resumed.forced_tokens() == run[place:]
+            constraint.accept(token_id)
+            token_ids.append(token_id)
+        assert not constraint.forced_tokens()
+        choices = allowed(constraint)
+        if end_token_id not in choices:
+            assert len(choices) > 1
+            # The longest that begins one of the two.
+            token_ids.append(max(choices, key=lambda each: len(tokenizer.token_bytes(each))))
+            constraint.accept(token_ids[-1])
+    text = b"".join(map(tokenizer.token_bytes, token_ids)).decode()
+    jsonschema.validate(json.loads(text), schema)
+    assert '{"first":'.startswith(runs[0])
+    assert len(runs[0]) > 5
+    assert any("second" in run and "always" in run for run in runs[1:])
+
+
+def test_a_run_of_any_length_must_come_in_bounded_time(compiler: GrammarCompiler) -> None:
+    """Timed by the test's own limit; a grammar may ask for it in a few bytes."""
+    try:
+        constraint = compiler.constraint(Grammar(regex_source("a{40000}", param="regex")))
+    except RequestError:
+        return
+    assert len(constraint.forced_tokens()) <= 40000
+
+
 def test_thinking_comes_before_the_grammar_and_has_an_end(
     compiler: GrammarCompiler, tokenizer: Tokenizer, end_token_id: int
 ) -> None:

@@ -12,9 +12,9 @@ from engine.scheduling.buckets import choose_bucket
 from engine.step import (
     Chunk,
     EngineLimits,
-    MaskUpdate,
     PageUpdate,
     SlotParams,
+    StepMasks,
     StepPlan,
     StepResult,
 )
@@ -104,9 +104,9 @@ class PlanDriver:
         decodes: list[Sequence],
         chunks: list[tuple[Sequence, int]] = [],  # noqa: B006
         has_logprobs: bool = False,
-        masks: tuple[MaskUpdate, ...] = (),
+        masks: dict[int, np.ndarray] | None = None,
     ) -> PendingStep:
-        """Plan one step and start it."""
+        """Plan one step and start it; `masks` is what some rows may sample."""
         updates = []
         decode_positions = []
         for sequence in decodes:
@@ -130,18 +130,22 @@ class PlanDriver:
             decode_positions=np.array(decode_positions, np.int32),
             chunks=tuple(made),
             has_logprobs=has_logprobs,
-            masks=masks,
+            masked_rows=np.array(sorted(masks or {}), np.int32),
         )
         self._admissions = []
         self._next_step += 1
-        return self._runner.dispatch(plan)
+        pending = self._runner.dispatch(plan)
+        if masks:
+            words = tuple(masks[row] for row in sorted(masks))
+            self._runner.sample_masked(StepMasks(step=plan.step, words=words))
+        return pending
 
     def step(
         self,
         decodes: list[Sequence],
         chunks: list[tuple[Sequence, int]] = [],  # noqa: B006
         has_logprobs: bool = False,
-        masks: tuple[MaskUpdate, ...] = (),
+        masks: dict[int, np.ndarray] | None = None,
     ) -> StepResult:
         """Plan one step, run it to its end and append its tokens to their sequences."""
         result = self.dispatch(decodes, chunks, has_logprobs, masks).wait()

@@ -2,7 +2,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.runner.batch import BatchBuilder, ChunkRow, FloatColumn, IntColumn, padding_inputs
+from engine.runner.batch import (
+    MASKED_AT_ONCE,
+    BatchBuilder,
+    ChunkRow,
+    FloatColumn,
+    IntColumn,
+    padding_plan,
+)
 from engine.step import Bucket, Chunk, PageUpdate, SlotParams, StepPlan
 
 NUM_SLOTS = 4
@@ -41,7 +48,7 @@ def make_plan(bucket: Bucket, **changes: Any) -> StepPlan:
 
 
 def make_builder() -> BatchBuilder:
-    builder = BatchBuilder(num_slots=NUM_SLOTS, pages_per_seq=6)
+    builder = BatchBuilder(num_slots=NUM_SLOTS, pages_per_seq=6, vocab_size=70)
     builder.build(
         make_plan(
             Bucket(2),
@@ -131,6 +138,51 @@ def test_seeds_keep_all_their_bits():
 
 
 def test_a_plan_without_rows_is_all_padding():
-    inputs = padding_inputs(Bucket(2, 4, 1), num_slots=NUM_SLOTS, pages_per_seq=6)
+    inputs = make_builder().build(padding_plan(Bucket(2, 4, 1)))
     assert not np.asarray(inputs.row_ints[:, IntColumn.KV_LEN]).any()
     assert (np.asarray(inputs.chunk_tokens[ChunkRow.POSITION]) == -1).all()
+
+
+def test_masked_rows_are_sampled_the_cheapest_way_first_and_as_they_want_once_masks_are_there():
+    builder = make_builder()
+    plan = make_plan(
+        Bucket(4, 8, 2),
+        decode_slots=ids(3, 1),
+        decode_positions=ids(7, 4),
+        chunks=(Chunk(0, 2, ids(9, 9, 9), False), Chunk(2, 0, ids(5, 6), True)),
+        masked_rows=ids(1, 3),
+        has_logprobs=True,
+    )
+    inputs = builder.build(plan)
+    # Rows of chunks stand behind all four rows of decodes.
+    assert inputs.num_masked_rows == 2
+    assert np.asarray(inputs.masked_rows[:2]).tolist() == [1, 5]
+    is_masked = np.asarray(inputs.row_ints[:, IntColumn.IS_MASKED])
+    assert is_masked.tolist() == [0, 1, 0, 0, 0, 1]
+    temperature = np.asarray(inputs.row_floats[:, FloatColumn.TEMPERATURE])
+    assert temperature.tolist() == [3.5, 0, 0, 0, 0, 0]
+
+    (call,) = builder.build_masked(plan, (ids(1 << 7), ids()))
+    slots = np.asarray(call.row_ints[:, IntColumn.SLOT]).tolist()
+    assert slots == [1, 2] + [NUM_SLOTS] * (MASKED_AT_ONCE - 2)
+    assert np.asarray(call.row_ints[:2, IntColumn.KV_LEN]).tolist() == [5, 2]
+    assert np.asarray(call.row_floats[:2, FloatColumn.TEMPERATURE]).tolist() == [1.5, 2.5]
+    # Ids behind the last word are not allowed; no words allow all.
+    assert np.asarray(call.masks[:2]).tolist() == [[1 << 7, 0, 0], [-1, -1, -1]]
+    assert call.has_logprobs
+
+
+def test_any_number_of_masked_rows_is_laid_out():
+    num_rows = 2 * MASKED_AT_ONCE + 1
+    builder = BatchBuilder(num_slots=num_rows, pages_per_seq=1, vocab_size=70)
+    slots = np.arange(num_rows, dtype=np.int32)
+    plan = make_plan(
+        Bucket(num_rows), decode_slots=slots, decode_positions=slots, masked_rows=slots
+    )
+    builder.build(plan)
+    calls = builder.build_masked(plan, [ids(row) for row in range(num_rows)])
+    assert len(calls) == 3
+    laid_out = np.concatenate([np.asarray(call.row_ints[:, IntColumn.SLOT]) for call in calls])
+    assert laid_out[:num_rows].tolist() == slots.tolist()
+    first_words = np.concatenate([np.asarray(call.masks[:, 0]) for call in calls])
+    assert first_words[:num_rows].tolist() == slots.tolist()

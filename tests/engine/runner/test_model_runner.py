@@ -2,13 +2,22 @@ import json
 from pathlib import Path
 
 import jax
+import msgspec
 import numpy as np
 import pytest
-from plan_driver import PlanDriver, start_runner
+from plan_driver import GREEDY, PlanDriver, start_runner
 
-from engine.errors import CapacityError, ConfigError
+from engine.errors import CapacityError, ConfigError, EngineError
 from engine.request import SamplingParams
-from engine.step import MaskUpdate, decode_plan, decode_result, encode
+from engine.step import (
+    NO_INTS,
+    StepMasks,
+    StepPlan,
+    decode_masks,
+    decode_plan,
+    decode_result,
+    encode,
+)
 
 DATA = Path(__file__).parents[2] / "data"
 GOLDEN = json.loads((DATA / "tiny-qwen2" / "golden.json").read_text())
@@ -110,25 +119,56 @@ def test_no_feature_compiles_a_program_after_the_start(started):
     assert limits.buckets
 
 
-def test_a_mask_holds_until_the_next_one_and_for_its_slot_only(started):
+def test_a_mask_holds_for_its_row_and_step_only(started):
     runner, limits = started
     driver = PlanDriver(runner, limits)
     only_7 = np.array([1 << 7], np.int32)
     masked, free = driver.admit(0, PROMPT), driver.admit(1, PROMPT)
-    both = [(masked, len(PROMPT)), (free, len(PROMPT))]
-    driver.step([], both[:1], masks=(MaskUpdate(0, only_7),))
-    driver.step([masked], both[1:])
+    driver.step([], [(masked, len(PROMPT))], masks={0: only_7})
+    driver.step([masked], [(free, len(PROMPT))], masks={0: only_7})
     assert masked.output == [7, 7]
-    driver.step([masked, free], masks=(MaskUpdate(0, np.array([1 << 9], np.int32)),))
+    driver.step([free, masked], masks={1: np.array([1 << 9], np.int32)})
     assert masked.output[-1] == 9
-    driver.step([masked, free], masks=(MaskUpdate(0, np.empty(0, np.int32)),))
-    assert masked.output[-1] not in (7, 9)
-    assert free.output == EXPECTED[:3]
-    # Who comes next to the slot finds no mask.
-    driver.step([masked, free], masks=(MaskUpdate(0, only_7),))
-    assert masked.output[-1] == 7
-    assert driver.generate(driver.admit(0, PROMPT), 3) == EXPECTED[:3]
+    driver.step([masked, free], masks={0: np.empty(0, np.int32)})
+    driver.step([masked, free])
+    assert not {7, 9} & set(masked.output[-2:])
+    assert free.output == EXPECTED[:4]
     assert runner.num_compiles_since_ready == 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SamplingParams(seed=3, repetition_penalty=1.3, logit_bias={5: 2.0}, min_tokens=4)],
+    ids=["greedy", "seeded"],
+)
+def test_masks_that_allow_all_change_nothing(started, sampling):
+    runner, limits = started
+    anything = np.full(-(-limits.vocab_size // 32), -1, np.int32)
+    outputs, logprobs = [], []
+    for masks in (None, {0: anything}, {0: np.empty(0, np.int32)}):
+        driver = PlanDriver(runner, limits)
+        sequence = driver.admit(0, PROMPT, sampling, end_token_ids=(1, 2))
+        driver.step([], [(sequence, len(PROMPT))], has_logprobs=True, masks=masks)
+        for _ in range(6):
+            driver.step([sequence], has_logprobs=True, masks=masks)
+        outputs.append(sequence.output)
+        logprobs.append([result[0] for result in sequence.results])
+    assert outputs[1] == outputs[2] == outputs[0]
+    np.testing.assert_allclose(logprobs[1], logprobs[0], rtol=1e-6)
+
+
+def test_a_step_whose_masks_did_not_come_is_an_error(started):
+    runner, limits = started
+    row = np.zeros(1, np.int32)
+    plan = StepPlan(step=0, bucket=limits.buckets[0], decode_slots=row, decode_positions=row)
+    with pytest.raises(EngineError, match="none were due"):
+        runner.sample_masked(StepMasks(step=0, words=()))
+    runner.dispatch(msgspec.structs.replace(plan, masked_rows=row))
+    with pytest.raises(EngineError, match="before the masks of step 0"):
+        runner.dispatch(msgspec.structs.replace(plan, step=1))
+    with pytest.raises(EngineError, match="masks of step 1"):
+        runner.sample_masked(StepMasks(step=1, words=(NO_INTS,)))
+    runner.dispatch(plan).wait()
 
 
 def test_banned_end_tokens_do_not_come_before_min_tokens(driver):
@@ -145,6 +185,9 @@ def test_plans_and_results_survive_the_wire(started):
     class Wire:
         def dispatch(self, plan):
             return runner.dispatch(decode_plan(encode(plan)))
+
+        def sample_masked(self, masks):
+            return runner.sample_masked(decode_masks(encode(masks)))
 
     driver = PlanDriver(Wire(), limits)  # pyright: ignore[reportArgumentType]
     sequence = driver.admit(0, PROMPT, SamplingParams(temperature=0, presence_penalty=1e-9))

@@ -11,12 +11,11 @@ from engine.request import MAX_LOGPROBS, SamplingParams
 from engine.runner import sampler, slot_state
 from engine.runner.likeliest import BY_SEARCH, BY_SORT, NEVER, Likeliest
 from engine.runner.sampler import SamplingInputs
-from engine.step import MaskUpdate, SlotParams
+from engine.step import SlotParams
 
 NUM_SLOTS = 8
 sample = jax.jit(partial(sampler.sample, likeliest=BY_SORT))
 admit = jax.jit(slot_state.admit)
-set_masks = jax.jit(slot_state.set_masks)
 record = jax.jit(slot_state.record_tokens)
 
 
@@ -41,7 +40,6 @@ def make_inputs(rows: list[SamplingParams], **changes: Any) -> SamplingInputs:
         "choice_index": np.zeros(count, np.int32),
         "position": np.full(count, 11, np.int32),
         "has_logprobs": np.bool_(False),
-        "has_mask": np.zeros(count, bool),
     }
     return SamplingInputs(**(arrays | changes))
 
@@ -257,28 +255,23 @@ def test_masked_rows_choose_as_if_other_tokens_did_not_exist(vocab_size):
     is_allowed_RV[:, 3] = True
     padded = np.pad(is_allowed_RV, ((0, 0), (0, -vocab_size % 32)))
     words = np.packbits(padded, axis=1, bitorder="little").view(np.int32)
-    # The last row has a mask on its slot that no longer holds.
-    has_mask_R = np.array([True, True, True, False])
-    updates = [MaskUpdate(row, words[row]) for row in range(len(rows))]
     state = slot_state.init_slot_state(NUM_SLOTS, vocab_size)
-    for masks in slot_state.make_masks(updates, NUM_SLOTS, vocab_size):
-        state = set_masks(state, masks)
-    got_R, _ = sample(logits_RV, make_inputs(rows, has_mask=has_mask_R), state)
-    cut_RV = jnp.where(is_allowed_RV | ~has_mask_R[:, None], logits_RV, NEVER)
+    got_R, _ = sample(logits_RV, make_inputs(rows), state, masks=words)
+    cut_RV = jnp.where(is_allowed_RV, logits_RV, NEVER)
     expected_R, _ = sample(cut_RV, make_inputs(rows), state)
     np.testing.assert_array_equal(got_R, expected_R)
-    assert is_allowed_RV[np.arange(3), np.asarray(got_R)[:3]].all()
+    assert is_allowed_RV[np.arange(len(rows)), np.asarray(got_R)].all()
 
 
-def test_any_number_of_masks_is_set():
-    updates = [MaskUpdate(slot, np.array([slot], np.int32)) for slot in range(NUM_SLOTS)]
-    many = updates * 3
-    calls = list(slot_state.make_masks(many, NUM_SLOTS, 40))
-    assert len(calls) == 3
+def test_logits_are_kept_of_the_rows_that_are_named():
+    logits_RV = random_logits(4, 40)
     state = slot_state.init_slot_state(NUM_SLOTS, 40)
-    for masks in calls:
-        state = set_masks(state, masks)
-    np.testing.assert_array_equal(state.masks[:NUM_SLOTS, 0], np.arange(NUM_SLOTS))
+    keep = jax.jit(slot_state.keep_logits)
+    slot_R = np.array([2, 0, 3, 1], np.int32)
+    state = keep(state, logits_RV, slot_R, np.array([3, 0, 0, 0], np.int32), np.int32(2))
+    np.testing.assert_array_equal(state.logits[1], logits_RV[3])
+    np.testing.assert_array_equal(state.logits[2], logits_RV[0])
+    assert not np.asarray(state.logits[np.array([0, 3])]).any()
 
 
 def test_rows_that_do_not_sample_change_no_slot():
