@@ -7,6 +7,9 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cluster.openai.body import parse_body
 from cluster.openai.http import MAX_BODY_BYTES
@@ -250,3 +253,92 @@ def test_fields_that_are_refused_or_dropped_are_none_that_are_taken() -> None:
         no_effect=NO_EFFECT_ON_RESPONSES,
     )
     assert (body.user, body.store, body.metadata) == ("me", False, {"a": "b"})
+
+
+def many_keys() -> dict[str, Any]:
+    return {str(number): "x" for number in range(10_000)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input", [0] * 10_000),
+        ("input", [{}] * 10_000),
+        ("input", [{"role": "user"}] * 5_000),
+        ("input", [{"role": "user", "content": "x", **many_keys()}]),
+        ("input", [{"role": "user", "content": [0] * 10_000}]),
+        ("input", [{"type": "reasoning", "content": [0] * 10_000}]),
+        ("tools", [0] * 10_000),
+        ("tools", [{"type": "function"}] * 500),
+        ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [0] * 10_000}),
+        ("include", ["x"] * 10_000),
+        ("metadata", many_keys()),
+        ("text", many_keys()),
+        ("reasoning", many_keys()),
+        ("stop", [0] * 10_000),
+    ],
+)
+def test_checking_a_body_ends_at_its_first_fault(field: str, value: Any) -> None:
+    # All streams wait while a body is checked: thousands of faults may not be collected.
+    with pytest.raises(ValidationError) as refusal:
+        ResponseRequest.model_validate({"model": MODEL, "input": "Hello", field: value})
+    # A choice among kinds tells one fault for each field of each of them.
+    assert 1 <= len(refusal.value.errors()) <= 6
+
+
+words = st.sampled_from(
+    "message user assistant function_call function_call_output reasoning input_text output_text "
+    "reasoning_text function c {} <think>".split()
+)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(min_value=-(2**70), max_value=2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | words,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "role", "content", "text", "call_id", "name", "arguments"])
+            | st.sampled_from(["output", "id", "summary", "format", "schema", "effort", "tools"])
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+items = st.lists(
+    st.fixed_dictionaries(
+        {"type": words},
+        optional=dict.fromkeys(
+            ("role", "content", "call_id", "name", "arguments", "output", "id"), words | values
+        ),
+    ),
+    max_size=5,
+)
+
+
+async def test_any_value_of_any_field_is_answered_or_refused(client: httpx.AsyncClient) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    @settings(max_examples=120, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        changes=st.dictionaries(
+            st.sampled_from(sorted(ResponseRequest.model_fields)), values, max_size=3
+        ),
+        asked=items | st.just("Hello"),
+    )
+    def collect(changes: dict[str, Any], asked: Any) -> None:
+        bodies.append({"model": MODEL, "input": asked, **changes})
+
+    collect()
+    statuses = set()
+    for body in bodies:
+        response = await client.post(RESPONSES, json=body)
+        statuses.add(response.status_code)
+        assert response.status_code in (200, 400, 404), (body, response.text)
+        if response.status_code != 200:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert {200, 400} <= statuses

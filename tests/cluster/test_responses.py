@@ -215,7 +215,7 @@ async def test_a_text_comes_whole_and_says_what_it_was_made_with(
     assert usage.input_tokens_details.cached_tokens == 4
     assert usage.output_tokens_details.reasoning_tokens == 0
     Response.model_validate(answer.model_dump())
-    assert answer.output[0].id.startswith("msg_")
+    assert (answer.output[0].id or "").startswith("msg_")
     assert answer.id == engine.requests[0].request_id
     assert answer.id.startswith("resp_")
 
