@@ -47,8 +47,8 @@ _SAME = (
     "cache_salt",
     "chat_template_kwargs",
 )
-THINKING_BUDGETS = {"low": 1024, "medium": 8192}
-"""Tokens of thinking at most, by effort; more effort has no bound, and less does not think."""
+LOW_EFFORT_TOKENS = 1024
+"""Tokens of thinking at most, with little effort; more effort has no bound."""
 
 _NO_THINKING = ("none", "minimal")
 # What a chat calls a field of a response, the longer names first.
@@ -226,7 +226,7 @@ def _functions(tools: Sequence[FunctionTool]) -> list[dict[str, Any]]:
 def _thinking(body: ResponseRequest) -> dict[str, Any]:
     effort = body.reasoning.effort
     is_wanted = None if effort is None else effort not in _NO_THINKING
-    budget = THINKING_BUDGETS.get(effort or "")
+    budget = LOW_EFFORT_TOKENS if effort == "low" else None
     return {
         "enable_thinking": is_wanted if body.enable_thinking is None else body.enable_thinking,
         "thinking_budget": budget if body.thinking_budget is None else body.thinking_budget,

@@ -288,19 +288,8 @@ def test_checking_a_body_ends_at_its_first_fault(field: str, value: Any) -> None
 
 words = st.sampled_from(
     [
-        "message",
-        "user",
-        "assistant",
-        "function_call",
-        "function_call_output",
-        "reasoning",
-        "input_text",
-        "output_text",
-        "reasoning_text",
-        "function",
-        "c",
-        "{}",
-        "<think>",
+        *("message", "function_call", "function_call_output", "reasoning", "user", "assistant"),
+        *("input_text", "output_text", "reasoning_text", "function", "c", "{}", "<think>"),
     ]
 )
 values = st.recursive(

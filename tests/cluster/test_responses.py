@@ -369,7 +369,7 @@ async def test_a_stream_is_read_by_the_client_s_helper(
         ("none", "</think>\n\n", None),
         ("minimal", "</think>\n\n", None),
         ("low", "assistant\n", 1024),
-        ("medium", "assistant\n", 8192),
+        ("medium", "assistant\n", None),
         ("high", "assistant\n", None),
         (None, "assistant\n", None),
     ],
