@@ -418,7 +418,7 @@ async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_
     assert 0 <= visit["queued_ms"] + visit["prefill_ms"] <= visit["first_token_ms"]
     assert visit["first_token_ms"] <= choice["ended_ms"] <= timeline["ended_ms"]
 
-    request = None
+    request, spans = None, []
     async with asyncio.timeout(TIMEOUT_S):
         while request is None:
             await asyncio.sleep(0.05)
