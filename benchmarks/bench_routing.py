@@ -50,7 +50,7 @@ from benchmarks.streaming.server import (
     tell_port_and_wait,
 )
 from cluster.replica import Engine
-from cluster.router import SESSION_HEADER
+from cluster.route_parts import SESSION_HEADER
 from engine.config import parse_config
 from engine.text.tokenizer import load_tokenizer
 from scripts.demo_model import ensure_demo_model

@@ -30,6 +30,7 @@ from cluster.openai.engine_client import (
     StreamRecord,
     TokenDelta,
 )
+from cluster.response_link import ResponseLink
 from cluster.token_socket import (
     ChoiceTokens,
     GenerateEnd,
@@ -69,6 +70,7 @@ class EngineLink:
         read_statuses: Callable[[], Mapping[str, Mapping[str, Any]]],
         list_running: Callable[[], Collection[str] | None],
         may_sleep: bool,
+        keeps_responses: bool = True,
     ) -> None:
         """Open the token socket and begin to watch the engines.
 
@@ -81,6 +83,7 @@ class EngineLink:
             read_statuses: What `cluster.status.read_all` gives for this application; may block.
             list_running: Ids of the engines that Serve would call, or None if that is not known.
             may_sleep: Whether no engine runs while nobody asks.
+            keeps_responses: Whether engines keep any.
         """
         self._engine = engine
         self._hold_timeout_s = hold_timeout_s
@@ -90,6 +93,12 @@ class EngineLink:
         self._chooser = EngineChooser()
         self._list_running = list_running
         self._fleet = EngineFleet(engine, self._chooser, read_statuses, list_running, may_sleep)
+        self.responses = ResponseLink(
+            engine,
+            list_engines=lambda: [info.engine_id for info in self._fleet.engines],
+            list_running=list_running,
+            may_store=keeps_responses,
+        )
         self._under_way: dict[str, Journal] = {}
         self._journals = Journals()
         self._calls: set[asyncio.Future[GenerateEnd]] = set()

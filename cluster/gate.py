@@ -3,6 +3,7 @@
 import logging
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 # The empty one is that of a route prefix without its slash, which is sent on to the page.
 _NO_KEY_NEEDED = frozenset(("/health", "/health/ready", "", *PUBLIC_PATHS))
 _FOR_ADMINS = frozenset(("/start_profile", "/stop_profile"))
-_FOR_THE_ENGINE = frozenset(("/v1/chat/completions", "/v1/completions"))
+_FOR_THE_ENGINE = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses"))
 
 
 def service_of(request: Request) -> OpenAIService:
@@ -86,6 +87,15 @@ async def on_http_error(request: Request, error: Exception) -> Response:
             headers=error.headers,
         ),
     )
+
+
+async def on_bad_parameter(request: Request, error: Exception) -> Response:
+    """A parameter of the address that FastAPI has refused; bodies are not its business."""
+    assert isinstance(error, RequestValidationError)
+    fault = error.errors()[0]
+    param = str(fault["loc"][-1])
+    message = f"Invalid value for {param}: {fault['msg']}; got {str(fault['input'])[:80]!r}."
+    return _send_error(request, describe_status(400, message, param=param, code="invalid_value"))
 
 
 async def on_fault(request: Request, error: Exception) -> Response:

@@ -22,6 +22,7 @@ from cluster.journal import ChoiceRest, GenerateCall
 from cluster.metrics import ENGINE_METRICS
 from cluster.openai.engine_client import EngineInfo, RankStatus
 from cluster.ray_metrics import RayMetrics
+from cluster.response_shelf import ResponseShelf
 from cluster.serve_log import leave_out_calls
 from cluster.status import StartStatus
 from cluster.token_socket import CallError, GenerateEnd
@@ -84,6 +85,7 @@ class Engine:
             on_abort=self._abort,
             silence_timeout_s=self._config.host_timeout_s,
         )
+        self._shelf = ResponseShelf(self._config.max_stored_responses)
         self._tasks = WatchedTasks()
         self._limits: EngineLimits | None = None
         # Of earlier epochs: counters that fell would count twice.
@@ -209,6 +211,11 @@ class Engine:
         del route
         record = self._calls.recall(request_id, tenant)
         return b"" if record is None else msgspec.msgpack.encode(record)
+
+    async def shelve(self, payload: bytes, *, route: Route) -> bytes:
+        """Keep, give or forget a response for routers; see `ResponseShelf.answer`."""
+        del route
+        return self._shelf.answer(payload, self._engine_id)
 
     async def _run_call(self, running: Call) -> CallError | None:
         """Run a call to its end, and say what ended it early."""

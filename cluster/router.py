@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.util
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
@@ -25,10 +26,17 @@ from starlette.exceptions import HTTPException
 from cluster.api_keys import ApiKeys
 from cluster.engine_link import EngineLink
 from cluster.fleet_page import PAGE_PATH, FleetState, PageFiles
-from cluster.gate import Gate, on_fault, on_http_error, on_own_error, service_of
+from cluster.gate import (
+    Gate,
+    on_bad_parameter,
+    on_fault,
+    on_http_error,
+    on_own_error,
+    service_of,
+)
+from cluster.inspection_routes import add_inspection_routes
 from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
-from cluster.openai.engine_client import Caller
 from cluster.openai.heading import make_request_id
 from cluster.openai.http import read_body
 from cluster.openai.openapi import body_reference, body_schemas, describe_app
@@ -45,16 +53,19 @@ from cluster.openai.schema import (
     ProfileRequest,
     ProfileStatus,
 )
-from cluster.openai.sse import AnswerResponse
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_node import warn_of_missing_haproxy
 from cluster.request_router import list_running
+from cluster.response_routes import add_response_routes
+from cluster.response_service import ResponseService
+from cluster.route_parts import answer_with, caller_of
+from cluster.server_info import project_version
 from cluster.service import OpenAIService
 from cluster.status import read_all
 from cluster.user_config import ROUTER_SETTINGS, UserConfig
 from cluster.watched_tasks import WatchedTasks
 from engine.config import EngineConfig, parse_config
-from engine.errors import QwenOnRayError, RequestError
+from engine.errors import QwenOnRayError
 from engine.hub import resolve_tokenizer
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import load_tokenizer
@@ -73,18 +84,13 @@ Serve runs a replica's code and its handles in threads of their own, so that cod
 no harm; each token would change threads twice. Ours does not block: it tokenizes in threads.
 """
 
-SESSION_HEADER = "x-session-id"
-"""Requests that have the same go to the same engine where that is possible."""
-
-_MAX_SESSION_CHARS = 128
-_NOT_LEAVING_HEADER = "x-request-disconnect-disabled"
-
 
 def create_app(service: OpenAIService) -> FastAPI:
     """Make the app that answers with `service`."""
     app = FastAPI(
         title="qwen-on-ray",
         description="OpenAI's API for Qwen models, served with JAX under Ray.",
+        version=project_version(),
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
     app.state.service = service
@@ -92,6 +98,7 @@ def create_app(service: OpenAIService) -> FastAPI:
     app.add_middleware(Gate)
     app.add_exception_handler(QwenOnRayError, on_own_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_bad_parameter)
     app.add_exception_handler(Exception, on_fault)
     schemas = body_schemas()
     app.openapi = lambda: describe_app(app, schemas)
@@ -106,9 +113,9 @@ def _add_routes(app: FastAPI) -> None:
     )
     async def create_chat_completion(request: Request) -> Response:
         body = parse_body(ChatCompletionRequest, await read_body(request))
-        request_id = make_request_id("chatcmpl")
-        parts = service_of(request).chat(body, request_id, _caller(request))
-        return _answer(request, parts, request_id, is_stream=body.stream)
+        request_id = make_request_id("chatcmpl-")
+        parts = service_of(request).chat(body, request_id, caller_of(request))
+        return answer_with(request, parts, request_id, is_stream=body.stream)
 
     @app.post(
         "/v1/completions",
@@ -117,9 +124,9 @@ def _add_routes(app: FastAPI) -> None:
     )
     async def create_completion(request: Request) -> Response:
         body = parse_body(CompletionRequest, await read_body(request))
-        request_id = make_request_id("cmpl")
-        parts = service_of(request).complete(body, request_id, _caller(request))
-        return _answer(request, parts, request_id, is_stream=body.stream)
+        request_id = make_request_id("cmpl-")
+        parts = service_of(request).complete(body, request_id, caller_of(request))
+        return answer_with(request, parts, request_id, is_stream=body.stream)
 
     @app.post(
         "/v1/embeddings",
@@ -129,9 +136,9 @@ def _add_routes(app: FastAPI) -> None:
     async def create_embeddings(request: Request) -> Response:
         """The hidden states of the inputs' last tokens, each of length one."""
         body = parse_body(EmbeddingRequest, await read_body(request))
-        request_id = make_request_id("embd")
-        parts = service_of(request).embed(body, request_id, _caller(request))
-        return _answer(request, parts, request_id, is_stream=False)
+        request_id = make_request_id("embd-")
+        parts = service_of(request).embed(body, request_id, caller_of(request))
+        return answer_with(request, parts, request_id, is_stream=False)
 
     @app.get("/v1/streams/{request_id}")
     async def resume_stream(request: Request, request_id: str) -> Response:
@@ -139,10 +146,14 @@ def _add_routes(app: FastAPI) -> None:
 
         `request_id` is the `id` in the answer's objects; the key is the one that asked for it.
         """
-        service, caller = service_of(request), _caller(request)
+        service, caller = service_of(request), caller_of(request)
         recalled = await service.recall(request_id, request.headers.get("last-event-id"), caller)
+        is_stream = recalled.body.stream
+        if recalled.response is not None:
+            parts = ResponseService(service).resume(recalled, caller)
+            return answer_with(request, parts, request_id, is_stream=is_stream, end=b"")
         parts = service.resume(recalled, caller)
-        return _answer(request, parts, request_id, is_stream=recalled.body.stream)
+        return answer_with(request, parts, request_id, is_stream=is_stream)
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> ModelList:
@@ -195,6 +206,8 @@ def _add_routes(app: FastAPI) -> None:
         """How each engine is, with what happened to them lately; what the page at / shows."""
         return await service_of(request).fleet()
 
+    add_response_routes(app)
+    add_inspection_routes(app)
     page = PageFiles()
 
     @app.get(PAGE_PATH, include_in_schema=False)
@@ -207,29 +220,6 @@ def _add_routes(app: FastAPI) -> None:
         if response is None:
             raise HTTPException(404)
         return response
-
-
-def _caller(request: Request) -> Caller:
-    if _NOT_LEAVING_HEADER in request.headers:
-        # Serve would not tell that such a client is gone, and its answer would be generated on.
-        raise RequestError(f"{_NOT_LEAVING_HEADER} is not supported.", param=_NOT_LEAVING_HEADER)
-    session = request.headers.get(SESSION_HEADER)
-    return Caller(
-        tenant=request.state.tenant,
-        # Many are remembered, and a header may be long.
-        session=session[:_MAX_SESSION_CHARS] if session else None,
-    )
-
-
-def _answer(
-    request: Request, parts: AsyncGenerator[bytes, None], request_id: str, *, is_stream: bool
-) -> Response:
-    return AnswerResponse(
-        parts,
-        is_stream=is_stream,
-        request_id=request_id,
-        describe_failure=service_of(request).describe_stream_failure,
-    )
 
 
 def _warn_of_missing_environment() -> None:
@@ -301,6 +291,7 @@ class Router:
             read_statuses=partial(read_all, context.app_name),
             list_running=partial(list_running, engine),
             may_sleep=parsed.fewest_engines == 0,
+            keeps_responses=parsed.max_stored_responses > 0,
         )
         try:
             self.service = await asyncio.to_thread(make_service, parsed, self._link, router_id)

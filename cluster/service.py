@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import msgspec
+
 from cluster.admission import Admission, Ticket
 from cluster.api_keys import ApiKeys, KeyUse, KeyUses
 from cluster.exposition import Exposition
@@ -25,12 +27,14 @@ from cluster.openai.engine_client import (
     EngineInfo,
     GenerateRequest,
 )
-from cluster.openai.errors import describe_error, internal_error
+from cluster.openai.errors import ErrorReply, describe_error, internal_error
 from cluster.openai.event_id import parse_event_id
-from cluster.openai.generation import Generation, Resumption
+from cluster.openai.generation import ChoiceUpdate, Generation, Resumption
 from cluster.openai.heading import Heading, make_heading
 from cluster.openai.model_text import ModelText
 from cluster.openai.origin import Origin
+from cluster.openai.response_answer import ResponseAnswer
+from cluster.openai.responses import ResponseCall
 from cluster.openai.sampling import num_samples
 from cluster.openai.schema import (
     ChatCompletionRequest,
@@ -72,11 +76,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """A request that was begun elsewhere, as far as it has come."""
+    """A request that was begun elsewhere, as far as it has come.
+
+    Attributes:
+        body: The request; of a response, the chat that it is.
+        response: What the response was asked with, if it is one.
+    """
 
     body: ChatCompletionRequest | CompletionRequest
     heading: Heading
     resumption: Resumption
+    response: ResponseCall | None
 
 
 class OpenAIService:
@@ -112,6 +122,11 @@ class OpenAIService:
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._started_at = int(time.time())
 
+    @property
+    def config(self) -> EngineConfig:
+        """What the router was started with."""
+        return self._config
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -130,7 +145,11 @@ class OpenAIService:
         self._admission.check()
 
     async def chat(
-        self, body: ChatCompletionRequest, request_id: str, caller: Caller = _ANYBODY
+        self,
+        body: ChatCompletionRequest,
+        request_id: str,
+        caller: Caller = _ANYBODY,
+        response: ResponseAnswer | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Answer a chat request: the stream's events without its end, or the whole object.
 
@@ -138,6 +157,7 @@ class OpenAIService:
             body: The request.
             request_id: As the client sees it.
             caller: Who sends it.
+            response: Makes the answer, if it is to be a response.
 
         Raises:
             RequestError, EngineError: Before the first part, or amid a stream.
@@ -145,14 +165,17 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, 1, caller) as entry:
             info = await self._ready_info()
-            prompt = await self._in_thread(partial(self._text.encode_chat, body))
+            prompt = await self.in_thread(partial(self._text.encode_chat, body))
             self._stats.special_tokens_in_messages_total += prompt.has_special_tokens
-            grammar = await self._in_thread(partial(self._text.grammar, body, prompt.form))
+            grammar = await self.in_thread(partial(self._text.grammar, body, prompt.form))
             heading = make_heading(request_id, body.model, info.fingerprint)
+            origin = Origin.of(body if response is None else response.call, heading)
             request = self._make_request(
-                body, heading, [prompt.token_ids], info, entry, caller, grammar
+                body, origin, [prompt.token_ids], info, entry, caller, grammar
             )
-            answer = self._answer(body, heading, request, entry, form=prompt.form)
+            answer = self._answer(
+                body, heading, request, entry, response=response, form=prompt.form
+            )
             async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
@@ -164,7 +187,7 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
-            prompts = await self._in_thread(
+            prompts = await self.in_thread(
                 partial(
                     encode_prompts,
                     body.prompt,
@@ -173,9 +196,10 @@ class OpenAIService:
                     param="prompt",
                 )
             )
-            grammar = await self._in_thread(partial(self._text.grammar, body))
+            grammar = await self.in_thread(partial(self._text.grammar, body))
             heading = make_heading(request_id, body.model, info.fingerprint)
-            request = self._make_request(body, heading, prompts, info, entry, caller, grammar)
+            origin = Origin.of(body, heading)
+            request = self._make_request(body, origin, prompts, info, entry, caller, grammar)
             async with aclosing(self._answer(body, heading, request, entry)) as parts:
                 async for part in parts:
                     yield part
@@ -186,9 +210,9 @@ class OpenAIService:
         """Answer an embedding request: the whole object; raises as `chat`."""
         self._check_model(body.model)
         completion = as_completion(body)
-        with self._entered(completion, len(body.input), caller) as entry:
+        with self._entered(completion, len(body.input), caller, param="input") as entry:
             info = await self._ready_info()
-            prompts = await self._in_thread(
+            prompts = await self.in_thread(
                 partial(
                     encode_prompts,
                     body.input,
@@ -199,13 +223,14 @@ class OpenAIService:
             )
             heading = make_heading(request_id, body.model, info.fingerprint)
             choices = embedding_choices(prompts, info)
-            request = self._request(completion, heading, choices, entry, caller, None)
+            origin = Origin.of(completion, heading)
+            request = self._request(completion, origin, choices, entry, caller, None)
             with RequestWatch(
                 request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
             ) as watch:
-                generation = self._generation(completion, request, watch, None)
+                generation = self._generation(completion, request, watch.take, None)
                 embeddings = await collect_embeddings(body, generation, heading)
-                yield await self._in_thread(lambda: embeddings.model_dump_json().encode())
+                yield await self.in_thread(lambda: embeddings.model_dump_json().encode())
 
     async def recall(
         self, request_id: str, last_event_id: str | None, caller: Caller = _ANYBODY
@@ -224,10 +249,20 @@ class OpenAIService:
         engine_id = position.engine_id if position else None
         record = await self.engine.recall(request_id, engine_id=engine_id, tenant=caller.tenant)
         origin = Origin.decode(record.request.origin)
-        return Recalled(origin.body(), origin.heading, Resumption(record, position))
+        body = origin.body()
+        response = body if isinstance(body, ResponseCall) else None
+        return Recalled(
+            body.chat if isinstance(body, ResponseCall) else body,
+            origin.heading,
+            Resumption(record, position),
+            response,
+        )
 
     async def resume(
-        self, recalled: Recalled, caller: Caller = _ANYBODY
+        self,
+        recalled: Recalled,
+        caller: Caller = _ANYBODY,
+        response: ResponseAnswer | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """Go on with an answer, as `chat` would have done: what the client has is left out."""
         request = recalled.resumption.record.request
@@ -235,11 +270,24 @@ class OpenAIService:
         with self._entered(recalled.body, num_prompts, caller) as entry:
             entry.ticket.add_tokens(sum(len(each.prompt_token_ids) for each in request.choices))
             answer = self._answer(
-                recalled.body, recalled.heading, request, entry, recalled.resumption
+                recalled.body, recalled.heading, request, entry, recalled.resumption, response
             )
             async with aclosing(answer) as parts:
                 async for part in parts:
                     yield part
+
+    def replay(self, recalled: Recalled, response: ResponseAnswer) -> AsyncGenerator[bytes, None]:
+        """What has come of a response, as an answer of its own: no engine is asked for more."""
+        record = recalled.resumption.record
+        past = [
+            msgspec.structs.replace(came, finish_reason=came.finish_reason or "stop")
+            for came in record.past
+        ]
+        ended = Resumption(msgspec.structs.replace(record, past=past), None)
+        assert isinstance(recalled.body, ChatCompletionRequest), "a response is a chat"
+        return self._chat_parts(
+            recalled.body, recalled.heading, record.request, ended, response=response
+        )
 
     async def _answer(
         self,
@@ -248,30 +296,70 @@ class OpenAIService:
         request: GenerateRequest,
         entry: Entry,
         resumption: Resumption | None = None,
+        response: ResponseAnswer | None = None,
         form: AnswerForm | None = None,
     ) -> AsyncGenerator[bytes, None]:
         with RequestWatch(
             request, entry.ticket, entry.key_use, self._stats, entry.arrival_s
         ) as watch:
-            tokenizer = self._text.tokenizer
             if isinstance(body, ChatCompletionRequest):
-                form = form or self._text.form(body, request.choices[0].prompt_token_ids)
-                generation = self._generation(body, request, watch, resumption, form.stop)
-                parts = answer_chat(body, generation, heading, tokenizer, form)
+                parts = self._chat_parts(
+                    body,
+                    heading,
+                    request,
+                    resumption,
+                    response=response,
+                    form=form,
+                    on_update=watch.take,
+                )
             else:
-                generation = self._generation(body, request, watch, resumption)
+                generation = self._generation(body, request, watch.take, resumption)
                 prompts = [
                     choice.prompt_token_ids
                     for choice in request.choices
                     if choice.sample_index == 0
                 ]
-                echoes = await self._in_thread(
+                echoes = await self.in_thread(
                     partial(make_echoes, body, prompts, self._text.tokenizer)
                 )
                 parts = answer_completion(body, generation, heading, self._text.tokenizer, echoes)
             async with aclosing(parts):
                 async for part in parts:
                     yield part
+
+    def _chat_parts(
+        self,
+        body: ChatCompletionRequest,
+        heading: Heading,
+        request: GenerateRequest,
+        resumption: Resumption | None,
+        *,
+        response: ResponseAnswer | None,
+        form: AnswerForm | None = None,
+        on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
+    ) -> AsyncGenerator[bytes, None]:
+        form = form or self._text.form(body, request.choices[0].prompt_token_ids)
+        generation = self._generation(body, request, on_update, resumption, form.stop)
+        if response is not None:
+            return response.parts(generation, heading, self._text.tokenizer, form)
+        return answer_chat(body, generation, heading, self._text.tokenizer, form)
+
+    async def count_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(await self.in_thread(partial(self._text.tokenizer.encode, text)))
+
+    async def inspect_text(
+        self, work: Callable[[ModelText], _T], model: str | None, caller: Caller
+    ) -> _T:
+        """Do something with the model's text that asks no engine, as one request of a key.
+
+        Raises:
+            RequestError, EngineBusyError: There is no such model, or the key may not, or not yet.
+        """
+        if model is not None:
+            self._check_model(model)
+        with self._key_uses.enter(caller.tenant), self._admission.admit(1):
+            return await self.in_thread(partial(work, self._text))
 
     async def models(self) -> ModelList:
         """List the one model, by the name that clients should use."""
@@ -316,20 +404,33 @@ class OpenAIService:
 
     @contextmanager
     def _entered(
-        self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int, caller: Caller
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        num_prompts: int,
+        caller: Caller,
+        *,
+        param: str = "prompt",
     ) -> Iterator[Entry]:
         """Count a request of a key in the waiting room while it is under way.
+
+        Args:
+            body: The request.
+            num_prompts: Each has as many choices as the request says.
+            caller: Who sends it.
+            param: Where it has its prompts.
 
         Raises:
             RequestError, EngineBusyError: It may not, or not yet.
         """
         with (
             self._key_uses.enter(caller.tenant) as key_use,
-            self._admit(body, num_prompts) as ticket,
+            self._admit(body, num_prompts, param) as ticket,
         ):
             yield Entry(ticket, key_use, time.monotonic())
 
-    def _admit(self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int) -> Ticket:
+    def _admit(
+        self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int, param: str
+    ) -> Ticket:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream: true.", param="stream_options")
         num_choices = num_prompts * num_samples(body)
@@ -337,7 +438,7 @@ class OpenAIService:
             raise RequestError(
                 f"The request asks for {num_choices} choices; at most "
                 f"{self._admission.max_waiting} may wait here. Send fewer prompts at a time.",
-                param="n" if num_prompts == 1 else "prompt",
+                param="n" if num_prompts == 1 else param,
             )
         return self._admission.admit(num_choices)
 
@@ -347,13 +448,14 @@ class OpenAIService:
             return info
         return await self.engine.wait_until_ready(self._config.hold_timeout_s)
 
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Do what takes milliseconds, in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _make_request(
         self,
         body: ChatCompletionRequest | CompletionRequest,
-        heading: Heading,
+        origin: Origin,
         prompts: list[list[int]],
         info: EngineInfo,
         entry: Entry,
@@ -361,12 +463,12 @@ class OpenAIService:
         grammar: Grammar | None,
     ) -> GenerateRequest:
         choices = self._text.make_choices(body, prompts, info)
-        return self._request(body, heading, choices, entry, caller, grammar)
+        return self._request(body, origin, choices, entry, caller, grammar)
 
     def _request(
         self,
         body: ChatCompletionRequest | CompletionRequest,
-        heading: Heading,
+        origin: Origin,
         choices: tuple[ChoiceRequest, ...],
         entry: Entry,
         caller: Caller,
@@ -376,12 +478,12 @@ class OpenAIService:
         firsts = (choice for choice in choices if choice.sample_index == 0)
         entry.key_use.take_tokens(sum(len(choice.prompt_token_ids) for choice in firsts))
         return GenerateRequest(
-            request_id=heading.id,
+            request_id=origin.heading.id,
             choices=choices,
             cache_salt=caller.tenant + (body.cache_salt or "").encode(),
             session=caller.session,
             tenant=caller.tenant,
-            origin=Origin.of(body, heading).encode(),
+            origin=origin.encode(),
             weights=self._config.weights_name,
             grammar=grammar,
         )
@@ -390,7 +492,7 @@ class OpenAIService:
         self,
         body: ChatCompletionRequest | CompletionRequest,
         request: GenerateRequest,
-        watch: RequestWatch,
+        on_update: Callable[[ChoiceUpdate], None],
         resumption: Resumption | None,
         stop: Sequence[str] = (),
     ) -> Generation:
@@ -399,19 +501,23 @@ class OpenAIService:
             request,
             make_detokenizer=partial(self._text.detokenizer, body, stop),
             own_stop_token_ids=frozenset(body.stop_token_ids),
-            on_update=watch.take,
+            on_update=on_update,
             resumption=resumption,
         )
 
     def describe_stream_failure(self, error: Exception) -> bytes:
         """The event that ends a stream whose status is long sent."""
+        return encode_error_event(self.count_failure(error))
+
+    def count_failure(self, error: Exception) -> ErrorReply:
+        """What to tell of an error amid a stream; counts the request."""
         if isinstance(error, QwenOnRayError):
             reply = describe_error(error)
         else:
             logger.error("a stream failed", exc_info=error)
             reply = internal_error()
         self._stats.count_request(reply.status)
-        return encode_error_event(reply)
+        return reply
 
     def count_request(self, status: int) -> None:
         """Count a request that was refused, or failed, with this HTTP status."""
@@ -431,4 +537,4 @@ class OpenAIService:
         """The engines' metrics and this router's in Prometheus' text format."""
         fleet, engines = await self.engine.engine_info(), await self.engine.engines()
         # Some milliseconds an engine, which streams should not stand still for.
-        return await self._in_thread(partial(self._exposition.text, fleet, engines, self.stats()))
+        return await self.in_thread(partial(self._exposition.text, fleet, engines, self.stats()))

@@ -196,6 +196,12 @@ class EngineConfig(BaseModel):
         ge=1,
         description="Prompt tokens that may wait in each router; past that, HTTP 429.",
     )
+    max_stored_responses: int = Field(
+        default=10_000,
+        ge=0,
+        description="Answers of /v1/responses that each engine keeps in memory, 256 MB at most, "
+        "for those who ask for them again or go on with them within a day. 0: none.",
+    )
     max_prefill_tokens: int = Field(
         default=8192, ge=1, description="Most prompt tokens that one step computes."
     )

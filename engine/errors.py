@@ -7,6 +7,7 @@
     ├── RequestError               a request that can never be served as it stands (HTTP 400)
     │   ├── ContextLengthError     prompt and requested output exceed the context
     │   ├── ModelNotFoundError     a model name that is not served here (HTTP 404)
+    │   ├── ResponseNotFoundError  a response that is not kept here (HTTP 404)
     │   ├── AuthenticationError    no API key, or one that is not known here (HTTP 401)
     │   ├── PermissionDeniedError  an API key that may not do this (HTTP 403)
     │   ├── RequestTooLargeError   a body of more bytes than are read (HTTP 413)
@@ -70,6 +71,15 @@ class ModelNotFoundError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, param="model", code="model_not_found")
+
+
+class ResponseNotFoundError(RequestError):
+    """A response that is not kept here, or is another key's."""
+
+    status = 404
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="response_id", code="response_not_found")
 
 
 class AuthenticationError(RequestError):

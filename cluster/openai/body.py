@@ -6,7 +6,7 @@ prose would be misled. Fields that change no answer are accepted and dropped.
 
 import difflib
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -50,8 +50,18 @@ _MAX_PATH_CHARS = 200
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
-def parse_body(kind: type[_Body], body: bytes) -> _Body:
+def parse_body(
+    kind: type[_Body],
+    body: bytes,
+    *,
+    unsupported: Mapping[str, tuple[Any, ...]] = UNSUPPORTED,
+    no_effect: Collection[str] = NO_EFFECT,
+) -> _Body:
     """Parse and check a request body.
+
+    Args:
+        unsupported: Fields that are refused, unless they have one of these values.
+        no_effect: Fields that are dropped.
 
     Raises:
         RequestError: Not JSON, not an object, or a field that is missing, unknown, of a wrong type
@@ -64,7 +74,7 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
         raise RequestError(f"The body is not valid JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise RequestError(f"The body must be a JSON object, not {_kind(fields)}.")
-    _drop_or_refuse(fields, UNSUPPORTED, "")
+    _drop_or_refuse(fields, unsupported, "")
     messages = fields.get("messages")
     # Where there are more, the schema says so.
     first_messages = messages[:MAX_MESSAGES] if isinstance(messages, list) else []
@@ -72,10 +82,19 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
         if isinstance(message, dict):
             _drop_or_refuse(message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
             _check_parts(message.get("content"), f"messages[{index}].content")
-    for name in NO_EFFECT & fields.keys():
-        del fields[name]
+    for name in no_effect:
+        fields.pop(name, None)
     # null means the same as a field that is not there.
     fields = {name: value for name, value in fields.items() if value is not None}
+    return checked_body(kind, fields)
+
+
+def checked_body(kind: type[_Body], fields: dict[str, Any]) -> _Body:
+    """Make a body of its fields.
+
+    Raises:
+        RequestError: One is missing, unknown or of a wrong type.
+    """
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

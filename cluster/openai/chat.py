@@ -220,10 +220,12 @@ def _answer_deltas(
 
 
 def _logprobs(tokens: Sequence[ShownToken], tokenizer: Tokenizer) -> ChatLogprobs:
-    return ChatLogprobs(content=[_token_logprob(token, tokenizer) for token in tokens])
+    return ChatLogprobs(content=[token_logprob(token, tokenizer) for token in tokens])
 
 
-def _token_logprob(token: ShownToken, tokenizer: Tokenizer) -> ChatTokenLogprob:
+def token_logprob(token: ShownToken, tokenizer: Tokenizer) -> ChatTokenLogprob:
+    """Describe a token whose log probabilities are wanted."""
+
     def spell(token_id: int) -> dict[str, Any]:
         token_bytes = tokenizer.token_bytes(token_id)
         # A token may be part of a character: `bytes` is exact, `token` readable.

@@ -9,7 +9,8 @@ from engine.text.reasoning import THINK_START
 LOW_EFFORT_TOKENS = 1024
 """Tokens of thinking at most, with little effort; more effort has no bound."""
 
-_NO_THINKING = ("none", "minimal")
+NO_THINKING = ("none", "minimal")
+"""Efforts with which a model does not think at all."""
 
 
 def thinking_kwargs(body: ChatCompletionRequest, template_source: str) -> dict[str, Any]:
@@ -25,16 +26,16 @@ def thinking_kwargs(body: ChatCompletionRequest, template_source: str) -> dict[s
     if "reasoning_effort" in template_source:
         return {**kwargs, "reasoning_effort": effort}
     if "enable_thinking" in template_source:
-        return {"enable_thinking": effort not in _NO_THINKING, **kwargs}
+        return {"enable_thinking": effort not in NO_THINKING, **kwargs}
     thinks_always = THINK_START in template_source
-    if thinks_always and effort in _NO_THINKING:
+    if thinks_always and effort in NO_THINKING:
         raise RequestError(
             f"reasoning_effort is {effort}, but this model always thinks. Set thinking_budget to "
             "the most tokens that it may.",
             param="reasoning_effort",
             code="unsupported_value",
         )
-    if not thinks_always and effort not in (*_NO_THINKING, "medium"):
+    if not thinks_always and effort not in (*NO_THINKING, "medium"):
         raise RequestError(
             f"reasoning_effort is {effort}, but this model does not think. Leave it out.",
             param="reasoning_effort",

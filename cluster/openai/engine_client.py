@@ -219,8 +219,37 @@ class Fleet:
     events: tuple[FleetEvent, ...]
 
 
+class ResponseStore(Protocol):
+    """Where responses are kept for all routers, as bytes. Used from one event loop."""
+
+    async def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
+        """Keep a tenant's response; False if nobody does."""
+        ...
+
+    async def find(self, response_id: str, tenant: bytes) -> bytes | None:
+        """A tenant's response; None if nobody keeps it.
+
+        Raises:
+            EngineNotReadyError: Who may keep it could not be asked.
+        """
+        ...
+
+    async def forget(self, response_id: str, tenant: bytes) -> bool:
+        """Have a tenant's response kept no longer; False if nobody did.
+
+        Raises:
+            EngineNotReadyError: As `find`.
+        """
+        ...
+
+
 class EngineClient(Protocol):
     """A way to an engine. Used from one event loop."""
+
+    @property
+    def responses(self) -> ResponseStore:
+        """The responses that engines keep."""
+        ...
 
     async def engine_info(self) -> EngineInfo:
         """Say at once how the engine is; never raises for an engine that is not ready."""

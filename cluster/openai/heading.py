@@ -12,7 +12,7 @@ class Heading:
     """Identity of one answer.
 
     Attributes:
-        id: As OpenAI writes them (chatcmpl-…, cmpl-…), unique among all routers.
+        id: As OpenAI writes them (chatcmpl-…, cmpl-…, resp_…), unique among all routers.
         created: Unix time in seconds.
         model: The name that the client used.
         system_fingerprint: Changes when weights, dtype or sharding do.
@@ -24,9 +24,9 @@ class Heading:
     system_fingerprint: str | None
 
 
-def make_request_id(kind: Literal["chatcmpl", "cmpl", "embd"]) -> str:
+def make_request_id(kind: Literal["chatcmpl-", "cmpl-", "embd-", "resp_"]) -> str:
     """Make an id that no other request of any router has."""
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}{uuid.uuid4().hex}"
 
 
 def make_heading(request_id: str, model: str, fingerprint: str) -> Heading:

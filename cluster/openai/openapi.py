@@ -8,12 +8,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from cluster.openai.responses_schema import ResponseRequest
 from cluster.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
     EmbeddingRequest,
     ProfileRequest,
 )
+from cluster.openai.tokenization import DetokenizeRequest, TokenizeRequest
 
 
 def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
@@ -29,7 +31,15 @@ def body_reference(kind: type[BaseModel], *, is_required: bool = True) -> dict[s
 
 
 def body_schemas() -> dict[str, Any]:
-    kinds = (ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ProfileRequest)
+    kinds = (
+        ChatCompletionRequest,
+        CompletionRequest,
+        EmbeddingRequest,
+        ResponseRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        ProfileRequest,
+    )
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds],
         ref_template="#/components/schemas/{model}",

@@ -78,7 +78,8 @@ class AnswerResponse(Response):
             JSON object. What it raises before its first part, the route answers with a status.
         request_id: Goes into the header `x-request-id`, unless whoever is in front has named the
             request: Serve does, and puts its name into the answer by itself, beside any of ours.
-        describe_failure: The event that ends a stream broken by that error, in place of [DONE].
+        describe_failure: The event that ends a stream broken by that error, in place of `end`.
+        end: What follows on a stream's last event.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class AnswerResponse(Response):
         is_stream: bool,
         request_id: str,
         describe_failure: Callable[[Exception], bytes],
+        end: bytes = DONE,
     ) -> None:
         self._parts = parts
         self._describe_failure = describe_failure
         self._is_stream = is_stream
+        self._end = end if is_stream else b""
         self._request_id = request_id
         self._is_named = False
         self._has_begun = False
@@ -128,7 +131,7 @@ class AnswerResponse(Response):
                     raise
                 end = self._describe_failure(error)
             else:
-                end = DONE if self._is_stream else b""
+                end = self._end
         await self._send(send, end, is_last=True)
 
     async def _send(self, send: Send, body: bytes, *, is_last: bool = False) -> None:

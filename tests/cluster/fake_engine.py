@@ -23,15 +23,44 @@ from cluster.openai.engine_client import (
     StreamRecord,
     TokenDelta,
 )
+from cluster.response_shelf import ResponseShelf
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.config import EngineConfig
-from engine.errors import EngineNotReadyError, StreamGoneError
+from engine.errors import EngineNotReadyError, StreamGoneError, StreamResumedError
 from engine.request import TokenLogprobs
 from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 CONTEXT_LENGTH = 512
+
+
+class FakeResponses:
+    """A `ResponseStore`: one leader's shelf, without a Serve call before it.
+
+    Attributes:
+        shelf: Where responses are.
+        is_there: Whether the leader can be asked.
+    """
+
+    def __init__(self) -> None:
+        self.shelf = ResponseShelf(max_responses=100)
+        self.is_there = True
+
+    async def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
+        return self.is_there and self.shelf.store(response_id, tenant, content)
+
+    async def find(self, response_id: str, tenant: bytes) -> bytes | None:
+        self._check()
+        return self.shelf.find(response_id, tenant)
+
+    async def forget(self, response_id: str, tenant: bytes) -> bool:
+        self._check()
+        return self.shelf.forget(response_id, tenant)
+
+    def _check(self) -> None:
+        if not self.is_there:
+            raise EngineNotReadyError("The leader did not answer.")
 
 
 class FakeEngine:
@@ -53,7 +82,8 @@ class FakeEngine:
         becomes_ready: Ends that wait.
         profiled: Numbers of steps that `profile` was called with.
         closed_early: Ids of requests whose iterator was closed before its end.
-        records: What has come of each request.
+        records: What has come of each request; asking for one ends a request that is under way.
+        responses: Those that are kept.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -69,8 +99,10 @@ class FakeEngine:
         self.events: tuple[FleetEvent, ...] = ()
         self.aborted_choices: list[tuple[str, int]] = []
         self.profiled: list[int] = []
+        self._recalled: set[str] = set()
         self.closed_early: list[str] = []
         self.records: dict[str, StreamRecord] = {}
+        self.responses = FakeResponses()
         self.is_awaited = asyncio.Event()
         self.becomes_ready = asyncio.Event()
         self.has_started = asyncio.Event()
@@ -117,6 +149,9 @@ class FakeEngine:
         record = self.records.get(request_id)
         if record is None or record.request.tenant != tenant:
             raise StreamGoneError(f"{request_id} is not known")
+        self._recalled.add(request_id)
+        if self.steps is not None:
+            self.steps.release()
         return record
 
     def resume(self, record: StreamRecord) -> AsyncGenerator[tuple[int, TokenDelta], None]:
@@ -136,6 +171,7 @@ class FakeEngine:
         request = record.request
         self.requests.append(request)
         self.records[request.request_id] = record
+        self._recalled.discard(request.request_id)
         self.has_started.set()
         num_sent = 0
         has_ended = False
@@ -147,6 +183,8 @@ class FakeEngine:
                         continue
                     if self.steps is not None:
                         await self.steps.acquire()
+                    if request.request_id in self._recalled:
+                        raise StreamResumedError("The rest of this stream was asked for anew.")
                     if self.failure is not None and num_sent == self.failure[0]:
                         raise self.failure[1]
                     num_sent += 1

@@ -254,6 +254,35 @@ async def test_many_clients_at_once_each_get_their_own_text(client, expected_tex
         assert expected_text.startswith(text[:-1]), index
 
 
+async def test_responses_are_kept_by_the_leader_and_cancelled_through_it(client):
+    fields = {"model": "tiny", "temperature": 0, "max_output_tokens": 16}
+    first = await client.responses.create(input=MESSAGES, **fields)
+    assert first.store
+    second = await client.responses.create(
+        input="Go on.", previous_response_id=first.id, stream=True, **fields
+    )
+    *_, ended = [event async for event in second]
+    assert ended.type == "response.incomplete"
+    # The conversation before it is the prompt's beginning, which the engine had cached.
+    assert ended.response.usage.input_tokens_details.cached_tokens >= 16
+    assert await client.responses.retrieve(ended.response.id) == ended.response
+    await client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(first.id)
+
+    stream = await client.responses.create(
+        **fields | {"max_output_tokens": 200}, input="Hello", stream=True
+    )
+    created = await anext(aiter(stream))
+    cancelled = await client.responses.cancel(created.response.id)
+    assert (cancelled.status, cancelled.id) == ("cancelled", created.response.id)
+    *_, last = [event async for event in stream]
+    assert last.type == "error"
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await engine_stats()).num_pages_used:
+            await asyncio.sleep(0.05)
+
+
 async def test_a_client_that_goes_away_frees_its_pages(client):
     stream = await client.chat.completions.create(
         model="tiny",
@@ -389,7 +418,7 @@ async def test_a_request_leaves_its_timeline_in_the_log_and_its_spans_in_serves_
     assert 0 <= visit["queued_ms"] + visit["prefill_ms"] <= visit["first_token_ms"]
     assert visit["first_token_ms"] <= choice["ended_ms"] <= timeline["ended_ms"]
 
-    request = None
+    request, spans = None, []
     async with asyncio.timeout(TIMEOUT_S):
         while request is None:
             await asyncio.sleep(0.05)

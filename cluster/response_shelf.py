@@ -1,0 +1,160 @@
+"""Where an engine's leader keeps responses that clients may ask for again: a bounded memory.
+
+Responses are bytes here; who may have them is all that is known. Nothing is written to a disk.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+KEEP_S = 24 * 3600.0
+"""How long a response outlives its last use."""
+
+MAX_SHELF_BYTES = 256 * 1024 * 1024
+"""All responses that one leader keeps, and a tenth of it for a single one."""
+
+
+class StoreCall(msgspec.Struct, frozen=True, tag=True):
+    """Keep a response."""
+
+    response_id: str
+    tenant: bytes
+    content: bytes
+
+
+class FindCall(msgspec.Struct, frozen=True, tag=True):
+    """Give a response."""
+
+    response_id: str
+    tenant: bytes
+
+
+class ForgetCall(msgspec.Struct, frozen=True, tag=True):
+    """Keep a response no longer."""
+
+    response_id: str
+    tenant: bytes
+
+
+ShelfCall = StoreCall | FindCall | ForgetCall
+
+
+class ShelfReply(msgspec.Struct, frozen=True):
+    """What has become of a call.
+
+    Attributes:
+        engine_id: Whose shelf it is: Serve may have called another engine than was meant.
+        is_done: It was stored, found or forgotten.
+        content: What was found.
+    """
+
+    engine_id: str
+    is_done: bool
+    content: bytes = b""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """The responses of one tenant, those used last at the end, each with the time of that use."""
+
+    num_bytes: int = 0
+    entries: OrderedDict[str, tuple[float, bytes]] = field(default_factory=OrderedDict)
+
+
+class ResponseShelf:
+    """Responses by tenant and id. Belongs to one event loop.
+
+    Where it is full, the tenant that has most of it loses what it used longest ago: nobody can
+    drive out the responses of those who keep few.
+
+    Invariant: `num_responses` and `num_bytes` are the sums over all tenants.
+
+    Args:
+        max_responses: 0 keeps none.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        max_responses: int,
+        *,
+        max_bytes: int = MAX_SHELF_BYTES,
+        keep_s: float = KEEP_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_responses = max_responses
+        self._max_bytes = max_bytes
+        self._keep_s = keep_s
+        self._clock = clock
+        self._tenants: dict[bytes, _Tenant] = {}
+        self.num_responses = 0
+        self.num_bytes = 0
+
+    def answer(self, payload: bytes, engine_id: str) -> bytes:
+        """Do what an encoded `ShelfCall` says; gives an encoded `ShelfReply`."""
+        call = msgspec.msgpack.decode(payload, type=ShelfCall)
+        if isinstance(call, StoreCall):
+            reply = ShelfReply(engine_id, self.store(call.response_id, call.tenant, call.content))
+        elif isinstance(call, FindCall):
+            content = self.find(call.response_id, call.tenant)
+            reply = ShelfReply(engine_id, content is not None, content or b"")
+        else:
+            reply = ShelfReply(engine_id, self.forget(call.response_id, call.tenant))
+        return msgspec.msgpack.encode(reply)
+
+    def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
+        """Keep a response in the place of an earlier one of its id; False if it is too large."""
+        self._forget_old()
+        self.forget(response_id, tenant)
+        if self._max_responses == 0 or len(content) > self._max_bytes // 10:
+            return False
+        entry = self._tenants.setdefault(tenant, _Tenant())
+        entry.entries[response_id] = self._clock(), content
+        self._count(entry, 1, len(content))
+        while self.num_responses > self._max_responses or self.num_bytes > self._max_bytes:
+            most = max(self._tenants, key=lambda name: self._share(self._tenants[name]))
+            self.forget(next(iter(self._tenants[most].entries)), most)
+        return response_id in entry.entries
+
+    def find(self, response_id: str, tenant: bytes) -> bytes | None:
+        """A tenant's response, which is used by it; None if it is not here."""
+        self._forget_old()
+        entry = self._tenants.get(tenant)
+        if entry is None or response_id not in entry.entries:
+            return None
+        _, content = entry.entries.pop(response_id)
+        entry.entries[response_id] = self._clock(), content
+        return content
+
+    def forget(self, response_id: str, tenant: bytes) -> bool:
+        """Keep a tenant's response no longer; False if it was not here."""
+        entry = self._tenants.get(tenant)
+        if entry is None or response_id not in entry.entries:
+            return False
+        _, content = entry.entries.pop(response_id)
+        self._count(entry, -1, -len(content))
+        if not entry.entries:
+            del self._tenants[tenant]
+        return True
+
+    def _share(self, entry: _Tenant) -> float:
+        return max(
+            entry.num_bytes / self._max_bytes, len(entry.entries) / max(1, self._max_responses)
+        )
+
+    def _count(self, entry: _Tenant, num_responses: int, num_bytes: int) -> None:
+        entry.num_bytes += num_bytes
+        self.num_responses += num_responses
+        self.num_bytes += num_bytes
+
+    def _forget_old(self) -> None:
+        oldest_s = self._clock() - self._keep_s
+        for tenant, entry in list(self._tenants.items()):
+            while entry.entries:
+                response_id, (used_s, _) = next(iter(entry.entries.items()))
+                if used_s >= oldest_s:
+                    break
+                self.forget(response_id, tenant)
