@@ -6,6 +6,8 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from cluster.openai.answer_deltas import AnswerDeltas, whole_message
 from cluster.openai.answer_form import AnswerForm
 from cluster.openai.generation import (
@@ -168,12 +170,6 @@ def _whole_json(
     tokenizer: Tokenizer,
     form: AnswerForm,
 ) -> bytes:
-    prompt_logprobs = None
-    if body.prompt_logprobs is not None:
-        prompt = generation.request.choices[0].prompt_token_ids
-        prompt_logprobs = spell_prompt_logprobs(
-            prompt, choices[0].prompt_logprobs, body.prompt_logprobs, tokenizer
-        )
     completion = ChatCompletion(
         id=heading.id,
         created=heading.created,
@@ -184,9 +180,15 @@ def _whole_json(
         ],
         usage=generation.usage(),
         system_fingerprint=heading.system_fingerprint,
-        prompt_logprobs=prompt_logprobs,
     )
-    return completion.model_dump_json().encode()
+    if body.prompt_logprobs is None:
+        return completion.model_dump_json().encode()
+    prompt = generation.request.choices[0].prompt_token_ids
+    prompt_logprobs = spell_prompt_logprobs(
+        prompt, choices[0].prompt_logprobs, body.prompt_logprobs, tokenizer
+    )
+    # pydantic would hold all streams up for seconds.
+    return msgspec.json.encode({**completion.model_dump(), "prompt_logprobs": prompt_logprobs})
 
 
 def _whole_choice(

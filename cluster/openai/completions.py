@@ -6,6 +6,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from cluster.openai.generation import ChoiceUpdate, Generation, ShownToken, WholeChoice, collect
 from cluster.openai.heading import Heading
 from cluster.openai.prompt_logprobs import spell_prompt_logprobs
@@ -201,9 +203,6 @@ def _whole_json(
     tokenizer: Tokenizer,
     echoes: Sequence[Echo | None],
 ) -> bytes:
-    prompts = [
-        each.prompt_token_ids for each in generation.request.choices if each.sample_index == 0
-    ]
     whole: list[CompletionChoice] = []
     for index, (echo, choice) in enumerate(zip(echoes, choices, strict=True)):
         text = choice.text if echo is None else echo.text + choice.text
@@ -211,14 +210,20 @@ def _whole_json(
         if body.logprobs is not None:
             scored = _scored(echo, choice.prompt_logprobs, choice.tokens)
             logprobs = _logprobs(scored, tokenizer, 0, body.logprobs)
-        made = _choice(index, text, logprobs, choice.finish_reason, choice.stop_reason)
-        if body.prompt_logprobs is not None:
-            made.prompt_logprobs = spell_prompt_logprobs(
-                prompts[index // body.n], choice.prompt_logprobs, body.prompt_logprobs, tokenizer
-            )
-        whole.append(made)
+        whole.append(_choice(index, text, logprobs, choice.finish_reason, choice.stop_reason))
     completion = _completion(heading, whole, usage=generation.usage())
-    return completion.model_dump_json(exclude_unset=True).encode()
+    if body.prompt_logprobs is None:
+        return completion.model_dump_json().encode()
+    prompts = [
+        each.prompt_token_ids for each in generation.request.choices if each.sample_index == 0
+    ]
+    fields = completion.model_dump()
+    for index, (choice, shown) in enumerate(zip(choices, fields["choices"], strict=True)):
+        shown["prompt_logprobs"] = spell_prompt_logprobs(
+            prompts[index // body.n], choice.prompt_logprobs, body.prompt_logprobs, tokenizer
+        )
+    # pydantic would hold all streams up for seconds.
+    return msgspec.json.encode(fields)
 
 
 def _completion(heading: Heading, choices: list[CompletionChoice], **usage: object) -> Completion:

@@ -2,9 +2,26 @@
 
 from collections.abc import Sequence
 
-from cluster.openai.schema import PromptLogprob, PromptLogprobs
+import msgspec
+
 from engine.request import TokenLogprobs
 from engine.text.tokenizer import Tokenizer
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, gc=False):
+    """A token that stands in a prompt, or might. There may be a million in one answer.
+
+    Attributes:
+        rank: From 1, the likeliest; None for a token that is not among those asked for.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""Of each token of a prompt, by ids: its own first. The prompt's first token has none."""
 
 
 def spell_prompt_logprobs(
@@ -18,10 +35,14 @@ def spell_prompt_logprobs(
         num_top: Alternatives that were asked for; `logprobs` may have more.
         tokenizer: The model's.
     """
+    texts: dict[int, str] = {}
 
     def entry(token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
-        text = tokenizer.token_bytes(token_id).decode(errors="replace")
-        return PromptLogprob(logprob=logprob, rank=rank, decoded_token=text)
+        text = texts.get(token_id)
+        if text is None:
+            text = tokenizer.token_bytes(token_id).decode(errors="replace")
+            texts[token_id] = text
+        return PromptLogprob(logprob, rank, text)
 
     spelled: PromptLogprobs = [None]
     for token_id, found in zip(prompt[1:], logprobs, strict=True):

@@ -8,7 +8,6 @@ counted before any of them is looked at.
 """
 
 import reprlib
-from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -44,12 +43,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 512
 
 StopReason = Literal["stop", "length"]
-
-
-def _without_nulls(fields: dict[str, Any], optional: Collection[str]) -> dict[str, Any]:
-    return {
-        name: value for name, value in fields.items() if value is not None or name not in optional
-    }
 
 
 def _join_text_parts(content: Any) -> Any:
@@ -431,22 +424,6 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
-class PromptLogprob(BaseModel):
-    """A token that stands in a prompt, or might.
-
-    Attributes:
-        rank: From 1, the likeliest; null for a token that is not among those asked for.
-    """
-
-    logprob: float
-    rank: int | None
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[int, PromptLogprob] | None]
-"""Of each token of a prompt, by ids: its own first. The prompt's first token has none."""
-
-
 class FunctionCall(BaseModel):
     name: str
     arguments: str
@@ -472,7 +449,11 @@ class AssistantMessage(BaseModel):
     @model_serializer(mode="wrap")
     def _leave_out_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional = ("reasoning_content", "reasoning", "tool_calls", "function_call")
-        return _without_nulls(dump(self), optional)
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if value is not None or name not in optional
+        }
 
 
 ChatStopReason = StopReason | Literal["tool_calls", "function_call"]
@@ -494,11 +475,6 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None
-    prompt_logprobs: PromptLogprobs | None = None
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_nulls(dump(self), ("prompt_logprobs",))
 
 
 class Embedding(BaseModel):
@@ -576,7 +552,6 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: StopReason | None
     stop_reason: int | str | None = None
-    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
