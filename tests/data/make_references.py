@@ -69,12 +69,10 @@ VARIATIONS = {
             "max_position_embeddings": 80,
         },
     ),
-    "experts-normed-qwen2": ("tiny-qwen2-moe", {"norm_topk_prob": True}),
-    "experts-not-normed-qwen3": ("tiny-qwen3-moe", {"norm_topk_prob": False}),
-    "experts-all-of-them": ("tiny-qwen3-moe", {"num_experts_per_tok": 8}),
     "experts-and-windows-qwen2": (
         "tiny-qwen2-moe",
         {
+            "norm_topk_prob": True,
             "use_sliding_window": True,
             "sliding_window": 8,
             "max_window_layers": 4,
@@ -83,7 +81,7 @@ VARIATIONS = {
     ),
     "experts-and-windows-qwen3": (
         "tiny-qwen3-moe",
-        {"use_sliding_window": True, "sliding_window": 8},
+        {"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 8},
     ),
 }
 

@@ -63,9 +63,7 @@ def plan_visits(starts: jax.Array, num_rows: int, dtype: DTypeLike) -> Visits:
     while tile_rows < min(MOST_TILE_ROWS, 2 * num_rows // num_experts):
         tile_rows *= 2
     first_E = starts[:-1] // tile_rows
-    number_E = jnp.where(
-        starts[1:] > starts[:-1], (starts[1:] - 1) // tile_rows - first_E + 1, 0
-    )
+    number_E = jnp.where(starts[1:] > starts[:-1], (starts[1:] - 1) // tile_rows - first_E + 1, 0)
     end_E = jnp.cumsum(number_E)
     visit_V = jnp.arange(-(-num_rows // tile_rows) + num_experts, dtype=jnp.int32)
     expert_V = jnp.sum(end_E[None, :] <= visit_V[:, None], axis=1, dtype=jnp.int32)
@@ -117,7 +115,8 @@ def grouped_matmul(
             grid=(-(-num_outputs // tile_outputs), visits.number),
             in_specs=[
                 pl.BlockSpec(
-                    (tile_rows, num_inputs), lambda _, visit, expert_V, tile_V, *__: (tile_V[visit], 0)
+                    (tile_rows, num_inputs),
+                    lambda _, visit, expert_V, tile_V, *__: (tile_V[visit], 0),
                 ),
                 pl.BlockSpec(weight_tile, weight_place),
             ],

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 
 from engine.kernels.grouped_product import BLOCK_ROWS, grouped_products
 from engine.kernels.packed_weight import PackedWeight, can_pack, pack_weights
+from engine.kernels.tpu import grouped_matmul
+from engine.kernels.tpu.kv_rows import LANES
 from engine.sharding import make_mesh, named_sharding
 
 NUM_EXPERTS = 5
@@ -47,7 +49,7 @@ def compute(
     return [np.asarray(product)[: starts[-1]] for product in found]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_products_are_those_of_numpy(platform: str) -> None:
     x, weight = random_array(NUM_ROWS, 24), random_array(NUM_EXPERTS, 40, 24)
     other = random_array(NUM_EXPERTS, 7, 24)
@@ -56,12 +58,55 @@ def test_products_are_those_of_numpy(platform: str) -> None:
         np.testing.assert_allclose(got, expected(x, each), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_products_of_integers_are_exact(platform: str) -> None:
     x = random_array(NUM_ROWS, 24, dtype=np.int8)
     weight = random_array(NUM_EXPERTS, 40, 24, dtype=np.int8)
     (got,) = compute(x, [jnp.asarray(weight)], jnp.int32, platform=platform)
     np.testing.assert_array_equal(got, expected(x, weight))
+
+
+# As the TPU's layout has them, and with inputs along the sublanes; outputs in one tile and several.
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs"), [(40, 24), (48, 128), (256, 48), (300, 2 * LANES)]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_the_kernel_of_tpus_interpreted_gives_the_products_of_numpy(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, num_outputs: int, num_inputs: int
+) -> None:
+    monkeypatch.setattr(grouped_matmul, "MOST_WEIGHT_BYTES", 2**16)
+    x = random_array(NUM_ROWS, num_inputs, dtype=dtype)
+    weight = random_array(NUM_EXPERTS, num_outputs, num_inputs, dtype=dtype)
+    out = jnp.int32 if dtype == jnp.int8 else jnp.float32
+
+    def run(x: jax.Array, weight: jax.Array, starts: jax.Array) -> jax.Array:
+        visits = grouped_matmul.plan_visits(starts, NUM_ROWS, dtype)
+        return grouped_matmul.grouped_matmul(x, weight, visits, out, interpret=True)
+
+    got = np.asarray(jax.jit(run)(x, weight, STARTS))[: STARTS[-1]]
+    if dtype == jnp.int8:
+        np.testing.assert_array_equal(got, expected(x, weight))
+    else:
+        np.testing.assert_allclose(got, expected(x, weight), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_tile_is_visited_once_by_each_expert_with_rows_in_it(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    sizes = generator.integers(0, 40, 12) * generator.integers(0, 2, 12)
+    starts = np.cumsum([0, *sizes]).astype(np.int32)
+    num_rows = int(starts[-1]) + 5
+    visits = grouped_matmul.plan_visits(jnp.asarray(starts), num_rows, jnp.float32)
+    wanted = [
+        (expert, tile)
+        for expert in range(12)
+        for tile in range(-(-num_rows // visits.tile_rows))
+        if set(range(starts[expert], starts[expert + 1]))
+        & set(range(tile * visits.tile_rows, (tile + 1) * visits.tile_rows))
+    ]
+    number = int(visits.number)
+    pairs = zip(visits.expert.tolist(), visits.tile.tolist(), strict=True)
+    assert list(pairs)[:number] == wanted
 
 
 def pack(*maps: list[np.ndarray], tp_size: int = 1, axes: tuple[str, ...]) -> PackedWeight:
