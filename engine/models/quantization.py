@@ -56,7 +56,7 @@ def quantize_weight(weight_FD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     sharding = weight_FD.sharding
     assert isinstance(sharding, NamedSharding)
-    row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1]))
+    row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: weight_FD.ndim - 1]))
     return _quantize_sharded(weight_FD, (sharding, row_sharding))
 
 

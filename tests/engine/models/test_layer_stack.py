@@ -11,7 +11,9 @@ from engine.models.layer_stack import MAX_SCANNED_LAYER_BYTES, LayerStack, lay_o
 PROMPT = list(range(3, 20))
 
 
-@pytest.mark.parametrize("family", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    "family", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3", "tiny-qwen3-moe"]
+)
 def test_scanned_layers_give_the_logits_of_unrolled_ones(family):
     loaded = LoadedModel(DATA / family, tp_size=2, backend="xla")
     unrolled = loaded.logits(PROMPT)

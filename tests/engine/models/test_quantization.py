@@ -43,7 +43,8 @@ def test_a_product_is_as_exact_as_its_rounded_factors():
 
 # Each family once: a tensor-parallel size more costs a compilation, and tells nothing new of it.
 @pytest.mark.parametrize(
-    ("family", "tp_size"), [("qwen1", 2), ("qwen2", 4), ("qwen2-tied", 3), ("qwen3", 2)]
+    ("family", "tp_size"),
+    [("qwen1", 2), ("qwen2", 4), ("qwen2-tied", 3), ("qwen3", 2), ("qwen2-moe", 3)],
 )
 def test_tensor_parallel_sizes_agree(family: str, tp_size: int):
     directory = DATA / f"tiny-{family}"
