@@ -27,7 +27,7 @@ MOST_CHUNK_EFFICIENCY = 0.67
 
 EXPERTS_EFFICIENCY = 0.2
 """Of the product unit's rate, what the kernel for experts reaches at worst: half of the rows that
-go through an expert's weight are others', and a device's part of it may fill a third of the unit."""
+go through a weight are other experts', and a device's part of it may fill a third of the unit."""
 
 COLLECTIVE_WAIT_S = 10e-6
 """Of one collective at worst, beside its bytes."""
