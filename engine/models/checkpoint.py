@@ -195,11 +195,12 @@ def _flatten(specs: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any
 def _put(
     params: Params, parameter: _Parameter, array: jax.Array, quantization: Quantization
 ) -> None:
-    for key in parameter.path[:-1]:
+    path: tuple[Any, ...] = parameter.path
+    for key in path[:-1]:
         params = params.setdefault(key, {})
     if quantization == "int8" and is_quantized(parameter.spec.axes):
         array, params["scale"] = quantize_weight(array)
-    params[parameter.path[-1]] = array
+    params[path[-1]] = array
 
 
 def _with_layer_list(params: Params) -> Params:
