@@ -70,7 +70,10 @@ class EngineFacts(_Message):
         num_pages: Of the pool, if programs needed no memory.
         page_bytes: One page, all layers.
         weight_bytes: Parameters and the state of slots.
-        streamed_bytes: Parameters that every step reads: all but the embedding table.
+        streamed_bytes: Parameters that a step reads: all but the embedding table.
+        expert_bytes: Of these, the experts', of which it reads those that its tokens go through.
+        num_experts: Of a sparse layer; 0 in a dense model.
+        experts_per_token: How many of them a token goes through.
         capacity_bytes: That programs may use.
         context_length: Longest prompt plus output.
         num_layers: Of the model.
@@ -84,6 +87,9 @@ class EngineFacts(_Message):
     page_bytes: int
     weight_bytes: int
     streamed_bytes: int
+    expert_bytes: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
     capacity_bytes: int
     context_length: int
     num_layers: int
@@ -171,12 +177,17 @@ class Worker:
         memory = programs.memory(self._params, self._capacity)
         embedding = bytes_per_device(self._params["embed_tokens"])
         is_tied = self._model_config.tie_word_embeddings
+        experts = self._model_config.experts
+        expert_params = [layer["mlp"].get("experts", {}) for layer in self._params["layers"]]
         return EngineFacts(
             programs=[_shape(name) for name in programs.names],
             num_pages=programs.num_pages(memory),
             page_bytes=memory.page,
             weight_bytes=memory.weights,
             streamed_bytes=bytes_per_device(self._params) - (0 if is_tied else embedding),
+            expert_bytes=bytes_per_device(expert_params),
+            num_experts=0 if experts is None else experts.num_experts,
+            experts_per_token=0 if experts is None else experts.experts_per_token,
             capacity_bytes=memory.capacity,
             context_length=programs.context_length,
             num_layers=self._model_config.num_layers,

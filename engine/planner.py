@@ -25,6 +25,10 @@ MOST_CHUNK_EFFICIENCY = 0.67
 """Of the product unit's rate, what the kernel for chunks reaches: at worst by its static profile
 (`benchmarks/tpu_static.py`), and at best, because heads of 128 fill half of the unit."""
 
+EXPERTS_EFFICIENCY = 0.2
+"""Of the product unit's rate, what the kernel for experts reaches at worst: half of the rows that
+go through a weight are other experts', and a device's part of it may fill a third of the unit."""
+
 COLLECTIVE_WAIT_S = 10e-6
 """Of one collective at worst, beside its bytes."""
 
@@ -191,6 +195,14 @@ def make_plan(config: EngineConfig, compiled: CompiledEngine, workload: Workload
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ExpertsTime:
+    """What a step's experts take of the memory and of the product unit."""
+
+    read_s: float
+    product_s: float
+
+
 class _Clock:
     """Times of steps and requests, of the compiler's figures and the chip's rates."""
 
@@ -215,18 +227,27 @@ class _Clock:
         attention_ops *= self._engine.num_layers
         bandwidth = self._chip.mem_bw_bytes_per_second
         peak = self._chip.bf16_ops_per_second
-        read_s = (self._engine.streamed_bytes + key_bytes) / bandwidth
+        experts = self._experts(num_decodes + num_chunk_tokens)
+        dense_bytes = self._engine.streamed_bytes - self._engine.expert_bytes
+        read_s = (dense_bytes + key_bytes) / bandwidth + experts.read_s
         # Two bytes a weight, two operations a weight and token.
-        product_s = self._engine.streamed_bytes * (num_seqs + num_chunk_tokens) / peak
-        product_s += attention_ops / peak
+        product_s = dense_bytes * (num_seqs + num_chunk_tokens) / peak
+        product_s += attention_ops / peak + experts.product_s
         decodes_s, chunks_s = key_bytes / bandwidth, attention_ops / peak
         computed_s = facts.cycles / self._kind.clock_hz
         floor_s = max(read_s, product_s)
         time_s = Bounds(
-            max(floor_s, computed_s + decodes_s + chunks_s / MOST_CHUNK_EFFICIENCY),
+            max(
+                floor_s,
+                computed_s
+                + decodes_s
+                + chunks_s / MOST_CHUNK_EFFICIENCY
+                + max(experts.read_s, experts.product_s),
+            ),
             computed_s
             + decodes_s / READING_EFFICIENCY
             + chunks_s / CHUNK_EFFICIENCY
+            + max(experts.read_s / READING_EFFICIENCY, experts.product_s / EXPERTS_EFFICIENCY)
             + self._collectives_s(facts)
             + HOST_S,
         )
@@ -266,6 +287,18 @@ class _Clock:
         mixed_s = prefill.times(1 / len(chunks))
         share = num_mixed / self._workload.output_len
         return ttft_s, mixed_s.times(share) + decode_s.times(1 - share)
+
+    def _experts(self, num_tokens: int) -> "_ExpertsTime":
+        """Of a step's tokens, as if each chose evenly among the experts and by itself."""
+        engine = self._engine
+        if engine.num_experts == 0:
+            return _ExpertsTime(read_s=0.0, product_s=0.0)
+        chosen = engine.experts_per_token / engine.num_experts
+        read_bytes = engine.expert_bytes * (1 - (1 - chosen) ** num_tokens)
+        return _ExpertsTime(
+            read_s=read_bytes / self._chip.mem_bw_bytes_per_second,
+            product_s=engine.expert_bytes * chosen * num_tokens / self._chip.bf16_ops_per_second,
+        )
 
     def _collectives_s(self, facts: ProgramFacts) -> float:
         """One after another, around a ring both ways, at half the links' rate."""

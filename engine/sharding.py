@@ -22,6 +22,10 @@ MESH_AXES: dict[str, str | None] = {
     "heads": TENSOR_AXIS,  # query heads times head_dim
     "kv_heads": TENSOR_AXIS,  # key or value heads times head_dim
     "ffn": TENSOR_AXIS,
+    "expert_ffn": TENSOR_AXIS,  # of each expert: no device waits for another's experts
+    "shared_ffn": TENSOR_AXIS,
+    "experts": None,
+    "shared_gate": None,  # the one output that weighs the shared expert
     "embed": None,
     "head_dim": None,
     "tokens": TENSOR_AXIS,  # of the residual stream, where it is shared out
@@ -68,8 +72,15 @@ def make_layout(
     hidden_size: int,
     intermediate_size: int,
     vocab_size: int,
+    num_experts: int = 0,
+    expert_size: int = 0,
+    shared_expert_size: int = 0,
 ) -> ShardLayout:
-    """Pad a model's sizes so that `tp_size` devices can share them evenly."""
+    """Pad a model's sizes so that `tp_size` devices can share them evenly.
+
+    Those of experts, which few models have, are the number of them in a layer, the width of each
+    and of the one that all tokens share.
+    """
     group = num_heads // num_kv_heads
     num_replicas = max(1, tp_size // num_kv_heads)
     group_part = -(-group // num_replicas)
@@ -90,16 +101,19 @@ def make_layout(
         "heads": num_heads * head_dim,
         "kv_heads": num_kv_heads * head_dim,
         "ffn": intermediate_size,
+        "expert_ffn": expert_size,
+        "shared_ffn": shared_expert_size,
+        "experts": num_experts,
+        "shared_gate": 1,
         "embed": hidden_size,
         "head_dim": head_dim,
     }
     rows = {
-        "vocab": _pad_to_multiple(vocab_size, tp_size),
+        axis: _pad_to_multiple(size, tp_size) if MESH_AXES[axis] else np.arange(size)
+        for axis, size in sizes.items()
+    } | {
         "heads": _head_rows(query_sources, head_dim),
         "kv_heads": _head_rows(kv_sources, head_dim),
-        "ffn": _pad_to_multiple(intermediate_size, tp_size),
-        "embed": np.arange(hidden_size),
-        "head_dim": np.arange(head_dim),
     }
     return ShardLayout(
         tp_size=tp_size,

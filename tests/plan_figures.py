@@ -33,7 +33,9 @@ def program(num_seqs: int, num_chunk_tokens: int, cycles: int) -> ProgramFacts:
     )
 
 
-def plan_for(num_pages: int = 1001, **workload: int) -> ServingPlan:
+def plan_for(
+    num_pages: int = 1001, experts: dict[str, int] | None = None, **workload: int
+) -> ServingPlan:
     programs = tuple(program(*shape, cycles) for shape, cycles in STEPS.items())
     engine = EngineFacts(
         programs=[each.shape for each in programs],
@@ -47,6 +49,7 @@ def plan_for(num_pages: int = 1001, **workload: int) -> ServingPlan:
         num_heads=8,
         head_dim=128,
         parts={},
+        **(experts or {}),
     )
     config = EngineConfig(model_path="m", device="tpu", tp_size=4, page_size=PAGE_SIZE)
     compiled = CompiledEngine(

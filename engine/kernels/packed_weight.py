@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from engine.kernels.host_arrays import aligned_zeros, from_device_arrays
 from engine.kernels.native.arithmetic import InstructionSet, host_instruction_set
-from engine.kernels.native.matmul_source import Output, matmul_source
+from engine.kernels.native.matmul_source import Output, grouped_matmul_source, matmul_source
 from engine.kernels.native.xla_handler import register_handler
 from engine.sharding import TENSOR_AXIS
 
@@ -40,7 +40,7 @@ class JoinedWeight:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedWeight:
-    """Weights [F, D] of one or all layers, packed for this machine.
+    """Weights [F, D] of one or all layers, packed for this machine; or [E, F, D], of experts.
 
     They are those of one linear map, or of several with the same inputs, side by side: one product
     then reads all of them.
@@ -49,7 +49,7 @@ class PackedWeight:
         words: uint32 [L, panels, D / n, W]: for each panel of W outputs and each n inputs, as many
             as fill 32 bits, a word per output, the first input in its lowest bits. int8 lies there
             with 128 added. On each device the outputs of each map are padded to whole panels and
-            inputs to whole words.
+            inputs to whole words. Of experts [L * E, ...], layer by layer.
         outputs: F of each map, over all devices.
         num_inputs: D, over all devices.
         dtype: Of the weights, and of what they are multiplied by.
@@ -84,39 +84,68 @@ class PackedWeight:
         Returns:
             [T, F] of each, sharded as the weights' outputs are.
         """
-        name = _target(dtype)
         axis = self.sharded_axis
-        outputs = [number // (mesh.size if axis == 0 else 1) for number in self.outputs]
 
         def shard_products(
             x_TD: jax.Array, words: jax.Array, layer: jax.Array
         ) -> tuple[jax.Array, ...]:
-            num_inputs = words.shape[2] * 4 // x_TD.dtype.itemsize
-            if num_inputs > x_TD.shape[1]:
-                x_TD = jnp.pad(x_TD, ((0, 0), (0, num_inputs - x_TD.shape[1])))
-            ends = list(accumulate(_padded(number, words.shape[3]) for number in outputs))
-            # Behind the last map's outputs there is nothing to be written over.
-            width = ends[-1] - _padded(outputs[-1], words.shape[3]) + outputs[-1]
-            shape = jax.ShapeDtypeStruct((x_TD.shape[0], width), dtype)
-            out = jax.ffi.ffi_call(name, shape)(x_TD, words, layer)
-            if self.dtype == "int8":
-                out -= 128 * jnp.sum(x_TD, axis=1, keepdims=True, dtype=jnp.int32)
-            if axis == 1:
-                out = jax.lax.psum(out, TENSOR_AXIS)
-            starts = [0, *ends[:-1]]
-            return tuple(
-                out[:, start : start + number]
-                for start, number in zip(starts, outputs, strict=True)
-            )
+            shard = replace(self, words=words, layer=layer)
+            found = shard._products_here(_target(dtype), x_TD, dtype, (layer,), mesh.size)
+            return tuple(jax.lax.psum(out, TENSOR_AXIS) if axis == 1 else out for out in found)
 
         found = jax.shard_map(
             shard_products,
             mesh=mesh,
             in_specs=(P(None, TENSOR_AXIS if axis == 1 else None), self._spec, P()),
-            out_specs=(P(None, TENSOR_AXIS if axis == 0 else None),) * len(outputs),
+            out_specs=(P(None, TENSOR_AXIS if axis == 0 else None),) * len(self.outputs),
             check_vma=False,
         )(x_TD, self.words, self._layer)
         return list(found)
+
+    def grouped_products(
+        self, x_PD: jax.Array, starts: jax.Array, dtype: DTypeLike, num_shards: int
+    ) -> list[jax.Array]:
+        """x W^T for each of the maps, of experts: as `engine.kernels.grouped_product` has it.
+
+        Works on one device's part, within `jax.shard_map` over `partition_specs`.
+        """
+        return self._products_here(
+            _grouped_target(dtype), x_PD, dtype, (self._layer, starts), num_shards
+        )
+
+    @property
+    def partition_specs(self) -> "PackedWeight":
+        """For `jax.shard_map`: how what these weights consist of goes over the mesh."""
+        specs: Any = {"words": self._spec, "layer": None if self.layer is None else P()}
+        return replace(self, **specs)
+
+    def _products_here(
+        self,
+        target: str,
+        x_TD: jax.Array,
+        dtype: DTypeLike,
+        arguments: tuple[jax.Array, ...],
+        num_shards: int,
+    ) -> list[jax.Array]:
+        """Multiply one device's inputs by its part of the words."""
+        outputs = [
+            number // (num_shards if self.sharded_axis == 0 else 1) for number in self.outputs
+        ]
+        num_inputs = self.words.shape[2] * 4 // x_TD.dtype.itemsize
+        if num_inputs > x_TD.shape[1]:
+            x_TD = jnp.pad(x_TD, ((0, 0), (0, num_inputs - x_TD.shape[1])))
+        panel = self.words.shape[3]
+        ends = list(accumulate(_padded(number, panel) for number in outputs))
+        # Behind the last map's outputs there is nothing to be written over.
+        width = ends[-1] - _padded(outputs[-1], panel) + outputs[-1]
+        shape = jax.ShapeDtypeStruct((x_TD.shape[0], width), dtype)
+        out = jax.ffi.ffi_call(target, shape)(x_TD, self.words, *arguments)
+        if self.dtype == "int8":
+            out -= 128 * jnp.sum(x_TD, axis=1, keepdims=True, dtype=jnp.int32)
+        starts = [0, *ends[:-1]]
+        return [
+            out[:, start : start + number] for start, number in zip(starts, outputs, strict=True)
+        ]
 
     def rows(self, ids_T: jax.Array, mesh: Mesh) -> jax.Array:
         """Rows of the weight, as an embedding table gives them: [T, D].
@@ -195,27 +224,32 @@ def pack_weights(*maps: list[jax.Array]) -> PackedWeight:
     """Pack linear maps' weights of all layers side by side, and make the product known to XLA.
 
     Args:
-        maps: For each map its weights [F, D] of each layer; alike in type and sharding, and all but
-            F in shape. The lists are emptied on the way, so that memory holds each weight once, but
-            for the one that is being packed.
+        maps: For each map its weights [F, D] of each layer, or [E, F, D]; alike in type and
+            sharding, and all but F in shape. The lists are emptied on the way, so that memory holds
+            each weight once, but for the one that is being packed.
     """
     isa = host_instruction_set()
     assert isa is not None, "asked can_pack first"
     first = maps[0][0]
-    sharding, num_inputs, dtype = first.sharding, first.shape[1], first.dtype
-    num_layers, outputs = len(maps[0]), tuple(weights[0].shape[0] for weights in maps)
+    sharding, num_inputs, dtype = first.sharding, first.shape[-1], first.dtype
+    num_layers, outputs = len(maps[0]), tuple(weights[0].shape[-2] for weights in maps)
+    num_experts, has_experts = first.shape[0] if first.ndim == 3 else 1, first.ndim == 3
     del first
     for output in _OUTPUTS[dtype]:
-        _register(isa, output, _target(output))
+        if has_experts:
+            _register_grouped(isa, output, _grouped_target(output))
+        else:
+            _register(isa, output, _target(output))
     assert isinstance(sharding, NamedSharding)
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     sharded = [axis for axis, name in enumerate(sharding.spec) if name is not None]
-    sharded_axis = sharded[0] if sharded else None
+    sharded_axis = sharded[0] - has_experts if sharded else None
     shards = [mesh.size if axis == sharded_axis else 1 for axis in (0, 1)]
     panels = [_padded(n // shards[0], isa.panel_outputs) // isa.panel_outputs for n in outputs]
     num_words = -(-num_inputs // shards[1] * dtype.itemsize // 4)
-    shape = (num_layers, sum(panels) * shards[0], num_words * shards[1], isa.panel_outputs)
+    num_matrices = num_layers * num_experts
+    shape = (num_matrices, sum(panels) * shards[0], num_words * shards[1], isa.panel_outputs)
     words_sharding = NamedSharding(mesh, _words_spec(sharded_axis))
     shard_shape = words_sharding.shard_shape(shape)
     packed = {
@@ -229,10 +263,13 @@ def pack_weights(*maps: list[jax.Array]) -> PackedWeight:
             for layer in range(num_layers):
                 weight, fills = weights.pop(0), []
                 for shard in weight.addressable_shards:
-                    place = packed[shard.device][layer, first_panel : first_panel + num_panels]
-                    words_FK = _words(np.asarray(shard.data))
-                    for part in np.array_split(np.arange(num_panels), num_threads):
-                        fills.append(pool.submit(_fill, place, words_FK, part))
+                    data = np.asarray(shard.data)
+                    for expert, matrix in enumerate(data if has_experts else [data]):
+                        place = packed[shard.device][layer * num_experts + expert]
+                        place = place[first_panel : first_panel + num_panels]
+                        words_FK = _words(matrix)
+                        for part in np.array_split(np.arange(num_panels), num_threads):
+                            fills.append(pool.submit(_fill, place, words_FK, part))
                 for fill in fills:
                     fill.result()
             first_panel += num_panels
@@ -274,6 +311,15 @@ def _target(dtype: DTypeLike) -> str:
     return f"qwen_on_ray_packed_product_{jnp.dtype(dtype).name}"
 
 
+def _grouped_target(dtype: DTypeLike) -> str:
+    return f"{_target(dtype)}_of_experts"
+
+
 @cache
 def _register(isa: InstructionSet, output: Output, target: str) -> None:
     register_handler(target, matmul_source(isa, output), num_arguments=3)
+
+
+@cache
+def _register_grouped(isa: InstructionSet, output: Output, target: str) -> None:
+    register_handler(target, grouped_matmul_source(isa, output), num_arguments=4)

@@ -5,7 +5,7 @@ what the parameters are for.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from engine.errors import CheckpointError
 from engine.kernels.host_arrays import aligned_zeros, from_device_arrays
 from engine.models.config import ModelConfig
 from engine.models.names import CheckpointTensor
-from engine.models.quantization import Quantization, quantize_weight
+from engine.models.quantization import Quantization, is_quantized, quantize_weight
 from engine.models.registry import (
     MODEL_FILES,
     ParameterSpec,
@@ -53,8 +53,17 @@ class _Parameter:
     source: CheckpointTensor
 
     @property
-    def source_name(self) -> str:
-        return self.source.name.replace("*", str(self.path[1]))
+    def source_names(self) -> list[str]:
+        """The tensor that it is, or those of all experts, in order."""
+        name = self.source.name.replace("*", str(self.path[1]))
+        if "#" not in name:
+            return [name]
+        return [name.replace("#", str(expert)) for expert in range(self.spec.shape[0])]
+
+    @property
+    def tensor_axes(self) -> tuple[str, ...]:
+        """What the axes of one tensor mean."""
+        return self.spec.axes[1:] if "#" in self.source.name else self.spec.axes
 
 
 def load_weights(
@@ -93,7 +102,8 @@ def load_weights(
     )
 
     def load(parameter: _Parameter) -> jax.Array:
-        shards = _read_shards(parameter, tensors[parameter.source_name], layout, dtype)
+        sources = [tensors[name] for name in parameter.source_names]
+        shards = _read_shards(parameter, sources, layout, dtype)
         array = from_device_arrays(parameter.spec.shape, parameter.sharding, shards)
         progress.add(_local_bytes(parameter, dtype))
         return array
@@ -101,7 +111,7 @@ def load_weights(
     params: Params = {}
     with ThreadPoolExecutor(_NUM_READERS, "weights") as pool:
         for parameter, array in zip(parameters, pool.map(load, parameters), strict=True):
-            _put(params, parameter.path, array, quantization)
+            _put(params, parameter, array, quantization)
     return _with_layer_list(params)
 
 
@@ -120,7 +130,7 @@ def dummy_weights(
     variance 1 / in.
     """
     layout = model_layout(model_config, mesh.size)
-    make = jax.jit(_random_matrix, static_argnames=("spec", "sharding", "num_columns", "dtype"))
+    make = jax.jit(_random_matrix, static_argnames=("sizes", "sharding", "dtype"))
     params: Params = {}
     for number, parameter in enumerate(_parameters(model_config, mesh, dtype)):
         spec, sharding = parameter.spec, parameter.sharding
@@ -129,32 +139,33 @@ def dummy_weights(
             array = fill(spec.shape, dtype, device=sharding)
         else:
             array = make(
-                *(layout.rows[axis].astype(np.int32) for axis in spec.axes),
+                [layout.rows[axis].astype(np.int32) for axis in spec.axes],
                 np.uint32((seed * 0x9E3779B1 + number) % 2**32),
-                spec=spec,
+                sizes=tuple(layout.sizes[axis] for axis in spec.axes),
                 sharding=sharding,
-                num_columns=layout.sizes[spec.axes[1]],
                 dtype=jnp.dtype(dtype),
             )
-        _put(params, parameter.path, array, quantization)
+        _put(params, parameter, array, quantization)
     return _with_layer_list(params)
 
 
 def _random_matrix(
-    rows: jax.Array,
-    columns: jax.Array,
+    rows: list[jax.Array],
     seed: jax.Array,
     *,
-    spec: ParameterSpec,
+    sizes: tuple[int, ...],
     sharding: NamedSharding,
-    num_columns: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    rows, columns = rows[:, None], columns[None, :]
-    place = rows.astype(jnp.uint32) * jnp.uint32(num_columns) + columns.astype(jnp.uint32)
+    """Fill a parameter; `rows` says of each of its axes which row of the unpadded one, or -1."""
+    place, is_real = jnp.zeros((), jnp.uint32), jnp.ones((), bool)
+    for axis, (axis_rows, size) in enumerate(zip(rows, sizes, strict=True)):
+        along = axis_rows.reshape([-1 if each == axis else 1 for each in range(len(sizes))])
+        place = place * jnp.uint32(size) + along.astype(jnp.uint32)
+        is_real = is_real & (along >= 0)
     bits = _mix(_mix(place) ^ _mix(seed))
     uniform = bits.astype(jnp.float32) * 2.0**-31 - 1.0
-    values = jnp.where((rows >= 0) & (columns >= 0), uniform * (3.0 / num_columns) ** 0.5, 0.0)
+    values = jnp.where(is_real, uniform * (3.0 / sizes[-1]) ** 0.5, 0.0)
     return jax.lax.with_sharding_constraint(values.astype(dtype), sharding)
 
 
@@ -182,11 +193,12 @@ def _flatten(specs: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any
 
 
 def _put(
-    params: Params, path: tuple[Any, ...], array: jax.Array, quantization: Quantization
+    params: Params, parameter: _Parameter, array: jax.Array, quantization: Quantization
 ) -> None:
+    path: tuple[Any, ...] = parameter.path
     for key in path[:-1]:
         params = params.setdefault(key, {})
-    if quantization == "int8" and array.ndim == 2:
+    if quantization == "int8" and is_quantized(parameter.spec.axes):
         array, params["scale"] = quantize_weight(array)
     params[path[-1]] = array
 
@@ -203,15 +215,17 @@ def _check_tensors(
     model_config: ModelConfig,
 ) -> None:
     faults: dict[str, None] = {}
-    expected = {parameter.source_name for parameter in parameters}
+    expected: set[str] = set()
     for parameter in parameters:
-        name, source = parameter.source_name, parameter.source
-        shape = tuple(layout.sizes[axis] for axis in parameter.spec.axes)
-        shape = (shape[0] * source.num_parts, *shape[1:])
-        if name not in tensors:
-            faults[f"missing: {name} {list(shape)}"] = None
-        elif tensors[name].shape != shape:
-            faults[f"misshapen: {name} is {list(tensors[name].shape)}, not {list(shape)}"] = None
+        shape = tuple(layout.sizes[axis] for axis in parameter.tensor_axes)
+        shape = (shape[0] * parameter.source.num_parts, *shape[1:])
+        for name in parameter.source_names:
+            expected.add(name)
+            if name not in tensors:
+                faults[f"missing: {name} {list(shape)}"] = None
+            elif tensors[name].shape != shape:
+                got = list(tensors[name].shape)
+                faults[f"misshapen: {name} is {got}, not {list(shape)}"] = None
     for name, tensor in tensors.items():
         is_tied_copy = name == "lm_head.weight" and model_config.tie_word_embeddings
         if name not in expected and not is_tied_copy and not name.endswith(_IGNORED_SUFFIXES):
@@ -228,13 +242,12 @@ def _check_tensors(
 
 
 def _read_shards(
-    parameter: _Parameter, tensor: StoredTensor, layout: ShardLayout, dtype: jnp.dtype
+    parameter: _Parameter, tensors: list[StoredTensor], layout: ShardLayout, dtype: jnp.dtype
 ) -> dict[Any, np.ndarray]:
     """Read what this process's devices hold, each distinct slice once."""
-    source = tensor.map()
-    part_rows = tensor.shape[0] // parameter.source.num_parts
+    num_parts = parameter.source.num_parts
+    part_rows = tensors[0].shape[0] // num_parts
     first_row = parameter.source.part * part_rows
-    source = source[first_row : first_row + part_rows]
     indices = parameter.sharding.addressable_devices_indices_map(parameter.spec.shape)
     read: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
     shards = {}
@@ -242,25 +255,36 @@ def _read_shards(
         assert index is not None
         key = tuple((part.start, part.stop) for part in index)
         if key not in read:
+            # Experts lie on every device, each with its part of every one.
+            tensor_index = index[len(index) - len(parameter.tensor_axes) :]
             rows = [
                 layout.rows[axis][part]
-                for axis, part in zip(parameter.spec.axes, index, strict=True)
+                for axis, part in zip(parameter.tensor_axes, tensor_index, strict=True)
             ]
-            read[key] = _gather(source, rows, dtype)
+            sources = (tensor.map()[first_row : first_row + part_rows] for tensor in tensors)
+            shape = parameter.sharding.shard_shape(parameter.spec.shape)
+            read[key] = _gather(sources, rows, shape, dtype)
         shards[device] = read[key]
     return shards
 
 
-def _gather(source: np.ndarray, rows: list[np.ndarray], dtype: jnp.dtype) -> np.ndarray:
-    """Copy the given rows (and columns) of a mapped tensor; -1 gives zeros."""
-    result = aligned_zeros(tuple(len(axis_rows) for axis_rows in rows), dtype)
+def _gather(
+    sources: Iterable[np.ndarray],
+    rows: list[np.ndarray],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> np.ndarray:
+    """Copy the given rows (and columns) of mapped tensors one behind the other; -1 gives zeros."""
+    result = aligned_zeros(shape, dtype)
     runs = [list(_runs(axis_rows)) for axis_rows in rows]
-    for to_rows, from_rows in runs[0]:
-        if len(rows) == 1:
-            result[to_rows] = source[from_rows]
-            continue
-        for to_columns, from_columns in runs[1]:
-            result[to_rows, to_columns] = source[from_rows, from_columns]
+    places = result.reshape(-1, *(len(axis_rows) for axis_rows in rows))
+    for place, source in zip(places, sources, strict=True):
+        for to_rows, from_rows in runs[0]:
+            if len(rows) == 1:
+                place[to_rows] = source[from_rows]
+                continue
+            for to_columns, from_columns in runs[1]:
+                place[to_rows, to_columns] = source[from_rows, from_columns]
     return result
 
 

@@ -1,26 +1,30 @@
 """What a Hugging Face checkpoint says of itself: config.json read into a `ModelConfig`.
 
-With `rope_config` and `generation_config` beside it, all that knows the spellings of Hugging Face
-configurations. It must not import JAX: the leader and the routers read configurations too.
+With `rope_config`, `experts_config` and `generation_config` beside it, all that knows the spellings
+of Hugging Face configurations. It must not import JAX: the leader and the routers read
+configurations too.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from engine.errors import CheckpointError
+from engine.models.experts_config import EXPERTS_REQUIRED, ExpertsConfig, read_experts_config
 from engine.models.generation_config import read_generation_config
 from engine.models.json_fields import JsonFields, read_json_object
 from engine.models.rope_config import RopeConfig, read_rope_config
 
-Architecture = Literal["QWenLMHeadModel", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
-
-SUPPORTED_ARCHITECTURES: tuple[Architecture, ...] = (
+Architecture = Literal[
     "QWenLMHeadModel",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
-)
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+]
+
+SUPPORTED_ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 # Qwen's tokenizer puts its specials behind 151,643 byte pairs: <|endoftext|>, <|im_start|>,
 # <|im_end|>. A chat checkpoint of the first generation names only the first as its end, although
@@ -46,6 +50,12 @@ _REQUIRED: dict[Architecture, tuple[tuple[str, ...], ...]] = {
     ),
     "Qwen2ForCausalLM": _QWEN2_REQUIRED,
     "Qwen3ForCausalLM": _QWEN2_REQUIRED,
+    "Qwen2MoeForCausalLM": (
+        *_QWEN2_REQUIRED,
+        *EXPERTS_REQUIRED,
+        ("shared_expert_intermediate_size",),
+    ),
+    "Qwen3MoeForCausalLM": (*_QWEN2_REQUIRED, *EXPERTS_REQUIRED),
 }
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
@@ -59,6 +69,7 @@ class ModelConfig:
         intermediate_size: Width of the gated MLP (of one of its two branches).
         sliding_windows: Per layer, how many latest positions a token attends to, its own
             included; None for all.
+        experts: Of the layers that have some in place of one MLP; None in dense models.
         context_length: Longest prompt plus output.
         dtype: "float32" or "bfloat16"; float16 checkpoints are computed in bfloat16, which has
             the range that their activations need.
@@ -79,9 +90,14 @@ class ModelConfig:
     has_qkv_bias: bool
     has_qk_norm: bool
     sliding_windows: tuple[int | None, ...]
+    experts: ExpertsConfig | None = None
     context_length: int
     dtype: str
     eos_token_ids: tuple[int, ...]
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and self.experts.sparse_layers[layer]
 
     def rope_alpha(self, prompt_len: int) -> float:
         """Return the factor on the rope base for a prompt of that many tokens.
@@ -130,11 +146,6 @@ def _checked_architecture(fields: JsonFields) -> Architecture:
         raise CheckpointError(
             f"{fields.path} describes {name}, a vision model; only text models are supported: "
             f"{', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
-    if "Moe" in name or fields.values.get("num_experts"):
-        raise CheckpointError(
-            f"{fields.path} describes {name}, a mixture of experts; only dense models are "
-            f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
     if name not in SUPPORTED_ARCHITECTURES:
         raise CheckpointError(
@@ -229,6 +240,7 @@ def _qwen2_or_3_config(
             f"{fields.path}: num_attention_heads {num_heads} is not a multiple of "
             f"num_key_value_heads {num_kv_heads}."
         )
+    is_qwen2 = architecture in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")
     max_position = fields.integer("max_position_embeddings")
     rope = read_rope_config(fields, max_position)
     return ModelConfig(
@@ -243,9 +255,15 @@ def _qwen2_or_3_config(
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope=rope,
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-        has_qkv_bias=architecture == "Qwen2ForCausalLM",
-        has_qk_norm=architecture == "Qwen3ForCausalLM",
-        sliding_windows=_sliding_windows(fields, num_layers),
+        has_qkv_bias=architecture == "Qwen2ForCausalLM"
+        or (is_qwen2 and fields.flag("qkv_bias", True)),
+        has_qk_norm=not is_qwen2,
+        sliding_windows=_sliding_windows(fields, num_layers, architecture),
+        experts=(
+            read_experts_config(fields, num_layers, has_shared_expert=is_qwen2)
+            if architecture in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+            else None
+        ),
         context_length=(
             int(rope.yarn.factor * rope.yarn.original_len) if rope.yarn else max_position
         ),
@@ -254,14 +272,23 @@ def _qwen2_or_3_config(
     )
 
 
-def _sliding_windows(fields: JsonFields, num_layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(
+    fields: JsonFields, num_layers: int, architecture: Architecture
+) -> tuple[int | None, ...]:
     if not fields.flag("use_sliding_window", False) or fields.values.get("sliding_window") is None:
         return (None,) * num_layers
     window = fields.integer("sliding_window")
+    if architecture == "Qwen3MoeForCausalLM":
+        return (window,) * num_layers
     kinds = fields.values.get("layer_types")
     if kinds is None:
-        first = fields.integer("max_window_layers", default=28, minimum=0)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
+        limit = fields.integer("max_window_layers", default=28, minimum=0)
+        if architecture == "Qwen2MoeForCausalLM":
+            # Every second layer, and those before the limit: not as in its dense kin.
+            has_window = [layer % 2 == 0 and layer < limit for layer in range(num_layers)]
+        else:
+            has_window = [layer >= limit for layer in range(num_layers)]
+        return tuple(window if has else None for has in has_window)
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise CheckpointError(
             f"{fields.path}: layer_types must name one kind for each of {num_layers} layers."

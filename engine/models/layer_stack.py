@@ -3,11 +3,14 @@
 A scanned program compiles three to five times faster than one with its layers unrolled. But a scan
 copies each layer's slice out of the stack before it multiplies: free while a layer stays in the
 processor's cache, else up to twice the time of a step. Packed weights are not sliced: their product
-takes the whole stack and the layer's number. On TPUs layers stay unrolled, because the compiler
-prefetches weights across layers only then.
+takes the whole stack and the layer's number. Layers that are not made alike, some with a sliding
+window or with experts, are stacked as far as alike ones follow each other. On TPUs layers stay
+unrolled, because the compiler prefetches weights across layers only then.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -30,61 +33,84 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _Tree = dict[str, Any]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """Parameters of layers that are made alike and follow each other.
+
+    Attributes:
+        params: A layer's, whose arrays have the layers along their first axis, bfloat16 as bits.
+        num_layers: How many they are.
+    """
+
+    params: _Tree
+    num_layers: int = field(metadata={"static": True})
+
+    @property
+    def scanned_part(self) -> _Tree:
+        """What a scan over the stack is to slice: all but packed weights."""
+        return jax.tree.map(
+            lambda leaf: None if _is_packed(leaf) else leaf, self.params, is_leaf=_is_packed
+        )
+
+    def layer(self, slices: _Tree, number: jax.Array) -> _Tree:
+        """One layer's parameters, of what a scan cut out of `scanned_part` and of the rest."""
+
+        def pick(leaf: Any, part: Any) -> Any:
+            if isinstance(leaf, JoinedWeight):
+                return leaf
+            return leaf.at_layer(number) if _is_packed(leaf) else _from_bits(part)
+
+        return jax.tree.map(pick, self.params, slices, is_leaf=_is_packed)
+
+
 def lay_out_for_cpu(model_config: ModelConfig, params: _Tree) -> _Tree:
     """Pack weights where there is a kernel for them, and stack layers where that pays.
 
     Args:
-        model_config: Layers that differ in their sliding windows cannot be scanned.
+        model_config: Says which layers are made alike.
         params: Of `load_weights`. Its lists and dicts are emptied on the way, so that memory holds
             each parameter once, but for the one that is being moved.
 
     Returns:
-        The parameters anew. Layers are still a list if they differ, or are larger than
-        `MAX_SCANNED_LAYER_BYTES` and not packed.
+        The parameters anew. Layers that are larger than `MAX_SCANNED_LAYER_BYTES` and not packed,
+        and those that have no like beside them, are still by themselves.
     """
-    layers: list[_Tree] = params["layers"]
     head = "embed_tokens" if model_config.tie_word_embeddings else "lm_head"
     is_packed = can_pack(params[head]["weight"].dtype)
     if is_packed:
         packed = pack_weights([params[head].pop("weight")])
         params = params | {head: params[head] | {"weight": packed}}
-    layer_bytes = sum(array.nbytes for _, array in _flatten(layers[0]))
-    can_scan = len(set(model_config.sliding_windows)) == 1
-    if can_scan and (is_packed or layer_bytes <= MAX_SCANNED_LAYER_BYTES):
-        return params | {"layers": _join(layers, _stack, is_packed=is_packed)}
-    if is_packed:
-        return params | {
-            "layers": [_join([layer], lambda only: only[0], is_packed=True) for layer in layers]
-        }
-    return params
 
+    def kind(layer: int) -> tuple[int | None, bool]:
+        return model_config.sliding_windows[layer], model_config.is_sparse(layer)
 
-def scanned_part(stacked: _Tree) -> _Tree:
-    """What a scan over the stacked parameters is to slice: all but packed weights."""
-    return jax.tree.map(
-        lambda leaf: None if _is_packed(leaf) else leaf, stacked, is_leaf=_is_packed
-    )
-
-
-def layer_of_stack(stacked: _Tree, slices: _Tree, layer: jax.Array) -> _Tree:
-    """One layer's parameters, of the stack and of what a scan cut out of `scanned_part`."""
-
-    def pick(leaf: Any, part: Any) -> Any:
-        if isinstance(leaf, JoinedWeight):
-            return leaf
-        return leaf.at_layer(layer) if _is_packed(leaf) else _from_bits(part)
-
-    return jax.tree.map(pick, stacked, slices, is_leaf=_is_packed)
+    unstacked: list[_Tree] = params["layers"]
+    layers: list[_Tree | LayerStack] = []
+    for _, numbers in groupby(range(len(unstacked)), kind):
+        alike = [unstacked[number] for number in numbers]
+        layer_bytes = sum(array.nbytes for _, array in _flatten(alike[0]))
+        if len(alike) > 1 and (is_packed or layer_bytes <= MAX_SCANNED_LAYER_BYTES):
+            num_layers = len(alike)
+            layers.append(LayerStack(_join(alike, _stack, is_packed=is_packed), num_layers))
+        elif is_packed:
+            layers += [_join([layer], lambda only: only[0], is_packed=True) for layer in alike]
+        else:
+            layers += alike
+    return params | {"layers": layers}
 
 
 def _join(
     layers: list[_Tree], join: Callable[[list[jax.Array]], jax.Array], *, is_packed: bool
 ) -> _Tree:
-    """Make one parameter of each that the layers have, matrices packed, the rest by `join`."""
+    """Make one parameter of each that the layers have, weights packed, the rest by `join`."""
     joined: _Tree = {}
-    is_matrix = {path: array.ndim == 2 for path, array in _flatten(layers[0])}
-    for path, is_packable in is_matrix.items():
-        if not (is_packed and is_packable):
+    packable = {
+        path: is_packed and array.ndim > 1 and can_pack(array.dtype)
+        for path, array in _flatten(layers[0])
+    }
+    for path, is_packable in packable.items():
+        if not is_packable:
             _insert(joined, path, join([_remove(layer, path) for layer in layers]))
             continue
         first, *others = _side_by_side(path)

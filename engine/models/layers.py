@@ -73,9 +73,9 @@ def parameter(build: Build, *axes: str) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, build.dtype), logical_axes=axes)
 
 
-def weight_scale(build: Build, axis: str) -> nnx.Param | None:
+def weight_scale(build: Build, *axes: str) -> nnx.Param | None:
     """Declare the scales of a quantised weight's rows; None where weights are not quantised."""
-    return None if build.quantization == "none" else parameter(build, axis)
+    return None if build.quantization == "none" else parameter(build, *axes)
 
 
 class Linear(nnx.Module):
@@ -165,15 +165,23 @@ class RMSNorm(nnx.Module):
         return (wide * inverse_rms).astype(x.dtype) * weight
 
 
+class FeedForward(Protocol):
+    """The part of a layer behind attention, which takes each token by itself."""
+
+    def __call__(self, x_TD: jax.Array, step: StepContext) -> jax.Array:
+        """Return [T, D]; of padding tokens anything that is finite."""
+        ...
+
+
 class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, build: Build) -> None:
-        self.gate_proj = Linear(build, "ffn", "embed")
-        self.up_proj = Linear(build, "ffn", "embed")
-        self.down_proj = Linear(build, "embed", "ffn")
+    def __init__(self, build: Build, axis: str = "ffn") -> None:
+        self.gate_proj = Linear(build, axis, "embed")
+        self.up_proj = Linear(build, axis, "embed")
+        self.down_proj = Linear(build, "embed", axis)
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, step: StepContext) -> jax.Array:
         gate_TF, up_TF = apply_linears((self.gate_proj, self.up_proj), x_TD)
         return self.down_proj(jax.nn.silu(gate_TF) * up_TF)
 
@@ -196,11 +204,11 @@ class SelfAttention(Protocol):
 class DecoderLayer(nnx.Module):
     """A pre-norm transformer layer: attention, then MLP, each added to what came in."""
 
-    def __init__(self, build: Build, self_attn: SelfAttention) -> None:
+    def __init__(self, build: Build, self_attn: SelfAttention, mlp: FeedForward) -> None:
         self.input_layernorm = RMSNorm(build, "embed")
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(build, "embed")
-        self.mlp = GatedMLP(build)
+        self.mlp = mlp
         self._residual = build.residual
 
     def __call__(
@@ -217,7 +225,7 @@ class DecoderLayer(nnx.Module):
             )
             x_TD = x_TD + attended_TD
         with jax.named_scope("mlp"):
-            x_TD = x_TD + self.mlp(self._whole(self.post_attention_layernorm(x_TD)))
+            x_TD = x_TD + self.mlp(self._whole(self.post_attention_layernorm(x_TD)), step)
         return x_TD, cache
 
     def _whole(self, x_TD: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 A weight row (one output) has one scale, and so does each token's activation row, found as it comes:
 both lie in -127..127 times their scale, products are summed exactly in int32, and only the sum is
 scaled back. Exact sums make the result independent of the tensor-parallel size. After LLM.int8
-(arXiv:2208.07339), without its outlier columns.
+(arXiv:2208.07339), without its outlier columns. What chooses among experts stays as it is.
 """
 
 from functools import partial
@@ -21,31 +21,42 @@ Quantization = Literal["none", "int8"]
 _LARGEST = 127.0
 # Below any scale of real weights; keeps rows of zeros (padding) from dividing by zero.
 _SMALLEST_SCALE = 1e-20
+# Outputs of the maps that route: few weights, and rounded they would choose other experts.
+_ROUTING_AXES = ("experts", "shared_gate")
 
 
-def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def is_quantized(axes: tuple[str, ...]) -> bool:
+    """Whether a parameter whose axes mean that becomes integers."""
+    return len(axes) > 1 and axes[-2] not in _ROUTING_AXES
+
+
+def quantize_rows(x: jax.Array, *, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Round each row to int8 with a scale of its own.
 
     Args:
         x: [..., D], floating.
+        axis_name: Within `jax.shard_map`, of the mesh's axis over which the rows' parts lie.
 
     Returns:
         int8 [..., D], and float32 [...]: what the integers are to be multiplied by.
     """
     wide = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1) / _LARGEST, _SMALLEST_SCALE)
+    largest = jnp.max(jnp.abs(wide), axis=-1)
+    if axis_name is not None:
+        largest = jax.lax.pmax(largest, axis_name)
+    scale = jnp.maximum(largest / _LARGEST, _SMALLEST_SCALE)
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
 def quantize_weight(weight_FD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Quantise a weight of [out, in] where it lies.
+    """Quantise a weight of [out, in], or such weights of experts, where it lies.
 
     Returns:
         int8 [out, in], sharded as the weight is, and float32 [out], sharded as its rows are.
     """
     sharding = weight_FD.sharding
     assert isinstance(sharding, NamedSharding)
-    row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: weight_FD.ndim - 1]))
     return _quantize_sharded(weight_FD, (sharding, row_sharding))
 
 

@@ -12,6 +12,7 @@ from engine.kernels.attention import Cache
 from engine.models.layers import (
     Build,
     DecoderLayer,
+    GatedMLP,
     HeadAttention,
     Linear,
     StepContext,
@@ -45,7 +46,7 @@ class Qwen2Attention(nnx.Module):
 
 
 def make_layer(build: Build) -> DecoderLayer:
-    return DecoderLayer(build, Qwen2Attention(build))
+    return DecoderLayer(build, Qwen2Attention(build), GatedMLP(build))
 
 
 CHECKPOINT_NAMES = {

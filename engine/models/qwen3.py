@@ -14,6 +14,7 @@ from engine.models import qwen2
 from engine.models.layers import (
     Build,
     DecoderLayer,
+    GatedMLP,
     HeadAttention,
     Linear,
     RMSNorm,
@@ -50,7 +51,7 @@ class Qwen3Attention(nnx.Module):
 
 
 def make_layer(build: Build) -> DecoderLayer:
-    return DecoderLayer(build, Qwen3Attention(build))
+    return DecoderLayer(build, Qwen3Attention(build), GatedMLP(build))
 
 
 CHECKPOINT_NAMES = {

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from engine.kernels.attention import AttentionBackend, AttentionMetadata, Cache
 from engine.kernels.packed_weight import products
-from engine.models import qwen, qwen2, qwen3
+from engine.models import qwen, qwen2, qwen2_moe, qwen3, qwen3_moe
 from engine.models.config import Architecture, ModelConfig
-from engine.models.layer_stack import layer_of_stack, scanned_part
+from engine.models.layer_stack import LayerStack
 from engine.models.layers import (
     Build,
     DecoderLayer,
@@ -35,23 +35,36 @@ from engine.sharding import ResidualStream, ShardLayout, make_layout, named_shar
 Params = dict[str, Any]
 """embed_tokens, layers, norm and, unless tied, lm_head.
 
-layers is a list with one dict per layer, which are unrolled; or, as `lay_out_for_cpu` makes it,
-one dict whose arrays have all layers along their first axis, bfloat16 as bits, which are scanned.
+layers is a list with one dict per layer, which are unrolled; `lay_out_for_cpu` puts a `LayerStack`
+in the place of several that follow each other, which are scanned.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """What a model's file gives: the modules of a layer, and where parameters lie on disk."""
+    """What a model's file gives: the modules of a layer, and where parameters lie on disk.
+
+    Attributes:
+        make_layer: Of a layer with one MLP.
+        checkpoint_names: Parameter → tensor.
+        make_sparse_layer: Of a layer with experts.
+    """
 
     make_layer: Callable[[Build], DecoderLayer]
     checkpoint_names: dict[str, CheckpointTensor]
+    make_sparse_layer: Callable[[Build], DecoderLayer] | None = None
 
 
 MODEL_FILES: dict[Architecture, ModelFile] = {
     "QWenLMHeadModel": ModelFile(qwen.make_layer, qwen.CHECKPOINT_NAMES),
     "Qwen2ForCausalLM": ModelFile(qwen2.make_layer, qwen2.CHECKPOINT_NAMES),
     "Qwen3ForCausalLM": ModelFile(qwen3.make_layer, qwen3.CHECKPOINT_NAMES),
+    "Qwen2MoeForCausalLM": ModelFile(
+        qwen2.make_layer, qwen2_moe.CHECKPOINT_NAMES, qwen2_moe.make_sparse_layer
+    ),
+    "Qwen3MoeForCausalLM": ModelFile(
+        qwen3.make_layer, qwen3_moe.CHECKPOINT_NAMES, qwen3_moe.make_sparse_layer
+    ),
 }
 
 
@@ -75,9 +88,10 @@ class Model:
         self.config = build.config
         self.layout = build.layout
         self._attention = attention
-        parts, layer = _make_modules(build)
+        parts, layers = _make_modules(build)
         self._parts = {name: nnx.graphdef(module) for name, module in parts.items()}
-        self._layer = nnx.graphdef(layer)
+        # By whether a layer is sparse.
+        self._layers = {is_sparse: nnx.graphdef(layer) for is_sparse, layer in layers.items()}
         self._mesh = build.mesh
         self._logits_sharding = named_sharding(build.mesh, (None, "vocab"))
 
@@ -141,31 +155,46 @@ class Model:
             return logits_RV[:, : self.config.vocab_size]
 
     def _run_layers(
-        self, layers: list[Params] | Params, x_TD: jax.Array, cache: Cache, step: StepContext
+        self, layers: list[Params | LayerStack], x_TD: jax.Array, cache: Cache, step: StepContext
     ) -> tuple[jax.Array, Cache]:
-        if isinstance(layers, dict):
-            return self._scan_layers(layers, x_TD, cache, step)
-        for layer, layer_params in enumerate(layers):
+        layer = 0
+        for params in layers:
             with jax.named_scope(f"layers.{layer}"):
-                module = nnx.merge(self._layer, layer_params)
-                x_TD, cache = module(x_TD, cache, layer, step, self.config.sliding_windows[layer])
+                if isinstance(params, LayerStack):
+                    x_TD, cache = self._scan_layers(params, layer, x_TD, cache, step)
+                    layer += params.num_layers
+                else:
+                    x_TD, cache = self._run_layer(layer, params, layer, x_TD, cache, step)
+                    layer += 1
         return x_TD, cache
 
     def _scan_layers(
-        self, stacked: Params, x_TD: jax.Array, cache: Cache, step: StepContext
+        self, stack: LayerStack, first: int, x_TD: jax.Array, cache: Cache, step: StepContext
     ) -> tuple[jax.Array, Cache]:
         def run_layer(
             carry: tuple[jax.Array, Cache], xs: tuple[Params, jax.Array]
         ) -> tuple[tuple[jax.Array, Cache], None]:
-            slices, layer = xs
-            module = nnx.merge(self._layer, layer_of_stack(stacked, slices, layer))
-            return module(*carry, layer, step, self.config.sliding_windows[0]), None
+            slices, number = xs
+            params = stack.layer(slices, number)
+            return self._run_layer(first, params, first + number, *carry, step), None
 
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        with jax.named_scope("layers"):
-            # The cache must be carried: passed as xs and ys it would be copied.
-            carry, _ = jax.lax.scan(run_layer, (x_TD, cache), (scanned_part(stacked), layers))
+        numbers = jnp.arange(stack.num_layers, dtype=jnp.int32)
+        # The cache must be carried: passed as xs and ys it would be copied.
+        carry, _ = jax.lax.scan(run_layer, (x_TD, cache), (stack.scanned_part, numbers))
         return carry
+
+    def _run_layer(
+        self,
+        kin: int,
+        params: Params,
+        layer: ArrayLike,
+        x_TD: jax.Array,
+        cache: Cache,
+        step: StepContext,
+    ) -> tuple[jax.Array, Cache]:
+        """Run a layer that is made as `kin` is; its own number may be traced."""
+        module = nnx.merge(self._layers[self.config.is_sparse(kin)], params)
+        return module(x_TD, cache, layer, step, self.config.sliding_windows[kin])
 
     def _part(self, name: str, params: Params) -> Any:
         return nnx.merge(self._parts[name], params[name])
@@ -195,9 +224,12 @@ def parameter_specs(
 ) -> Params:
     """Return the parameters in the form of `Params`, with a `ParameterSpec` for each array."""
     build = _make_build(model_config, ResidualStream(mesh=mesh), dtype)
-    parts, layer = _make_modules(build)
+    parts, layers = _make_modules(build)
     specs: Params = {name: _specs(module) for name, module in parts.items()}
-    specs["layers"] = [_specs(layer)] * model_config.num_layers
+    of_layer = {is_sparse: _specs(layer) for is_sparse, layer in layers.items()}
+    specs["layers"] = [
+        of_layer[model_config.is_sparse(layer)] for layer in range(model_config.num_layers)
+    ]
     return specs
 
 
@@ -216,18 +248,33 @@ def _make_build(
     )
 
 
-def _make_modules(build: Build) -> tuple[dict[str, nnx.Module], DecoderLayer]:
+def _make_modules(build: Build) -> tuple[dict[str, nnx.Module], dict[bool, DecoderLayer]]:
+    """Modules outside of the layers by name, and of each kind of layer by whether it is sparse."""
     parts: dict[str, nnx.Module] = {
         "embed_tokens": Embedding(build),
         "norm": RMSNorm(build, "embed"),
     }
     if not build.config.tie_word_embeddings:
         parts["lm_head"] = Linear(build, "vocab", "embed")
-    return parts, MODEL_FILES[build.config.architecture].make_layer(build)
+    file = MODEL_FILES[build.config.architecture]
+    layers = {False: file.make_layer(build)}
+    if file.make_sparse_layer is not None:
+        layers[True] = file.make_sparse_layer(build)
+    return parts, layers
 
 
 def model_layout(model_config: ModelConfig, tp_size: int) -> ShardLayout:
     """Pad the model's sizes for that many devices."""
+    experts = model_config.experts
+    expert_sizes = (
+        {}
+        if experts is None
+        else {
+            "num_experts": experts.num_experts,
+            "expert_size": experts.intermediate_size,
+            "shared_expert_size": experts.shared_intermediate_size,
+        }
+    )
     return make_layout(
         tp_size=tp_size,
         num_heads=model_config.num_heads,
@@ -236,6 +283,7 @@ def model_layout(model_config: ModelConfig, tp_size: int) -> ShardLayout:
         hidden_size=model_config.hidden_size,
         intermediate_size=model_config.intermediate_size,
         vocab_size=model_config.vocab_size,
+        **expert_sizes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes the references for sliding windows, YaRN and log probabilities, in float32.
+"""Makes references in float32: of sliding windows, YaRN, experts and log probabilities.
 
 They are transformers'. A variation is a tiny checkpoint's config.json, changed, over the same
 weights, so that only the configuration and the expected numbers are kept. Run in an environment of
@@ -7,13 +7,16 @@ its own, from this folder:
     pip install torch transformers safetensors
     python make_references.py [folder of the demo model]
 
-With the demo model's folder it also measures how far transformers in bfloat16 is from the float32
-top-5 log probabilities in smollm2_golden.json.
+tiny-qwen2-moe is made here too, with random weights: dense and sparse layers, by both of the ways
+in which config.json says so, a shared expert, a tied head, sizes that no tensor-parallel size but
+one and two divides. With the demo model's folder it also measures how far transformers in bfloat16
+is from the float32 top-5 log probabilities in smollm2_golden.json.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -69,10 +72,47 @@ VARIATIONS = {
             "max_position_embeddings": 80,
         },
     ),
+    "experts-and-windows-qwen2": (
+        "tiny-qwen2-moe",
+        {
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 4,
+            "layer_types": None,
+        },
+    ),
+    "experts-and-windows-qwen3": (
+        "tiny-qwen3-moe",
+        {"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 8},
+    ),
+}
+
+QWEN2_MOE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
+    "tie_word_embeddings": True,
+    "initializer_range": 0.15,
+    "eos_token_id": 511,
+    "pad_token_id": 510,
 }
 
 
 def main() -> None:
+    torch.manual_seed(1)
+    make_checkpoint(HERE / "tiny-qwen2-moe", AutoConfig.for_model("qwen2_moe", **QWEN2_MOE))
     torch.manual_seed(0)
     for name, (base, changes) in VARIATIONS.items():
         reference = make_reference(base, changes)
@@ -85,16 +125,45 @@ def main() -> None:
 
 
 @torch.no_grad()
+def make_checkpoint(directory: Path, config: Any) -> None:
+    """Write random weights, biases and norms among them, and what they make of a prompt."""
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.normal_(0.0, 0.15)
+        elif "norm" in name:
+            parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(directory)
+    prompt = torch.randint(0, config.vocab_size - 2, (32,)).tolist()
+    expected = answer(model, prompt) | {"ids": prompt}
+    (directory / "golden.json").write_text(json.dumps(expected) + "\n")
+
+
+@torch.no_grad()
 def make_reference(base: str, changes: dict) -> dict:
     values = json.loads((HERE / base / "config.json").read_text()) | changes
     config = AutoConfig.for_model(**values)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.load_state_dict(load_file(HERE / base / "model.safetensors"), strict=False)
-    model.tie_weights()
+    if "moe" in base:
+        # Experts are separate tensors on disk, and one in the model.
+        model = AutoModelForCausalLM.from_pretrained(
+            HERE / base, config=config, dtype=torch.float32, attn_implementation="eager"
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
+        model.load_state_dict(load_file(HERE / base / "model.safetensors"), strict=False)
+        model.tie_weights()
     model.eval()
     prompt = torch.randint(0, config.vocab_size - 2, (48,)).tolist()
+    return {"base": base, "changes": changes, "ids": prompt} | answer(model, prompt)
+
+
+@torch.no_grad()
+def answer(model: Any, prompt: list[int]) -> dict:
+    """Logits behind a prompt's last token, the likeliest token behind each, and greedy ones."""
     ids = list(prompt)
     for _ in range(NUM_GREEDY):
         # Without a cache: the plainest way, and the window's mask cannot go wrong with it.
@@ -102,9 +171,6 @@ def make_reference(base: str, changes: dict) -> dict:
         ids.append(int(logits[-1].argmax()))
     logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
     return {
-        "base": base,
-        "changes": changes,
-        "ids": prompt,
         "logits_last": [round(value, 5) for value in logits[-1].tolist()],
         "argmax": logits.argmax(-1).tolist(),
         "greedy": ids[len(prompt) :],

@@ -152,6 +152,8 @@ def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, samplin
         pytest.param("tiny-qwen1", marks=pytest.mark.long),
         pytest.param("tiny-qwen2-tied", marks=pytest.mark.long),
         "tiny-qwen3",
+        "tiny-qwen2-moe",
+        pytest.param("tiny-qwen3-moe", marks=pytest.mark.long),
     ],
 )
 def test_every_family_serves_chunked_cached_and_preempted(checkpoint):

@@ -3,7 +3,10 @@
 from typing import Any
 
 import pytest
-from plan_figures import PAGE_SIZE, plan_for
+from plan_figures import PAGE_SIZE, STEPS, plan_for
+
+from engine.planner import ServingPlan, StepPlan
+from engine.tpu_slice import chip_kind
 
 
 def test_memory_is_what_the_compiler_counts() -> None:
@@ -27,6 +30,32 @@ def test_no_estimate_is_below_what_the_hardware_takes() -> None:
     assert smallest.bound == "memory"
     read_bytes = 3.5e9 + 8 * 576 * 2**21 / PAGE_SIZE
     assert smallest.floor_s == pytest.approx(read_bytes / 1.64e12)
+
+
+def test_experts_are_read_as_far_as_tokens_choose_them() -> None:
+    experts = {"expert_bytes": int(3e9), "num_experts": 128, "experts_per_token": 8}
+    sparse = plan_for(experts=experts)
+
+    def step(plan: ServingPlan, num_seqs: int, num_chunk_tokens: int) -> StepPlan:
+        shape = (num_seqs, num_chunk_tokens)
+        steps = {(each.shape.num_seqs, each.shape.num_chunk_tokens): each for each in plan.steps}
+        return steps[shape]
+
+    # 8 tokens of 8 experts each: 40 % of them.
+    few = step(sparse, 8, 0)
+    keys = 8 * 576 * 2**21 / PAGE_SIZE
+    read_bytes = 0.5e9 + 3e9 * (1 - (120 / 128) ** 8) + keys
+    assert few.floor_s == pytest.approx(read_bytes / 1.64e12)
+    # The compiler's cycles say nothing of the experts' kernel.
+    experts_s = 3e9 * (1 - (120 / 128) ** 8) / 1.64e12
+    cycles_s = STEPS[8, 0] / chip_kind("v6e").clock_hz
+    assert few.time_s.best == pytest.approx(cycles_s + keys / 1.64e12 + experts_s)
+    # Of many tokens all are read, and each token is multiplied by a sixteenth of them.
+    many = step(sparse, 64, 512)
+    assert many.bound == "memory"
+    assert many.floor_s == pytest.approx((3.5e9 + keys) / 1.64e12)
+    for each in sparse.steps:
+        assert each.floor_s <= each.time_s.best <= each.time_s.worst
 
 
 def test_times_of_requests_are_those_of_their_steps() -> None:

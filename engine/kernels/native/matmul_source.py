@@ -1,4 +1,4 @@
-"""LLVM text of a product with packed weights: `x_TD @ weight_FD.T`.
+"""LLVM text of a product with packed weights: `x_TD @ weight_FD.T`, or that of each expert's rows.
 
 Weights lie as `PackedWeight` says: panels of as many outputs as fill the accumulators of a row,
 and in a panel, for each word's inputs, a word per output. A chunk of work is one panel. Rows go
@@ -41,8 +41,21 @@ def matmul_source(isa: InstructionSet, output: Output) -> str:
     The words are [L, panels, words, panel outputs] of 32 bits, layer is an int32 scalar. For int32
     x is signed and weights are not, as the instruction has it.
     """
-    kernels = "".join(_rows(isa, output, rows) for rows in range(1, isa.panel_rows + 1))
-    return declarations(isa) + kernels + _chunks(isa, output)
+    return declarations(isa) + _kernels(isa, output) + _chunks(isa, output)
+
+
+def grouped_matmul_source(isa: InstructionSet, output: Output) -> str:
+    """As `matmul_source`, with rows of x that belong to experts, in their order.
+
+    Before the result stands a buffer int32 [E + 1]: where each expert's rows begin, and where the
+    last one's end. The words are [L * E, ...]. Rows behind the last expert's are not written, and
+    the weights of an expert without rows are not read.
+    """
+    return declarations(isa) + _kernels(isa, output) + _grouped_chunks(isa, output)
+
+
+def _kernels(isa: InstructionSet, output: Output) -> str:
+    return "".join(_rows(isa, output, rows) for rows in range(1, isa.panel_rows + 1))
 
 
 def _rows(isa: InstructionSet, output: Output, num_rows: int) -> str:
@@ -126,16 +139,53 @@ def _chunks(isa: InstructionSet, output: Output) -> str:
     f.do(load_buffer("layer", 2, 0))
     f.do(load_buffer("y", 3, 2))
     layer = f.op(f"sext i32 {f.load('i32', '%layer')} to i64")
+    first_row = f.mul(f.div("%index", "%words.1"), block)
+    some_rows = f.smaller(f.sub("%x.0", first_row), block)
+    _through_panel(f, isa, output, layer, first_row, some_rows)
+    return count.text() + f.text()
+
+
+def _grouped_chunks(isa: InstructionSet, output: Output) -> str:
+    """A chunk is one panel of one expert, and all of its rows."""
+    count = Function("i64 @count(ptr %buffers)")
+    count.do(load_buffer("words", 1, 2))
+    count.do(load_buffer("starts", 3, 1))
+    count.do(f"ret i64 {count.mul(count.sub('%starts.0', 1), '%words.1')}")
+
+    f = Function("void @chunk(ptr %buffers, i64 %index)")
+    f.do(load_buffer("x", 0, 2))
+    f.do(load_buffer("words", 1, 3))
+    f.do(load_buffer("layer", 2, 0))
+    f.do(load_buffer("starts", 3, 1))
+    f.do(load_buffer("y", 4, 2))
+    layer = f.op(f"sext i32 {f.load('i32', '%layer')} to i64")
+    expert = f.div("%index", "%words.1")
+    matrix = f.add(f.mul(layer, f.sub("%starts.0", 1)), expert)
+    bounds = f.at("%starts", f.mul(expert, 4))
+    first_row, stop = (
+        f.op(f"sext i32 {f.load('i32', bounds, offset)} to i64") for offset in (0, 4)
+    )
+    _through_panel(f, isa, output, matrix, first_row, f.sub(stop, first_row))
+    return count.text() + f.text()
+
+
+def _through_panel(
+    f: Function,
+    isa: InstructionSet,
+    output: Output,
+    matrix: Value,
+    first_row: Value,
+    num_rows: Value,
+) -> None:
+    """Send some rows through the panel of a matrix that %index names, and return."""
     panel_number = f.rem("%index", "%words.1")
-    place = f.add(f.mul(layer, "%words.1"), panel_number)
+    place = f.add(f.mul(matrix, "%words.1"), panel_number)
     panel = f.at("%words", f.mul(place, f.mul("%words.2", 4 * isa.panel_outputs)))
     x_stride = f.mul("%x.1", 1 if output == "int32" else 2)
     y_stride = f.mul("%y.1", _SIZES[output])
     first_output = f.mul(panel_number, isa.panel_outputs)
     outputs = f.sub("%y.1", first_output)
     y_panel = f.at("%y", f.mul(first_output, _SIZES[output]))
-    first_row = f.mul(f.div("%index", "%words.1"), block)
-    some_rows = f.smaller(f.sub("%x.0", first_row), block)
 
     def call(rows: int, row: Value) -> None:
         x, y = f.at("%x", f.mul(row, x_stride)), f.at(y_panel, f.mul(row, y_stride))
@@ -144,6 +194,5 @@ def _chunks(isa: InstructionSet, output: Output) -> str:
             f"ptr {y}, i64 {y_stride}, i64 {outputs})"
         )
 
-    f.for_groups(first_row, some_rows, isa.panel_rows, call)
+    f.for_groups(first_row, num_rows, isa.panel_rows, call)
     f.do("ret void")
-    return count.text() + f.text()

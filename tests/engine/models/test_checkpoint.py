@@ -192,7 +192,7 @@ def test_gathering_a_part_touches_only_its_pages(tmp_path: Path) -> None:
     save_file({"weight": matrix}, tmp_path / "model.safetensors")
     mapped = find_tensors(tmp_path)["weight"].map()
     rows = [np.arange(256, 512), np.arange(matrix.shape[1])]
-    part = checkpoint._gather(mapped, rows, np.dtype(np.float32))
+    part = checkpoint._gather([mapped], rows, (256, matrix.shape[1]), np.dtype(np.float32))
     assert np.array_equal(part, matrix[256:512])
     # 8 MB, and what the kernel maps around a fault on either side: up to 2 MB each.
     assert 8 * megabyte <= resident_bytes(tmp_path) <= 12 * megabyte

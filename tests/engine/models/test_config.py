@@ -52,6 +52,19 @@ OLD_QWEN1 = {
 }
 
 
+QWEN2_MOE = QWEN2 | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+QWEN3_MOE = QWEN2_MOE | {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+
+
 def write(directory: Path, values: Any, generation: Any = None) -> Path:
     (directory / "config.json").write_text(json.dumps(values))
     if generation is not None:
@@ -165,7 +178,7 @@ def test_float16_is_computed_in_bfloat16(tmp_path: Path) -> None:
         ({"dual_chunk_attention_config": {"chunk_size": 262144}}, ["dual-chunk"]),
         ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, ["vision", "Qwen2_5_VL"]),
         ({"vision_config": {"depth": 32}}, ["vision"]),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, ["Qwen3Moe", "mixture of experts"]),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, ["Qwen3Next", "Qwen3MoeForCausalLM"]),
         ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "QWenLMHeadModel"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "yarn"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
@@ -229,7 +242,7 @@ def test_a_missing_qwen1_key_is_named_in_both_spellings(tmp_path: Path) -> None:
 STRANGE_VALUES = [None, "x", -1, 0, 2, 2.5, 1e308, True, [], [1], {}, {"a": 1}, [[]]]
 
 
-@pytest.mark.parametrize("base", [QWEN2, OLD_QWEN1], ids=["qwen2", "qwen1"])
+@pytest.mark.parametrize("base", [QWEN2, OLD_QWEN1, QWEN2_MOE], ids=["qwen2", "qwen1", "moe"])
 def test_no_value_ends_in_anything_but_a_checkpoint_error(
     tmp_path: Path, base: dict[str, Any]
 ) -> None:
@@ -244,6 +257,70 @@ def test_no_value_ends_in_anything_but_a_checkpoint_error(
                 refusals.append(str(error))
     assert len(refusals) > 50
     assert all("config.json" in refusal for refusal in refusals)
+
+
+def test_experts_are_read(tmp_path: Path) -> None:
+    config = load_model_config(write(tmp_path, QWEN2_MOE))
+    assert config.has_qkv_bias
+    experts = config.experts
+    assert experts is not None
+    assert (experts.num_experts, experts.experts_per_token) == (60, 4)
+    assert (experts.intermediate_size, experts.shared_intermediate_size) == (1408, 5632)
+    assert not experts.has_normed_weights
+    assert experts.sparse_layers == (True,) * 28
+    config = load_model_config(write(tmp_path, QWEN2_MOE | {"qkv_bias": False}))
+    assert not config.has_qkv_bias
+
+    config = load_model_config(write(tmp_path, QWEN3_MOE))
+    assert config.has_qk_norm
+    assert not config.has_qkv_bias
+    assert config.experts is not None
+    assert config.experts.has_normed_weights
+    # What other architectures say of shared experts does not concern it.
+    assert config.experts.shared_intermediate_size == 0
+    values = QWEN3_MOE | {"num_experts": None, "num_local_experts": 60}
+    assert load_model_config(write(tmp_path, values)) == config
+
+
+def test_dense_layers_stand_where_the_configuration_says(tmp_path: Path) -> None:
+    changes = {"decoder_sparse_step": 3, "mlp_only_layers": [5, 8]}
+    config = load_model_config(write(tmp_path, QWEN3_MOE | changes))
+    assert [layer for layer in range(28) if config.is_sparse(layer)] == [2, 11, 14, 17, 20, 23, 26]
+    assert not load_model_config(write(tmp_path, QWEN2)).is_sparse(2)
+
+
+def test_windows_of_experts_are_where_transformers_has_them(tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 5}
+    config = load_model_config(write(tmp_path, QWEN3_MOE | window))
+    assert config.sliding_windows == (64,) * 28
+    config = load_model_config(write(tmp_path, QWEN2_MOE | window))
+    assert config.sliding_windows == (64, None, 64, None, 64) + (None,) * 23
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts": None}, "lacks num_experts or num_local_experts"),
+        ({"num_experts_per_tok": None}, "lacks num_experts_per_tok"),
+        ({"moe_intermediate_size": None}, "lacks moe_intermediate_size"),
+        ({"shared_expert_intermediate_size": None}, "lacks shared_expert_intermediate_size"),
+        ({"num_experts_per_tok": 61}, "num_experts_per_tok 61 is more than num_experts 60"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers is 'all'"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers is [True]"),
+        ({"mlp_only_layers": list(range(28))}, "leave none of 28 layers with experts"),
+        ({"decoder_sparse_step": 29}, "leave none of 28 layers with experts"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1"),
+    ],
+)
+def test_malformed_experts_are_told_the_key_at_fault(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_model_config(write(tmp_path, QWEN2_MOE | changes))
+    assert words in str(caught.value)
+    assert "config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
@@ -272,7 +349,13 @@ def test_a_checkpoint_without_generation_config_has_no_defaults(tmp_path: Path) 
     assert load_generation_defaults(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen1", "tiny-qwen2", "tiny-qwen2-tied", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tiny-qwen1", "tiny-qwen2", "tiny-qwen2-tied", "tiny-qwen3"),
+        *("tiny-qwen2-moe", "tiny-qwen3-moe"),
+    ],
+)
 def test_the_goldens_are_read(name: str) -> None:
     config = load_model_config(DATA / name)
     assert config.architecture == read_json(DATA / name / "config.json")["architectures"][0]

@@ -15,7 +15,7 @@ from engine.models.config import load_model_config
 
 LOGITS_TOLERANCE = 1e-4
 SHARDED_TOLERANCE = 5e-4
-QWEN2_AND_3 = ["tiny-qwen2", "tiny-qwen2-tied", "tiny-qwen3"]
+QWEN2_AND_3 = ["tiny-qwen2", "tiny-qwen2-tied", "tiny-qwen3", "tiny-qwen2-moe", "tiny-qwen3-moe"]
 VARIATIONS = sorted(path.stem for path in (DATA / "variations").glob("*.json"))
 
 
@@ -88,7 +88,7 @@ def test_tokens_of_different_rope_alphas_share_a_step() -> None:
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_sliding_windows_and_yarn_equal_transformers(name: str, tmp_path: Path) -> None:
+def test_variations_of_the_configuration_equal_transformers(name: str, tmp_path: Path) -> None:
     reference = read_json(DATA / "variations" / f"{name}.json")
     base = DATA / reference["base"]
     values = read_json(base / "config.json") | reference["changes"]
@@ -104,7 +104,9 @@ def test_sliding_windows_and_yarn_equal_transformers(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("tp_size", [2, 3, 4])
-@pytest.mark.parametrize("name", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    "name", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3", "tiny-qwen2-moe", "tiny-qwen3-moe"]
+)
 def test_sharded_model_gives_the_tokens_of_one_device(name: str, tp_size: int) -> None:
     ids = read_json(DATA / name / "golden.json")["ids"][:32]
     alone, sharded = tiny_model(name), tiny_model(name, tp_size)
@@ -112,10 +114,11 @@ def test_sharded_model_gives_the_tokens_of_one_device(name: str, tp_size: int) -
     assert sharded.greedy(ids, 12) == alone.greedy(ids, 12)
 
 
-def test_hidden_states_shared_out_over_tokens_give_the_tokens_of_one_device() -> None:
-    ids = read_json(DATA / "tiny-qwen3" / "golden.json")["ids"][:32]
-    alone = tiny_model("tiny-qwen3")
-    sharded = LoadedModel(DATA / "tiny-qwen3", tp_size=4, parallel_from=16)
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-qwen2-moe"])
+def test_hidden_states_shared_out_over_tokens_give_the_tokens_of_one_device(name: str) -> None:
+    ids = read_json(DATA / name / "golden.json")["ids"][:32]
+    alone = tiny_model(name)
+    sharded = LoadedModel(DATA / name, tp_size=4, parallel_from=16)
     assert max_difference(sharded.logits(ids), alone.logits(ids)) < SHARDED_TOLERANCE
     # Decodes are below the limit, and 30 tokens do not divide.
     assert sharded.greedy(ids, 4) == alone.greedy(ids, 4)
@@ -146,7 +149,8 @@ def test_uneven_heads_give_the_tokens_of_one_device(
     assert sharded.greedy(ids, 6) == alone.greedy(ids, 6)
 
 
-def test_padding_tokens_change_nothing() -> None:
-    ids = read_json(DATA / "tiny-qwen3" / "golden.json")["ids"]
-    model = tiny_model("tiny-qwen3")
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-qwen2-moe"])
+def test_padding_tokens_change_nothing(name: str) -> None:
+    ids = read_json(DATA / name / "golden.json")["ids"]
+    model = tiny_model(name)
     assert max_difference(model.logits(ids, padded_to=64), model.logits(ids)) < 1e-5

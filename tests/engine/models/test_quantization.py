@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from model_harness import DATA, LoadedModel, read_json
 
-from engine.models.layer_stack import lay_out_for_cpu
+from engine.models.layer_stack import LayerStack, lay_out_for_cpu
 from engine.models.quantization import dequantize, quantize_rows, quantized_product
 from engine.sharding import make_mesh
 
@@ -43,7 +43,8 @@ def test_a_product_is_as_exact_as_its_rounded_factors():
 
 # Each family once: a tensor-parallel size more costs a compilation, and tells nothing new of it.
 @pytest.mark.parametrize(
-    ("family", "tp_size"), [("qwen1", 2), ("qwen2", 4), ("qwen2-tied", 3), ("qwen3", 2)]
+    ("family", "tp_size"),
+    [("qwen1", 2), ("qwen2", 4), ("qwen2-tied", 3), ("qwen3", 2), ("qwen2-moe", 3)],
 )
 def test_tensor_parallel_sizes_agree(family: str, tp_size: int):
     directory = DATA / f"tiny-{family}"
@@ -59,7 +60,7 @@ def test_stacked_layers_compute_what_listed_ones_do(family: str):
     ids = list(range(3, 40))
     listed = np.asarray(model.logits(ids))
     model.params = lay_out_for_cpu(model.config, model.params)
-    assert isinstance(model.params["layers"], dict)
+    assert [type(each) for each in model.params["layers"]] == [LayerStack]
     np.testing.assert_allclose(model.logits(ids), listed, atol=1e-4)
 
 

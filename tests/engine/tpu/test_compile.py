@@ -46,7 +46,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     },
+    "Qwen3MoeForCausalLM": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        # A quarter does not fill a register's lanes.
+        "moe_intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 2048,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
 }
+EXPERT_BYTES = 2 * 3 * 16 * 192 * 512 * 2 // 4
+"""Of a chip of four."""
 
 
 def make_config(directory: Path, architecture: str, tpu: str, **flags: object) -> EngineConfig:
@@ -87,6 +107,21 @@ def test_steps_compile_with_our_kernels_and_update_the_cache_in_place(
         # The slots' state is updated in place, too.
         assert program.alias_bytes >= cache_bytes
         assert program.temporary_bytes < cache_bytes / 2
+
+
+def test_experts_are_multiplied_where_they_lie(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "Qwen3MoeForCausalLM", "v6e:2x2")
+    engine, (decode, mixed) = compile_some(
+        config, Slice.parse("v6e:2x2"), [Bucket(16), Bucket(16, 128, 8)]
+    )
+    assert engine.expert_bytes == EXPERT_BYTES
+    # Beside those of attention three a layer.
+    assert decode.num_kernels == 2 + 6
+    assert mixed.num_kernels == 4 + 6
+    # A copy of a weight would be a third of a layer's experts.
+    assert decode.temporary_bytes < EXPERT_BYTES / 6 / 2
+    # Two sums a layer and the sampler's: none over experts.
+    assert decode.collectives["all-reduce"] < 2 * 2 + 8
 
 
 def test_too_little_memory_is_said_in_a_sentence_with_the_flag(tmp_path: Path) -> None:
