@@ -94,7 +94,7 @@ def load_weights(
     """
     layout = model_layout(model_config, mesh.size)
     parameters = list(_parameters(model_config, mesh, dtype))
-    tensors = find_tensors(directory)
+    tensors = _named_as_with_a_head(find_tensors(directory))
     _check_tensors(directory, parameters, tensors, layout, model_config)
     dtype = jnp.dtype(dtype)
     progress = _Progress(
@@ -205,6 +205,16 @@ def _put(
 
 def _with_layer_list(params: Params) -> Params:
     return params | {"layers": [params["layers"][number] for number in sorted(params["layers"])]}
+
+
+def _named_as_with_a_head(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Names as they are where the model has a head: Qwen3-Embedding was saved without one."""
+    if "embed_tokens.weight" not in tensors:
+        return tensors
+    return {
+        name if name.startswith("lm_head.") else f"model.{name}": tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_tensors(

@@ -69,6 +69,19 @@ def test_sharded_files_give_the_arrays_of_a_single_one(copied: Path) -> None:
     assert all(np.array_equal(single[name], several[name]) for name in single)
 
 
+def test_a_checkpoint_that_was_saved_without_its_head_is_read_as_well(tmp_path: Path) -> None:
+    tied = DATA / "tiny-qwen2-tied"
+    headless = shutil.copytree(tied, tmp_path / "headless")
+    tensors = load_file(tied / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        headless / "model.safetensors",
+    )
+    expected, got = flat(load(tied)), flat(load(headless))
+    assert expected.keys() == got.keys()
+    assert all(np.array_equal(expected[name], got[name]) for name in expected)
+
+
 def test_fused_tensors_are_cut_into_their_parts() -> None:
     tensors = load_file(DATA / "tiny-qwen1" / "model.safetensors")
     layer = load(DATA / "tiny-qwen1", 2)["layers"][1]
