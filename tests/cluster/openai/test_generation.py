@@ -14,6 +14,7 @@ from cluster.openai.engine_client import (
     EngineInfo,
     Fleet,
     GenerateRequest,
+    ResponseStore,
     StreamRecord,
     TokenDelta,
 )
@@ -44,6 +45,10 @@ class Replay:
         return EngineInfo(is_ready=True)
 
     async def profile(self, num_steps: int) -> None:
+        raise NotImplementedError
+
+    @property
+    def responses(self) -> ResponseStore:
         raise NotImplementedError
 
     async def recall(
