@@ -1,4 +1,7 @@
-"""How a mixture of experts is made up, out of config.json. Must not import JAX."""
+"""How a mixture of experts is made up, out of config.json.
+
+Must not import JAX: the leader and the routers read configurations too.
+"""
 
 from dataclasses import dataclass
 
