@@ -187,15 +187,7 @@ class OpenAIService:
         self._check_model(body.model)
         with self._entered(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
-            prompts = await self.in_thread(
-                partial(
-                    encode_prompts,
-                    body.prompt,
-                    self._text.tokenizer,
-                    vocab_size=info.vocab_size,
-                    param="prompt",
-                )
-            )
+            prompts = await self._encode_prompts(body.prompt, info, param="prompt")
             grammar = await self.in_thread(partial(self._text.grammar, body))
             heading = make_heading(request_id, body.model, info.fingerprint)
             origin = Origin.of(body, heading)
@@ -212,15 +204,7 @@ class OpenAIService:
         completion = as_completion(body)
         with self._entered(completion, len(body.input), caller, param="input") as entry:
             info = await self._ready_info()
-            prompts = await self.in_thread(
-                partial(
-                    encode_prompts,
-                    body.input,
-                    self._text.tokenizer,
-                    vocab_size=info.vocab_size,
-                    param="input",
-                )
-            )
+            prompts = await self._encode_prompts(body.input, info, param="input")
             heading = make_heading(request_id, body.model, info.fingerprint)
             choices = embedding_choices(prompts, info)
             origin = Origin.of(completion, heading)
@@ -451,6 +435,19 @@ class OpenAIService:
     async def in_thread(self, work: Callable[[], _T]) -> _T:
         """Do what takes milliseconds, in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _encode_prompts(
+        self, given: Sequence[str | list[int]], info: EngineInfo, *, param: str
+    ) -> list[list[int]]:
+        return await self.in_thread(
+            partial(
+                encode_prompts,
+                given,
+                self._text.tokenizer,
+                vocab_size=info.vocab_size,
+                param=param,
+            )
+        )
 
     def _make_request(
         self,
