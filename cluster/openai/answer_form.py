@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.openai.schema import ChatCompletionRequest
 from cluster.openai.structured_output import grammar_source
-from cluster.openai.tools import callable_tools, is_call_required
+from cluster.openai.tools import callable_tools, is_call_required, max_calls
 from engine.errors import RequestError
 from engine.grammar import Grammar, checked
 from engine.text.answer_parts import AnswerReader
@@ -121,7 +121,7 @@ class AnswerForms:
                 form.tool_format.grammar(
                     form.tools,
                     is_call_required=is_call_required(body),
-                    max_calls=None if body.parallel_tool_calls else 1,
+                    max_calls=max_calls(body),
                 ),
                 param="tools",
             )

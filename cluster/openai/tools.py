@@ -51,6 +51,12 @@ def is_call_required(body: ChatCompletionRequest) -> bool:
     return body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
 
 
+def max_calls(body: ChatCompletionRequest) -> int | None:
+    """How many calls there may be, None for any number; a function by name is called once."""
+    is_named = isinstance(body.tool_choice, NamedToolChoice)
+    return None if body.parallel_tool_calls and not is_named else 1
+
+
 def template_tools(body: ChatCompletionRequest) -> list[dict[str, Any]]:
     """The tools as templates want them."""
     if body.tool_choice == "none":
