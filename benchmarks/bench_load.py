@@ -35,7 +35,7 @@ import psutil
 from ray import serve
 
 import serve_app
-from benchmarks.serving.answer import StreamedAnswer
+from benchmarks.serving.answer import Answer
 from benchmarks.streaming.client import HOST, MODEL, HeldRequest, make_request, send
 from benchmarks.streaming.fake_leader import CONTEXT_LENGTH, FakeEngine, Pace
 from benchmarks.streaming.flood import FloodBeside
@@ -216,7 +216,7 @@ def judge(
     stream: HeldRequest, num_tokens: int, expected: str, phases: Sequence[Phase]
 ) -> tuple[bool, bool]:
     """Whether a stream is lost, and whether it is wrong; its gaps go to the phases."""
-    answer = StreamedAnswer(keeps_text=True)
+    answer = Answer(keeps_text=True)
     for at_s, part in stream.parts if stream.status == 200 else ():
         answer.feed(part, at_s)
     if not (stream.is_whole and answer.is_done and answer.usage):
@@ -227,7 +227,7 @@ def judge(
             if phase.start_s <= at_s < phase.end_s:
                 phase.gaps_ms.append(1e3 * (at_s - before_s))
     has_all = answer.usage.completion_tokens == num_tokens
-    return not has_all, bool(expected) and "".join(answer.texts) != expected
+    return not has_all, bool(expected) and answer.text != expected
 
 
 def describe_end(stream: HeldRequest) -> str:

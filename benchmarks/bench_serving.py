@@ -12,13 +12,11 @@ not flatter; without a tokenizer at hand they are token ids.
 import argparse
 import asyncio
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 from tqdm import tqdm
 
@@ -29,6 +27,7 @@ from benchmarks.serving.client import (
     ask_profiler,
     find_model,
     flush_cache,
+    open_session,
 )
 from benchmarks.serving.command_line import REFUSED, parse_arguments
 from benchmarks.serving.datasets import DatasetOptions, make_requests
@@ -72,13 +71,8 @@ async def benchmark(arguments: argparse.Namespace) -> int:
     """Prepare, measure and report; returns the exit status."""
     base_url = arguments.base_url or f"http://{arguments.host}:{arguments.port}"
     base_url = base_url.rstrip("/").removesuffix("/v1")
-    key = arguments.api_key or os.environ.get("OPENAI_API_KEY")
-    headers = dict(arguments.header)
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    async with aiohttp.ClientSession(
-        headers=headers | {"Content-Type": "application/json"},
-        timeout=aiohttp.ClientTimeout(total=arguments.timeout),
-        connector=aiohttp.TCPConnector(limit=0),
+    async with open_session(
+        api_key=arguments.api_key, timeout_s=arguments.timeout, headers=dict(arguments.header)
     ) as session:
         model, root = await find_model(
             session, base_url, arguments.served_model_name or arguments.model

@@ -29,6 +29,7 @@ class Choice(msgspec.Struct):
     text: str | None = None
     delta: Message | None = None
     message: Message | None = None
+    finish_reason: str | None = None
 
 
 class Event(msgspec.Struct):
@@ -40,8 +41,8 @@ class Event(msgspec.Struct):
 decode_event = msgspec.json.Decoder(Event).decode
 
 
-class StreamedAnswer:
-    """Takes in the bytes of one answer's server-sent events.
+class Answer:
+    """Takes in the bytes of one answer, as they come.
 
     Tokens are counted by the server's usage, never by counting events: an event may hold several
     tokens. Which event held how many is known where the server sends usage with each (vLLM and
@@ -52,20 +53,35 @@ class StreamedAnswer:
     def __init__(self, *, keeps_text: bool = False) -> None:
         self.usage: Usage | None = None
         self.error: str | None = None
+        self.finish_reason: str | None = None
         self.is_done = False
-        self.texts: list[str] = []
+        self._thoughts: list[str] = []
+        self._texts: list[str] = []
         self._keeps_text = keeps_text
         self._rest = b""
         self._chunks: list[tuple[float, int]] = []
         self._running_counts: list[int] = []
 
     def feed(self, part: bytes, at_s: float) -> None:
-        """Take in what was read at once; all tokens in it arrived at `at_s`."""
+        """Take in what was read at once of server-sent events; its tokens arrived at `at_s`."""
         lines = (self._rest + part).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
             if line.startswith(b"data:"):
                 self._take(line[5:].strip(), at_s)
+
+    def take_whole(self, body: bytes) -> None:
+        """Take in an answer that was not streamed."""
+        self._take_event(decode_event(body), at_s=None)
+
+    @property
+    def text(self) -> str:
+        """What came without thoughts, if it is kept."""
+        return "".join(self._texts)
+
+    @property
+    def thoughts(self) -> str:
+        return "".join(self._thoughts)
 
     def arrivals(self) -> tuple[Arrival, ...]:
         """Say when how many tokens came, once the answer has ended."""
@@ -86,30 +102,35 @@ class StreamedAnswer:
         if data == b"[DONE]":
             self.is_done = True
             return
-        event = decode_event(data)
+        self._take_event(decode_event(data), at_s)
+
+    def _take_event(self, event: Event, at_s: float | None) -> None:
         if event.error is not None:
             self.error = error_message(event.error)
             return
         usage = event.usage
         if usage is not None:
             self.usage = usage
-        text = "".join([choice_text(choice) for choice in event.choices])
-        if text:
-            self._chunks.append((at_s, len(text.encode())))
+        size = 0
+        for choice in event.choices:
+            thoughts, text = choice_texts(choice)
+            size += len(thoughts.encode()) + len(text.encode())
+            if self._keeps_text:
+                self._thoughts.append(thoughts)
+                self._texts.append(text)
+            self.finish_reason = choice.finish_reason or self.finish_reason
+        if size and at_s is not None:
+            self._chunks.append((at_s, size))
             if usage is not None and usage.completion_tokens is not None:
                 self._running_counts.append(usage.completion_tokens)
-            if self._keeps_text:
-                self.texts.append(text)
 
 
-def choice_text(choice: Choice) -> str:
-    if choice.text is not None:
-        return choice.text
+def choice_texts(choice: Choice) -> tuple[str, str]:
+    """Thoughts, and what is not thoughts."""
     message = choice.delta or choice.message
-    if message is None:
-        return ""
-    reasoning = message.reasoning_content or message.reasoning or ""
-    return reasoning + (message.content or "")
+    if choice.text is not None or message is None:
+        return "", choice.text or ""
+    return message.reasoning_content or message.reasoning or "", message.content or ""
 
 
 def explain(body: bytes) -> str:

@@ -4,14 +4,16 @@ The client shares its machine with the server, so every microsecond per streamed
 aiohttp costs a third of httpx or less, and msgspec reads only the fields that are needed.
 """
 
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from benchmarks.serving.answer import StreamedAnswer, choice_text, decode_event, explain
+from benchmarks.serving.answer import Answer, explain
 from benchmarks.serving.errors import BenchmarkError
 from benchmarks.serving.results import Arrival, BenchRequest, RequestResult
 
@@ -74,7 +76,7 @@ class ServingClient:
     async def send(self, request: BenchRequest) -> RequestResult:
         """Send one request; what goes wrong is in the result."""
         body = msgspec.json.encode(self._body(request))
-        answer = StreamedAnswer(keeps_text=self._options.keeps_text)
+        answer = Answer(keeps_text=self._options.keeps_text)
         error: str | None = None
         start_s = time.perf_counter()
         latency_s = 0.0
@@ -89,10 +91,8 @@ class ServingClient:
                         latency_s = time.perf_counter() - start_s
                         answer.feed(part, latency_s)
                 else:
-                    whole = decode_event(await response.read())
+                    answer.take_whole(await response.read())
                     latency_s = time.perf_counter() - start_s
-                    answer.usage = whole.usage
-                    answer.texts = [choice_text(choice) for choice in whole.choices]
         except TimeoutError:
             error = f"no whole answer within --timeout={self._session.timeout.total:g} s"
         except (aiohttp.ClientError, OSError, msgspec.DecodeError) as fault:
@@ -126,7 +126,9 @@ class ServingClient:
             output_len=num_tokens,
             num_cached_tokens=(details.cached_tokens or 0) if details else 0,
             arrivals=arrivals,
-            text="".join(answer.texts) if self._options.keeps_text else "",
+            text=answer.text,
+            thoughts=answer.thoughts,
+            finish_reason=answer.finish_reason,
         )
 
     def _body(self, request: BenchRequest) -> dict[str, Any]:
@@ -145,6 +147,24 @@ class ServingClient:
         if options.ignores_eos:
             body["ignore_eos"] = True
         return body | options.extra_body
+
+
+def open_session(
+    *, api_key: str | None, timeout_s: float, headers: Mapping[str, str] | None = None
+) -> aiohttp.ClientSession:
+    """Make the pool of connections that a benchmark's requests go over.
+
+    Args:
+        api_key: None takes the environment's OPENAI_API_KEY, if there is one.
+        timeout_s: For each request as a whole.
+    """
+    key = api_key or os.environ.get("OPENAI_API_KEY")
+    authorization = {"Authorization": f"Bearer {key}"} if key else {}
+    return aiohttp.ClientSession(
+        headers={**(headers or {}), **authorization, "Content-Type": "application/json"},
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        connector=aiohttp.TCPConnector(limit=0),
+    )
 
 
 async def find_model(

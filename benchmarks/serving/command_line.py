@@ -1,10 +1,8 @@
 """The command line of the serving benchmark: every flag does something or says why it cannot."""
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.serving.client import BACKENDS
 from benchmarks.serving.flags import (
@@ -12,6 +10,7 @@ from benchmarks.serving.flags import (
     add_load_flags,
     add_sampling_flags,
     check_result_flags,
+    json_object,
     positive_float,
 )
 
@@ -93,7 +92,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--extra-request-body",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="an object whose keys go into every request",
@@ -119,16 +118,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add_dataset_flags(parser)
     add_load_flags(parser)
     return parser
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
-    return value
 
 
 def _header(text: str) -> tuple[str, str]:

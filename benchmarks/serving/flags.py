@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import json
 import math
+from typing import Any
 
 from benchmarks.serving.datasets import DATASETS, DatasetOptions
 
@@ -97,6 +99,16 @@ def positive_float(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
     return value
 
 

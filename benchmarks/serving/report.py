@@ -72,27 +72,36 @@ def format_table(summary: Summary, headings: Mapping[str, object]) -> str:
         headings: Lines that come first: what was measured.
     """
     lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
-    lines += [_line(f"{name}:", value) for name, value in headings.items()]
+    lines += [format_line(f"{name}:", value) for name, value in headings.items()]
     lines += [
-        _line("Successful requests:", summary["completed"]),
-        _line("Failed requests:", summary["failed"]),
-        _line("Benchmark duration (s):", summary["duration"]),
-        _line("Total input tokens:", summary["total_input_tokens"]),
-        _line("Total cached tokens:", summary["total_cached_tokens"]),
-        _line("Total generated tokens:", summary["total_output_tokens"]),
-        _line("Request throughput (req/s):", summary["request_throughput"]),
-        _line("Input token throughput (tok/s):", summary["input_throughput"]),
-        _line("Output token throughput (tok/s):", summary["output_throughput"]),
-        _line("Total token throughput (tok/s):", summary["total_throughput"]),
-        _line("Concurrency:", summary["concurrency"]),
+        format_line("Successful requests:", summary["completed"]),
+        format_line("Failed requests:", summary["failed"]),
+        format_line("Benchmark duration (s):", summary["duration"]),
+        format_line("Total input tokens:", summary["total_input_tokens"]),
+        format_line("Total cached tokens:", summary["total_cached_tokens"]),
+        format_line("Total generated tokens:", summary["total_output_tokens"]),
+        format_line("Request throughput (req/s):", summary["request_throughput"]),
+        format_line("Input token throughput (tok/s):", summary["input_throughput"]),
+        format_line("Output token throughput (tok/s):", summary["output_throughput"]),
+        format_line("Total token throughput (tok/s):", summary["total_throughput"]),
+        format_line("Concurrency:", summary["concurrency"]),
     ]
     for name, (title, short) in LATENCIES.items():
         lines.append(f"{title:-^{WIDTH}}")
         for statistic in ("mean", "median", "p99"):
             label = f"{statistic.capitalize()} {short} (ms):"
-            lines.append(_line(label, summary[f"{statistic}_{name}_ms"]))
+            lines.append(format_line(label, summary[f"{statistic}_{name}_ms"]))
     lines.append("=" * WIDTH)
     return "\n".join(lines)
+
+
+def format_line(label: str, value: object) -> str:
+    """One line of a table of figures; None is shown as n/a."""
+    if value is None:
+        shown = "n/a"
+    else:
+        shown = f"{value:.2f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    return f"{label:<40} {shown:<10}".rstrip()
 
 
 def find_faults(
@@ -104,15 +113,7 @@ def find_faults(
         has_exact_output: End tokens are ignored, so outputs have the lengths asked for.
         has_exact_input: Prompts are sent as they are, without a chat template.
     """
-    warnings = []
-    errors = Counter(result.error for result in results if result.error is not None)
-    if errors:
-        warnings.append(f"{errors.total()} of {len(results)} requests failed:")
-        warnings += [
-            f"  {count} x {error}" for error, count in errors.most_common(MAX_ERRORS_SHOWN)
-        ]
-        if len(errors) > MAX_ERRORS_SHOWN:
-            warnings.append(f"  and {len(errors) - MAX_ERRORS_SHOWN} other messages")
+    warnings = describe_failures(results)
     done = [result for result in results if result.error is None]
     pairs = []
     if has_exact_input:
@@ -128,6 +129,18 @@ def find_faults(
                 f"requests have another {kind} length, the first {got} tokens for {asked}."
             )
     return warnings
+
+
+def describe_failures(results: Sequence[RequestResult]) -> list[str]:
+    """Say in warning lines how many requests failed, and why."""
+    errors = Counter(result.error for result in results if result.error is not None)
+    if not errors:
+        return []
+    lines = [f"{errors.total()} of {len(results)} requests failed:"]
+    lines += [f"  {count} x {error}" for error, count in errors.most_common(MAX_ERRORS_SHOWN)]
+    if len(errors) > MAX_ERRORS_SHOWN:
+        lines.append(f"  and {len(errors) - MAX_ERRORS_SHOWN} other messages")
+    return lines
 
 
 def append_json(
@@ -151,17 +164,9 @@ def request_details(results: Sequence[RequestResult]) -> dict[str, list[Any]]:
         "e2e_latencies": [result.latency_s for result in ordered],
         "ttfts": [result.ttft_s for result in ordered],
         "itls": [result.itls_s for result in ordered],
-        "generated_texts": [result.text for result in ordered],
+        "generated_texts": [result.thoughts + result.text for result in ordered],
         "errors": [result.error or "" for result in ordered],
     }
-
-
-def _line(label: str, value: object) -> str:
-    if value is None:
-        shown = "n/a"
-    else:
-        shown = f"{value:.2f}" if isinstance(value, float) and math.isfinite(value) else str(value)
-    return f"{label:<40} {shown:<10}".rstrip()
 
 
 def _finite(value: Any) -> Any:

@@ -43,7 +43,8 @@ class RequestResult:
         latency_s: From then to the end of the answer.
         prompt_len, output_len: As the server counted them.
         arrivals: In order of time; empty if the answer was not streamed.
-        text: What was generated, if it was to be kept.
+        text, thoughts: What was generated, if it was to be kept.
+        finish_reason: Why the server ended the answer.
         error: Why it failed, else None.
     """
 
@@ -55,6 +56,8 @@ class RequestResult:
     num_cached_tokens: int = 0
     arrivals: tuple[Arrival, ...] = ()
     text: str = ""
+    thoughts: str = ""
+    finish_reason: str | None = None
     error: str | None = None
 
     @property

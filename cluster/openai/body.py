@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from cluster.openai.schema import MAX_MESSAGES
+from cluster.openai.schema import MAX_MESSAGES, MAX_TOOLS
 from engine.errors import RequestError
 
 NO_EFFECT = frozenset(
@@ -43,6 +43,10 @@ UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "refusal": (),
 }
+# What clients note for themselves in messages that they send back: Qwen-Agent the first two, the
+# openai package what it parsed.
+NO_EFFECT_IN_MESSAGE = frozenset({"extra", "id", "parsed"})
+NO_EFFECT_IN_PAST_CALL = frozenset({"parsed_arguments"})
 
 _MAX_NAME_CHARS = 64
 _MAX_PATH_CHARS = 200
@@ -81,6 +85,7 @@ def parse_body(
     for index, message in enumerate(first_messages):
         if isinstance(message, dict):
             _drop_or_refuse(message, UNSUPPORTED_IN_MESSAGE, f"messages[{index}].")
+            _drop_notes(message)
             _check_parts(message.get("content"), f"messages[{index}].content")
     for name in no_effect:
         fields.pop(name, None)
@@ -99,6 +104,17 @@ def checked_body(kind: type[_Body], fields: dict[str, Any]) -> _Body:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _explain(error, kind, fields) from None
+
+
+def _drop_notes(message: dict[str, Any]) -> None:
+    for name in NO_EFFECT_IN_MESSAGE & message.keys():
+        del message[name]
+    calls = message.get("tool_calls")
+    for call in calls[:MAX_TOOLS] if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            for name in NO_EFFECT_IN_PAST_CALL & function.keys():
+                del function[name]
 
 
 def _drop_or_refuse(
@@ -136,7 +152,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], fields: dict[str, An
     fault = error.errors(include_url=False)[0]
     param = _param(fault["loc"], fields, has_last=fault["type"] != "missing")
     if fault["type"] == "extra_forbidden":
-        is_a_name = len(param) <= _MAX_NAME_CHARS
+        is_a_name = len(param) <= _MAX_NAME_CHARS and "." not in param
         near = difflib.get_close_matches(param, kind.model_fields, n=1) if is_a_name else []
         hint = f" Did you mean {near[0]}?" if near else ""
         return RequestError(

@@ -78,7 +78,7 @@ def tool_choice_of(body: ChatCompletionRequest) -> ToolChoice:
         tools=[tools[name] for name in names],
         is_required=_is_required(choice),
         is_narrowed=len(names) < len(tools),
-        max_calls=None if body.parallel_tool_calls and not is_old else 1,
+        max_calls=_max_calls(body, choice),
     )
 
 
@@ -113,6 +113,13 @@ def call_id(request_id: str, choice: int, index: int) -> str:
     """The id of a call: the same from every router that goes on with the answer."""
     digest = hashlib.sha256(f"{request_id}/{choice}/{index}".encode()).hexdigest()
     return f"call_{digest[:24]}"
+
+
+def _max_calls(body: ChatCompletionRequest, choice: _Choice) -> int | None:
+    # A function by name is called once, as OpenAI has it; the old way has place for one call.
+    is_named = isinstance(choice, NamedToolChoice)
+    is_single = is_named or asks_in_the_old_way(body) or not body.parallel_tool_calls
+    return 1 if is_single else None
 
 
 def _functions(body: ChatCompletionRequest) -> Sequence[FunctionDefinition]:

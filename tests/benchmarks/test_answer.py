@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.serving.answer import StreamedAnswer
+from benchmarks.serving.answer import Answer
 from benchmarks.serving.results import Arrival
 
 
@@ -20,7 +20,7 @@ def usage(num_tokens: int) -> dict:
 
 def arrivals(*parts: bytes) -> tuple[Arrival, ...]:
     """Feed the parts a second apart."""
-    answer = StreamedAnswer()
+    answer = Answer()
     for at_s, part in enumerate(parts, start=1):
         answer.feed(part, float(at_s))
     return answer.arrivals()
@@ -62,16 +62,16 @@ def test_a_stream_may_be_cut_anywhere_and_use_any_line_ends():
     stream = b": comment\r\n\r\n" + event("ä") + event("b").replace(b"\n", b"\r\n")
     stream += event(usage=usage(2)) + b"data: [DONE]\n\n"
     for size in (1, 2, 7, len(stream)):
-        answer = StreamedAnswer(keeps_text=True)
+        answer = Answer(keeps_text=True)
         for start in range(0, len(stream), size):
             answer.feed(stream[start : start + size], float(start))
-        assert "".join(answer.texts) == "äb"
+        assert answer.text == "äb"
         assert answer.is_done
         assert sum(arrival.num_tokens for arrival in answer.arrivals()) == 2
 
 
 @pytest.mark.parametrize("error", ["it died", {"message": "it died", "code": 500}])
 def test_an_error_amid_the_stream_is_kept(error):
-    answer = StreamedAnswer()
+    answer = Answer()
     answer.feed(event("a") + b"data: " + json.dumps({"error": error}).encode() + b"\n\n", 1.0)
     assert answer.error == "it died"

@@ -201,6 +201,11 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"continue_final_message": True}, "continue_final_message", "last one's role is user"),
     ({"topk": 4}, "topk", "Did you mean top_k?"),
     ({"colour": "red"}, "colour", "Unrecognized request argument"),
+    (
+        {"messages": [{**HELLO[0], "colour": "red"}]},
+        "messages[0].colour",
+        "supplied: messages[0].colour.",
+    ),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "may not set"),
 ]
 
@@ -341,6 +346,33 @@ async def test_fields_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
     }
     response = await client.post(CHAT, json=body)
     assert response.status_code == 200
+
+
+async def test_what_clients_note_in_their_messages_is_accepted(client: httpx.AsyncClient) -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {"a": 1}}
+    call = {"id": "call_1", "type": "function", "function": function}
+    body = {
+        "model": MODEL,
+        "messages": [
+            *HELLO,
+            {"role": "assistant", "content": None, "parsed": {"a": 1}, "tool_calls": [call]},
+            {
+                "role": "tool",
+                "content": "21 degrees",
+                "name": "f",
+                "tool_call_id": "call_1",
+                "id": "call_1",
+                "extra": {"function_id": "call_1"},
+            },
+        ],
+    }
+    response = await client.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    for faulty in ([None], [{"function": None}], "call", [{"function": {"parsed_arguments": 1}}]):
+        body["messages"][1]["tool_calls"] = faulty
+        response = await client.post(CHAT, json=body)
+        assert response.status_code == 400
+        assert str(error_of(response)["param"]).startswith("messages[1].tool_calls")
 
 
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(
