@@ -187,7 +187,9 @@ def follows(compiler: GrammarCompiler, grammar: Grammar, token_ids: list[int]) -
     for token_id in token_ids:
         words = constraint.allowed_tokens()
         assert words is not None
-        if constraint.error or not words[token_id // 32] >> (token_id % 32) & 1:
+        # Ids behind the last word are not allowed.
+        word = words[token_id // 32] if token_id // 32 < len(words) else 0
+        if constraint.error or not word >> (token_id % 32) & 1:
             return False
         constraint.accept(token_id)
     return True
