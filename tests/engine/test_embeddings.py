@@ -17,15 +17,16 @@ EMBEDDING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, embeddi
 
 
 def engine(checkpoint: str, **fields: object) -> LLM:
+    # As in test_llm.py, whose programs serve here as well.
     defaults = {
         "model_path": str(DATA / checkpoint),
         "device": "cpu",
         "dtype": "float32",
         "page_size": 16,
         "context_length": 256,
-        "max_total_tokens": 1024,
-        "max_running_requests": 4,
-        "chunked_prefill_size": 32,
+        "max_total_tokens": 2048,
+        "max_running_requests": 8,
+        "chunked_prefill_size": 128,
     }
     return LLM(EngineConfig.model_validate(defaults | fields))
 
@@ -37,7 +38,10 @@ def output_weights(checkpoint: str) -> np.ndarray:
     return next(weights[name] for name in names if name in weights).astype(np.float64)
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny-qwen2", "tiny-qwen2-tied", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    ["tiny-qwen2", pytest.param("tiny-qwen2-tied", marks=pytest.mark.long), "tiny-qwen3"],
+)
 def test_an_embedding_makes_the_logits_of_the_reference_implementation(checkpoint: str) -> None:
     golden = json.loads((DATA / checkpoint / "golden.json").read_text())
     weights_VD = output_weights(checkpoint)
@@ -52,7 +56,14 @@ def test_an_embedding_makes_the_logits_of_the_reference_implementation(checkpoin
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"tp_size": 2}, {"disable_overlap_schedule": True}], ids=str
+    "fields",
+    [
+        {},
+        {"disable_overlap_schedule": True},
+        {"chunked_prefill_size": 32},
+        pytest.param({"tp_size": 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_embeddings_do_not_depend_on_what_runs_beside_them(fields: dict[str, object]) -> None:
     numbers = random.Random(3)

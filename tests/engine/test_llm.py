@@ -102,7 +102,14 @@ VARIATIONS: dict[str, dict[str, object]] = {
 }
 
 
-LONG_VARIATIONS = ("on pages of 128 tokens", "on two devices", "on three devices")
+# Each compiles programs of its own.
+LONG_VARIATIONS = (
+    "on pages of one token",
+    "on pages of 128 tokens",
+    "through dense attention",
+    "on two devices",
+    "on three devices",
+)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, samplin
         pytest.param("tiny-qwen1", marks=pytest.mark.long),
         pytest.param("tiny-qwen2-tied", marks=pytest.mark.long),
         "tiny-qwen3",
-        "tiny-qwen2-moe",
+        pytest.param("tiny-qwen2-moe", marks=pytest.mark.long),
         pytest.param("tiny-qwen3-moe", marks=pytest.mark.long),
     ],
 )
@@ -229,7 +236,7 @@ def test_generation_fills_the_context_and_no_more():
     [
         {},
         {"chunked_prefill_size": 32},
-        {"tp_size": 3},
+        pytest.param({"tp_size": 3}, marks=pytest.mark.long),
         {"max_total_tokens": 14 * 16, "chunked_prefill_size": 32},
     ],
     ids=["whole", "in chunks", "on three devices", "preempted"],
