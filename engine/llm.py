@@ -164,14 +164,14 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        grammar: Grammar | None = None,
+        grammar: Grammar | Sequence[Grammar | None] | None = None,
     ) -> list[Completion]:
         """Generate one completion per prompt; all of them run together.
 
         Args:
             prompts: Texts, or token ids.
             sampling: For all prompts, or one for each. Stop strings are the HTTP surface's.
-            grammar: What each completion must be; see `engine.grammar`.
+            grammar: What the completions must be, or what each must; see `engine.grammar`.
 
         Returns:
             In the order of the prompts.
@@ -182,7 +182,9 @@ class LLM:
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(prompts)
         token_ids = [self._token_ids(prompt) for prompt in prompts]
-        constraints = [self._constraint(grammar) for _ in prompts]
+        if grammar is None or isinstance(grammar, Grammar):
+            grammar = [grammar] * len(prompts)
+        constraints = [self._constraint(each) for each in grammar]
         return self._await(self._generate(token_ids, sampling, constraints))
 
     async def _generate(
