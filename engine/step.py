@@ -198,6 +198,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
         buckets: Compiled programs.
         vocab_size: Token ids are below it.
         model_fingerprint: Stands for weights' identity, dtype and tp size in `system_fingerprint`.
+        chunk_cost: How much longer a decoding step takes with a small chunk beside it, as a share.
     """
 
     num_pages: int
@@ -207,6 +208,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     buckets: tuple[Bucket, ...]
     vocab_size: int
     model_fingerprint: str = ""
+    chunk_cost: float = 0.0
 
 
 class StartProgress(msgspec.Struct, frozen=True, kw_only=True):

@@ -38,6 +38,7 @@ from engine.runner.sampler import Logprobs
 from engine.runner.slot_state import SlotState, make_admissions, needs_admission
 from engine.runner.step_profiler import StepProfiler
 from engine.runner.step_program import StepOutputs
+from engine.scheduling.buckets import steps_of
 from engine.sharding import make_mesh
 from engine.step import (
     NO_FLOATS,
@@ -246,6 +247,7 @@ class ModelRunner:
                 tp_size=config.tp_size,
                 load_format=config.load_format,
             ),
+            chunk_cost=steps_of(platform).chunk_cost,
         )
 
     def dispatch(self, plan: StepPlan) -> PendingStep:

@@ -24,21 +24,29 @@ class Steps:
         few_seqs: Decode rows of the smaller mixed shapes, beside those that carry all; None =
             all mixed shapes carry all.
         min_chunk_tokens: Smaller prefills are padded to this.
+        chunk_cost: How much longer a decoding step of a few rows takes with the smallest prefill
+            beside it, as a share of the step.
     """
 
     min_seqs: int
     seqs_factor: int
     few_seqs: int | None
     min_chunk_tokens: int
+    chunk_cost: float
 
 
-HOST_STEPS = Steps(min_seqs=2, seqs_factor=2, few_seqs=8, min_chunk_tokens=32)
+HOST_STEPS = Steps(min_seqs=2, seqs_factor=2, few_seqs=8, min_chunk_tokens=32, chunk_cost=2)
 """A row more takes its share of time; but a product of one row is far slower than one of two."""
 
-TPU_STEPS = Steps(min_seqs=8, seqs_factor=8, few_seqs=None, min_chunk_tokens=256)
+TPU_STEPS = Steps(min_seqs=8, seqs_factor=8, few_seqs=None, min_chunk_tokens=256, chunk_cost=1 / 3)
 """Reading the weights takes as long as computing 560 rows (v6e): 64 decodes cost what 8 do, and 256
 tokens of a prompt a third more. Each program costs 20 to 80 s of compiling and its code's memory.
 """
+
+
+def steps_of(platform: str) -> Steps:
+    """A platform's: "cpu", "gpu" or "tpu"."""
+    return TPU_STEPS if platform == "tpu" else HOST_STEPS
 
 
 def bucket_table(config: EngineConfig, *, context_length: int, platform: str) -> tuple[Bucket, ...]:
@@ -52,7 +60,7 @@ def bucket_table(config: EngineConfig, *, context_length: int, platform: str) ->
         context_length: No chunk is longer than this, so no bucket need be, for few slots.
         platform: "cpu", "gpu" or "tpu".
     """
-    steps = TPU_STEPS if platform == "tpu" else HOST_STEPS
+    steps = steps_of(platform)
     max_seqs = round_up_to_power_of_two(max(steps.min_seqs, config.max_running_requests))
     decode_sizes = sorted({max_seqs, *_sizes(steps.min_seqs, max_seqs, steps.seqs_factor)})
     most_tokens = min(config.prefill_chunk_tokens, context_length * config.max_running_requests)

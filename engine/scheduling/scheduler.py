@@ -392,11 +392,8 @@ class Scheduler:
 
     @property
     def _min_forced(self) -> int:
-        """Forced tokens that are worth a chunk.
-
-        On a TPU a step with a chunk takes a third longer (`buckets.TPU_STEPS`), for all who run.
-        """
-        return max(2, len(self.running) // 3)
+        """Forced tokens that are worth a chunk, with which a step takes longer for all who run."""
+        return max(2, round(self.limits.chunk_cost * len(self.running)))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state is RequestState.WAITING:
