@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,6 +34,7 @@ from engine.text.chat_template import load_chat_template
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 CONTEXT_LENGTH = 512
+EMBEDDING = struct.pack("<4f", 1, 2, 3, 4)
 
 
 class FakeResponses:
@@ -217,6 +219,8 @@ class FakeEngine:
             deltas[0] = msgspec.structs.replace(
                 deltas[0], prompt_logprobs=tuple(chain.from_iterable(prompt))
             )
+        if sampling.embedding:
+            deltas[0] = msgspec.structs.replace(deltas[0], embedding=EMBEDDING)
         if self.has_failing_grammar:
             deltas[-1] = msgspec.structs.replace(deltas[-1], finish_reason="error")
         elif token_ids[-1] == end:
