@@ -4,7 +4,6 @@ Knows no text (stop strings live above) and no arrays. The scheduler owns a requ
 """
 
 import enum
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,6 +16,7 @@ from engine.errors import RequestError
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 16
+_LONG_NUMBER = 10**30
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -107,10 +107,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    below = value <= low if low_open else value < low
-    if math.isnan(value) or below or value > high:
+    # What is no number is not above anything, and a whole number may be too long for a float.
+    is_above = value > low if low_open else value >= low
+    if not is_above or not value <= high:
+        is_long = isinstance(value, int) and abs(value) >= _LONG_NUMBER
+        shown = "a very long number" if is_long else value
         bound = f"above {low}" if low_open else f"at least {low}"
-        raise RequestError(f"{name} is {value}; it must be {bound} and at most {high}.", param=name)
+        raise RequestError(f"{name} is {shown}; it must be {bound} and at most {high}.", param=name)
 
 
 class TokenConstraint(Protocol):
