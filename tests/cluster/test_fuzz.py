@@ -241,6 +241,19 @@ def test_bodies_that_are_changed_were_answered_before(
         check(answer)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["logprobs", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "n"],
+)
+def test_numbers_too_long_for_a_float_are_out_of_range(
+    post: Callable[[str, bytes], httpx.Response], name: str
+) -> None:
+    body = {"model": MODEL, "prompt": "Hello", name: 10**400}
+    answer = post("/v1/completions", json.dumps(body).encode())
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
 @settings(max_examples=NUM_EXAMPLES // 4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     path=st.sampled_from([path for path, _ in BODIES]),
