@@ -5,10 +5,11 @@ expression, choices, a grammar in EBNF. Whoever spells one needs no model; to fo
 model's vocabulary. Knows neither requests nor queues, and no arrays of devices.
 """
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import llguidance
@@ -86,7 +87,8 @@ def json_schema_source(
     text = json.dumps(schema)
     _check_size(text, param)
     try:
-        source = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=options)
+        with _panics_refused(param):
+            source = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=options)
     except ValueError as error:
         raise RequestError(f"{param} is no JSON schema: {error}.", param=param) from error
     return checked(source, param=param)
@@ -95,21 +97,26 @@ def json_schema_source(
 def regex_source(regex: str, *, param: str) -> str:
     """Spell a regular expression, of which the whole answer is a match; raises as above."""
     _check_size(regex, param)
-    return checked(llguidance.LLMatcher.grammar_from_regex(regex), param=param)
+    with _panics_refused(param):
+        source = llguidance.LLMatcher.grammar_from_regex(regex)
+    return checked(source, param=param)
 
 
 def choice_source(choices: Sequence[str], *, param: str) -> str:
     """Spell a choice of whole answers; raises as above."""
     text = json.dumps(list(choices))
     _check_size(text, param)
-    return checked(llguidance.grammar_from("choice", text), param=param)
+    with _panics_refused(param):
+        source = llguidance.grammar_from("choice", text)
+    return checked(source, param=param)
 
 
 def ebnf_source(grammar: str, *, param: str) -> str:
     """Spell a grammar that is written in Lark's notation or in GBNF; raises as above."""
     _check_size(grammar, param)
     try:
-        source = llguidance.grammar_from("grammar", grammar)
+        with _panics_refused(param):
+            source = llguidance.grammar_from("grammar", grammar)
     except ValueError as error:
         raise RequestError(f"{param} is no grammar: {error}.", param=param) from error
     return checked(source, param=param)
@@ -121,7 +128,8 @@ def checked(source: str, *, param: str) -> str:
     Raises:
         RequestError: It cannot.
     """
-    fault = llguidance.LLMatcher.validate_grammar(source, limits=_LIMITS)
+    with _panics_refused(param):
+        fault = llguidance.LLMatcher.validate_grammar(source, limits=_LIMITS)
     if fault and not fault.startswith("WARNING"):
         raise RequestError(f"{param} cannot be followed: {fault.strip()[:500]}", param=param)
     return source
@@ -136,26 +144,31 @@ class Constraint:
         self._num_left_before = grammar.max_tokens_before
         # The matcher is behind these already.
         self._forced: deque[int] = deque()
+        self._has_panicked = False
         if self._after_token_id is None:
             self._force()
 
     @property
     def error(self) -> str | None:
         """Why it can go no further, or None: the grammar takes too much, or leads nowhere."""
+        if self._has_panicked:
+            return "the grammar's library failed"
         return self._matcher.get_error().splitlines()[0] if self._matcher.is_error() else None
 
     def allowed_tokens(self) -> np.ndarray | None:
         if self._forced:
             return _only(self._forced[0])
         if self._after_token_id is None:
-            return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            with self._panics_noted():
+                return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         return None if self._num_left_before != 0 else _only(self._after_token_id)
 
     def accept(self, token_id: int) -> None:
         if self._forced:
             self._forced.popleft()
         elif self._after_token_id is None:
-            self._matcher.consume_token(token_id)
+            with self._panics_noted():
+                self._matcher.consume_token(token_id)
             self._force()
         elif token_id == self._after_token_id:
             self._after_token_id = None
@@ -172,11 +185,22 @@ class Constraint:
         They come as the tokenizer would split their text, whether or not the engine makes use of
         knowing them, so that an answer does not depend on what else runs.
         """
-        if self._matcher.is_stopped():
+        if self._has_panicked or self._matcher.is_stopped():
             return
-        forced = self._matcher.compute_ff_tokens()
-        if forced and self._matcher.consume_tokens(forced):
-            self._forced.extend(forced)
+        with self._panics_noted():
+            forced = self._matcher.compute_ff_tokens()
+            if forced and self._matcher.consume_tokens(forced):
+                self._forced.extend(forced)
+
+    @contextlib.contextmanager
+    def _panics_noted(self) -> Iterator[None]:
+        """Let a panic of the library end this answer, and not the engine."""
+        try:
+            yield
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            self._has_panicked = True
 
 
 def _only(token_id: int) -> np.ndarray:
@@ -230,10 +254,11 @@ class GrammarCompiler:
         return matcher
 
     def _compile(self, source: str) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
-        if not matcher.is_error():
-            # Some faults, as a rule that never ends, show with the first token only.
-            matcher.compute_bitmask()
+        with _panics_refused(None):
+            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+            if not matcher.is_error():
+                # Some faults, as a rule that never ends, show with the first token only.
+                matcher.compute_bitmask()
         if matcher.is_error():
             fault = matcher.get_error().strip()[:500]
             raise RequestError(f"The answer's grammar cannot be followed: {fault}")
@@ -263,6 +288,24 @@ class _Tokens:
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._vocabulary.encode(text if isinstance(text, str) else text.decode())
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it is a fault of a library in Rust, which is none of Python's `Exception`s."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _panics_refused(param: str | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise RequestError(
+            f"{param or 'The grammar'} cannot be followed: the grammar's library failed on it.",
+            param=param,
+        ) from error
 
 
 def _check_size(text: str, param: str) -> None:

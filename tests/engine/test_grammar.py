@@ -266,6 +266,17 @@ def test_a_run_of_any_length_must_come_in_bounded_time(compiler: GrammarCompiler
     assert len(constraint.forced_tokens()) <= 40000
 
 
+@pytest.mark.parametrize(
+    "keyword", ["minimum", "maxLength", "required", "pattern", "format", "$ref"]
+)
+def test_what_the_library_panics_on_is_refused(keyword: str) -> None:
+    # Its message quotes so many bytes of the value, the last of them amid a character.
+    for value in ("Ù" * 80, ["xÙ" * 80]):
+        with pytest.raises(RequestError) as caught:
+            json_schema_source({keyword: value}, param="schema")
+        assert caught.value.param == "schema"
+
+
 def test_thinking_comes_before_the_grammar_and_has_an_end(
     compiler: GrammarCompiler, tokenizer: Tokenizer, end_token_id: int
 ) -> None:
