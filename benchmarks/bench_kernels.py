@@ -252,7 +252,6 @@ def sampling_inputs(rows: int, *, temperature: float, top_k: int, top_p: float) 
         seed=jnp.zeros((rows, 2), jnp.uint32),
         choice_index=ints(0),
         position=jnp.arange(rows, dtype=jnp.int32),
-        has_mask=no,
         has_logprobs=jnp.bool_(False),
     )
 

@@ -206,7 +206,11 @@ def check(answer: httpx.Response) -> None:
         assert "Internal" not in answer.text
 
 
-@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=NUM_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(data=st.data())
 def test_a_body_that_is_changed_anywhere_is_answered_or_refused(
     post: Callable[[str, bytes], httpx.Response], data: st.DataObject
@@ -254,7 +258,11 @@ def test_numbers_too_long_for_a_float_are_out_of_range(
     assert answer.json()["error"]["param"] == name
 
 
-@settings(max_examples=NUM_EXAMPLES // 4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=NUM_EXAMPLES // 4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(
     path=st.sampled_from([path for path, _ in BODIES]),
     body=st.one_of(
