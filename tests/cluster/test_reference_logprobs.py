@@ -162,6 +162,7 @@ async def test_log_probabilities_are_those_of_transformers(
             assert_close({f"<{i}>": each["logprob"] for i, each in position.items()}, top)
 
 
+@pytest.mark.long
 async def test_log_probabilities_of_qwen1_are_those_of_the_original(
     client: httpx.AsyncClient, engine: FakeEngine, load: Callable[[str], LLM]
 ) -> None:

@@ -109,6 +109,7 @@ LONG_VARIATIONS = (
     "through dense attention",
     "on two devices",
     "on three devices",
+    "on four devices",
 )
 
 
@@ -126,6 +127,7 @@ def test_requests_get_the_tokens_that_each_gets_alone(alone, sampling, overrides
         assert_same(llm.generate(PROMPTS, sampling), alone)
 
 
+@pytest.mark.long
 def test_any_number_of_prompts_may_be_given_at_once():
     with engine(max_running_requests=2, max_queued_requests=1) as llm:
         completions = llm.generate(PROMPTS * 3, SamplingParams(max_tokens=2, ignore_eos=True))
@@ -172,7 +174,7 @@ def test_every_family_serves_chunked_cached_and_preempted(checkpoint):
         assert llm.core.stats.preemptions_total > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_overlapped_and_serial_loops_agree_bit_for_bit(dtype, sampling):
     runs = []
     for is_serial in (False, True):
