@@ -6,13 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role == 'assistant' and loop.first %}
-        {{- raise_exception('An assistant cannot begin.') }}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
+GENERATION_PROMPT = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}
@@ -20,6 +14,19 @@ CHAT_TEMPLATE = """\
     {%- endif %}
 {%- endif %}
 """
+"""How templates open an answer, as those of models that may be told not to think."""
+
+CHAT_TEMPLATE = (
+    """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and loop.first %}
+        {{- raise_exception('An assistant cannot begin.') }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+"""
+    + GENERATION_PROMPT
+)
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog. ",
     "How are you today? I am fine, thank you, and you?",

@@ -12,15 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     StrictStr,
     WithJsonSchema,
-    model_validator,
 )
 
-from cluster.openai.schema import MAX_FIELDS, MAX_MESSAGES, TopLogprob
+from cluster.openai.schema import MAX_FIELDS, MAX_MESSAGES, RequestObject, TopLogprob
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -34,19 +32,6 @@ _TEXT_PARTS: Mapping[str, str] = {
 
 _THOUGHT_PARTS: Mapping[str, str] = {"reasoning_text": "text", "text": "text"}
 _ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
-
-
-class RequestObject(BaseModel):
-    """An object within a request: no unknown fields, and not too many of them to look at."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _count_fields(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
-            raise ValueError(f"it has {len(fields)} fields; at most {MAX_FIELDS} may be")
-        return fields
 
 
 def _texts(content: Any, kinds: Mapping[str, str]) -> list[str]:
@@ -160,8 +145,8 @@ class ReasoningItem(_Item):
     """Thoughts of the past; those that come encrypted are another server's and are left out."""
 
     type: Literal["reasoning"]
-    summary: list[Any] = []
-    content: Thoughts = []
+    summary: list[Any] = Field(default_factory=list)
+    content: Thoughts = Field(default_factory=list)
     encrypted_content: StrictStr | None = None
 
 
@@ -237,7 +222,7 @@ class OutputReasoning(BaseModel):
     id: str
     type: Literal["reasoning"] = "reasoning"
     status: ItemStatus
-    summary: list[Any] = []
+    summary: list[Any] = Field(default_factory=list)
     content: list[ReasoningText]
     encrypted_content: None = None
 

@@ -27,6 +27,7 @@ from cluster.openai.responses_schema import (
     ResponseRequest,
     TextFormat,
 )
+from cluster.openai.sampling import DEFAULTED
 from cluster.openai.schema import ChatCompletionRequest
 from engine.errors import RequestError
 
@@ -36,13 +37,7 @@ _SAME = (
     "stream",
     "stream_options",
     "parallel_tool_calls",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
+    *DEFAULTED,
     "seed",
     "stop",
     "cache_salt",

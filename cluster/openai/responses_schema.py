@@ -15,8 +15,16 @@ from pydantic import (
     model_serializer,
 )
 
-from cluster.openai.response_items import InputItems, OutputItem, RequestObject
-from cluster.openai.schema import MAX_TOOLS, JsonSchema, StopStrings, StreamOptions, ToolName
+from cluster.openai.response_items import InputItems, OutputItem
+from cluster.openai.schema import (
+    MAX_TOOLS,
+    FunctionName,
+    JsonSchema,
+    RequestObject,
+    StopStrings,
+    StreamOptions,
+    ToolName,
+)
 
 MAX_METADATA = 16
 
@@ -65,9 +73,8 @@ class FunctionTool(RequestObject):
     strict: StrictBool | None = None
 
 
-class FunctionToolName(RequestObject):
+class FunctionToolName(FunctionName):
     type: Literal["function"]
-    name: ToolName
 
 
 class AllowedFunctions(RequestObject):

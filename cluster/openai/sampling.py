@@ -13,7 +13,7 @@ from engine.errors import ContextLengthError, RequestError
 from engine.request import SamplingParams
 
 # Taken from the client, else from generation_config.json, else SamplingParams' own default.
-_DEFAULTED = (
+DEFAULTED = (
     "temperature",
     "top_p",
     "top_k",
@@ -64,7 +64,7 @@ def make_sampling_params(
         ContextLengthError: Prompt, or prompt and `max_tokens`, exceed the context.
     """
     chosen: dict[str, Any] = {}
-    for name in _DEFAULTED:
+    for name in DEFAULTED:
         value = request.__dict__[name]
         if value is None:
             value = info.generation_defaults.get(name)

@@ -149,7 +149,9 @@ Prompts = Annotated[
 ]
 
 
-class _Body(BaseModel):
+class RequestObject(BaseModel):
+    """An object within a request: no unknown fields, and not too many of them to look at."""
+
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     @model_validator(mode="before")
@@ -160,7 +162,7 @@ class _Body(BaseModel):
         return fields
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestObject):
     include_usage: StrictBool = False
     continuous_usage_stats: StrictBool = False
     """With include_usage: each event counts its choice's tokens so far; as vLLM has it."""
@@ -177,7 +179,7 @@ JsonSchema = dict[str, Any] | StrictBool
 JsonSchemaOrText = Annotated[JsonSchema, BeforeValidator(_read_json)]
 
 
-class JsonSchemaFormat(_Body):
+class JsonSchemaFormat(RequestObject):
     """`response_format.json_schema`; the name is for the client, and strict is what is done."""
 
     name: Annotated[StrictStr, Field(max_length=64)] = ""
@@ -186,14 +188,14 @@ class JsonSchemaFormat(_Body):
     strict: StrictBool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(RequestObject):
     """OpenAI's way to say what the answer must look like."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(RequestObject):
     """vLLM's way to say what the answer must look like."""
 
     json_: Annotated[JsonSchemaOrText | None, Field(alias="json")] = None
@@ -207,37 +209,37 @@ class StructuredOutputs(_Body):
 ToolName = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class FunctionDefinition(_Body):
+class FunctionDefinition(RequestObject):
     name: ToolName
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None
 
 
-class ToolDefinition(_Body):
+class ToolDefinition(RequestObject):
     """A tool that the model may call; functions are all there are."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionName(_Body):
+class FunctionName(RequestObject):
     name: ToolName
 
 
-class NamedToolChoice(_Body):
+class NamedToolChoice(RequestObject):
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(_Body):
+class AllowedTools(RequestObject):
     mode: Literal["auto", "required"]
     tools: Annotated[
         list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
     ]
 
 
-class AllowedToolsChoice(_Body):
+class AllowedToolsChoice(RequestObject):
     """The model is told of all tools, and may call some."""
 
     type: Literal["allowed_tools"]
@@ -263,12 +265,12 @@ ToolChoiceOption = Annotated[
 ]
 
 
-class PastFunctionCall(_Body):
+class PastFunctionCall(RequestObject):
     name: StrictStr
     arguments: StrictStr = "{}"
 
 
-class PastToolCall(_Body):
+class PastToolCall(RequestObject):
     """A call in a conversation's past, as this server or another one gave it."""
 
     id: StrictStr | None = None
@@ -277,7 +279,7 @@ class PastToolCall(_Body):
     index: StrictInt | None = None
 
 
-class ChatMessage(_Body):
+class ChatMessage(RequestObject):
     """A message; the role "function" and `function_call` are OpenAI's older way to call tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -290,7 +292,7 @@ class ChatMessage(_Body):
     function_call: PastFunctionCall | None = None
 
 
-class _GenerationBody(_Body):
+class _GenerationBody(RequestObject):
     """What both endpoints take. None means: the model's own default, else OpenAI's."""
 
     model: StrictStr
@@ -371,7 +373,7 @@ class CompletionRequest(_GenerationBody):
     """So many are generated, of which the n likeliest are the answer."""
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(RequestObject):
     """Body of POST /v1/embeddings."""
 
     model: StrictStr
@@ -382,7 +384,7 @@ class EmbeddingRequest(_Body):
     cache_salt: Annotated[StrictStr, Field(min_length=1)] | None = None
 
 
-class ProfileRequest(_Body):
+class ProfileRequest(RequestObject):
     """Body of POST /start_profile; an empty one will do."""
 
     num_steps: Annotated[StrictInt, Field(ge=1, le=MAX_PROFILED_STEPS)] = 100

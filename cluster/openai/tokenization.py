@@ -8,12 +8,12 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 from cluster.openai.body import checked_body
 from cluster.openai.engine_client import EngineInfo
 from cluster.openai.model_text import ModelText
-from cluster.openai.response_items import RequestObject
 from cluster.openai.schema import (
     MAX_MESSAGES,
     MAX_TOOLS,
     ChatCompletionRequest,
     ChatMessage,
+    RequestObject,
     ToolDefinition,
 )
 from engine.errors import RequestError

@@ -51,6 +51,9 @@ class StepBuilder:
         self.keys_computed: set[bytes] = set()
         self.has_logprobs = False
         self.has_prompt_logprobs = False
+        self.masked_decodes: list[int] = []
+        self.masked_chunks: list[int] = []
+        self.embedded_chunks: list[int] = []
 
     @property
     def is_empty(self) -> bool:
@@ -58,9 +61,9 @@ class StepBuilder:
 
     def build(self, step: int, buckets: Sequence[Bucket]) -> ScheduledStep:
         """Close the plan; the builder is of no more use."""
-        rows = self.decode_rows + self.chunk_rows
-        is_masked = [row.samples and row.request.constraint is not None for row in rows]
-        embedded = [row.samples and row.request.wants_embedding for row in rows]
+        first_chunk = len(self.decode_rows)
+        masked = [*self.masked_decodes, *(first_chunk + index for index in self.masked_chunks)]
+        embedded = [first_chunk + index for index in self.embedded_chunks]
         plan = StepPlan(
             step=step,
             bucket=choose_bucket(
@@ -73,10 +76,10 @@ class StepBuilder:
             chunks=tuple(self.chunks),
             has_logprobs=self.has_logprobs,
             has_prompt_logprobs=self.has_prompt_logprobs,
-            masked_rows=np.flatnonzero(is_masked).astype(np.int32),
-            embedded_rows=np.flatnonzero(embedded).astype(np.int32),
+            masked_rows=np.array(masked, np.int32) if masked else NO_INTS,
+            embedded_rows=np.array(embedded, np.int32) if embedded else NO_INTS,
         )
-        return ScheduledStep(plan, rows)
+        return ScheduledStep(plan, self.decode_rows + self.chunk_rows)
 
     def admit(self, request: Request) -> None:
         self.admissions.append(_slot_params(request))
@@ -89,6 +92,8 @@ class StepBuilder:
     def add_decode(self, request: Request, position: int) -> None:
         self.decode_slots.append(request.slot)
         self.decode_positions.append(position)
+        if request.constraint is not None:
+            self.masked_decodes.append(len(self.decode_rows))
         self.decode_rows.append(ScheduledRow(request, position + 1, True))
         self.has_logprobs |= request.sampling.logprobs is not None
 
@@ -103,9 +108,13 @@ class StepBuilder:
             Chunk(request.slot, start, np.array(token_ids, np.int32), is_last, next_token_id)
         )
         self.num_chunk_tokens += len(token_ids)
-        self.chunk_rows.append(ScheduledRow(request, end, is_last))
         if is_last:
             self.has_logprobs |= request.sampling.logprobs is not None
+            if request.constraint is not None:
+                self.masked_chunks.append(len(self.chunk_rows))
+            if request.wants_embedding:
+                self.embedded_chunks.append(len(self.chunk_rows))
+        self.chunk_rows.append(ScheduledRow(request, end, is_last))
 
 
 def _slot_params(request: Request) -> SlotParams:

@@ -1,6 +1,9 @@
 """Chat templates that do what those of Qwen2.5 and Qwen3 do, in fewer words."""
 
-TOOLS_AND_THOUGHTS = """\
+from tiny_tokenizer import GENERATION_PROMPT
+
+TOOLS_AND_THOUGHTS = (
+    """\
 {%- if tools %}
     {{- '<|im_start|>system\\nTools:' }}
     {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
@@ -20,16 +23,13 @@ TOOLS_AND_THOUGHTS = """\
         {{- '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
 """
+    + GENERATION_PROMPT
+)
 """Calls, results and thoughts; what was thought before is not shown."""
 
-LAST_THOUGHTS = """\
+LAST_THOUGHTS = (
+    """\
 {%- if tools %}
     {{- '<|im_start|>system\\n<tools>' }}
     {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
@@ -54,11 +54,7 @@ LAST_THOUGHTS = """\
     {%- endif %}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
 """
+    + GENERATION_PROMPT
+)
 """As Qwen3's: the last answer has its thoughts before it, if only empty ones; blanks are cut."""

@@ -50,11 +50,6 @@ async def test_tokenizing_counts_as_a_request_of_its_key(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
 async def client(
     service_and_engine: tuple[OpenAIService, FakeEngine],
 ) -> AsyncGenerator[httpx.AsyncClient, None]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import httpx
 import openai
 import pytest
-from fake_engine import FakeEngine, make_service, serve_on_loopback
+from fake_engine import FakeEngine, make_service
 from fake_handle import Method
 from ray.serve.handle import DeploymentHandle
 
@@ -31,19 +31,6 @@ def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
     lines = [hashlib.sha256(name.encode()).hexdigest() for name in (ALICE, BOB)]
     keys.write_text("\n".join(lines))
     return make_service(tmp_path, api_key_file=str(keys))
-
-
-@pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
-async def url(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[str, None]:
-    async with serve_on_loopback(service_and_engine[0]) as url:
-        yield url
 
 
 @asynccontextmanager

@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_engine import FakeEngine, make_service, serve_on_loopback
+from fake_engine import FakeEngine, make_service
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
+from tiny_tokenizer import GENERATION_PROMPT
 
 from cluster.openai.event_id import parse_event_id
 from cluster.openai.generation import ShownToken
@@ -27,7 +28,8 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 MODEL = "Tiny/Tiny-Chat"
 RESPONSES = "/v1/responses"
 # A model that knows tools and thoughts, and writes thoughts of the past.
-TEMPLATE = """\
+TEMPLATE = (
+    """\
 {%- for tool in tools or [] %}{{- (tool | tojson) + '\\n' }}{%- endfor %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -41,13 +43,9 @@ TEMPLATE = """\
     {%- endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
 """
+    + GENERATION_PROMPT
+)
 WEATHER: dict[str, Any] = {
     "type": "function",
     "name": "get_weather",
@@ -78,21 +76,8 @@ def service_and_engine(tmp_path: Path) -> tuple[OpenAIService, FakeEngine]:
 
 
 @pytest.fixture
-def engine(service_and_engine: tuple[OpenAIService, FakeEngine]) -> FakeEngine:
-    return service_and_engine[1]
-
-
-@pytest.fixture
 def tokenizer(service_and_engine: tuple[OpenAIService, FakeEngine], tmp_path: Path) -> Tokenizer:
     return load_tokenizer(tmp_path)
-
-
-@pytest.fixture
-async def url(
-    service_and_engine: tuple[OpenAIService, FakeEngine],
-) -> AsyncGenerator[str, None]:
-    async with serve_on_loopback(service_and_engine[0]) as url:
-        yield url
 
 
 @pytest.fixture

@@ -2,33 +2,15 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_engine import DATA, tiny_engine
 
-from engine.config import EngineConfig
-from engine.llm import LLM
 from engine.request import SamplingParams
 
-DATA = Path(__file__).parents[1] / "data"
 EMBEDDING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, embedding=True)
-
-
-def engine(checkpoint: str, **fields: object) -> LLM:
-    # As in test_llm.py, whose programs serve here as well.
-    defaults = {
-        "model_path": str(DATA / checkpoint),
-        "device": "cpu",
-        "dtype": "float32",
-        "page_size": 16,
-        "context_length": 256,
-        "max_total_tokens": 2048,
-        "max_running_requests": 8,
-        "chunked_prefill_size": 128,
-    }
-    return LLM(EngineConfig.model_validate(defaults | fields))
 
 
 def output_weights(checkpoint: str) -> np.ndarray:
@@ -47,7 +29,7 @@ def test_an_embedding_makes_the_logits_of_the_reference_implementation(checkpoin
     weights_VD = output_weights(checkpoint)
     # Logits that are more than a hidden state has numbers leave no other state.
     assert np.linalg.matrix_rank(weights_VD) == weights_VD.shape[1]
-    with engine(checkpoint) as llm:
+    with tiny_engine(checkpoint) as llm:
         (completion,) = llm.generate([golden["ids"]], EMBEDDING)
     assert completion.embedding is not None
     np.testing.assert_allclose(
@@ -77,9 +59,9 @@ def test_embeddings_do_not_depend_on_what_runs_beside_them(fields: dict[str, obj
         start,
         [9],
     ]
-    with engine("tiny-qwen2", enable_prefix_caching=False) as llm:
+    with tiny_engine("tiny-qwen2", enable_prefix_caching=False) as llm:
         alone = [llm.generate([prompt], EMBEDDING)[0].embedding for prompt in prompts]
-    with engine("tiny-qwen2", **fields) as llm:
+    with tiny_engine("tiny-qwen2", **fields) as llm:
         others = [SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)] * 3
         params = [*others, *[EMBEDDING] * len(prompts)]
         completions = llm.generate([*prompts[:3], *prompts], params)

@@ -7,20 +7,16 @@ nothing chunked, one step at a time.
 import gc
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_engine import DATA, tiny_engine
 
-from engine.config import EngineConfig
 from engine.errors import ContextLengthError, RequestError
 from engine.llm import LLM, Completion
 from engine.request import SamplingParams
 
-DATA = Path(__file__).parents[1] / "data"
 VOCAB_SIZE = 512
 LOGPROB_TOLERANCE = 5e-4
 
@@ -52,24 +48,6 @@ def make_prompts(count: int = 6) -> list[list[int]]:
 PROMPTS = make_prompts()
 
 
-@contextmanager
-def engine(checkpoint: str = "tiny-qwen2", **overrides: object) -> Iterator[LLM]:
-    fields = {
-        "model_path": str(DATA / checkpoint),
-        "device": "cpu",
-        "dtype": "float32",
-        "page_size": 16,
-        "context_length": 256,
-        "max_total_tokens": 2048,
-        "max_running_requests": 8,
-        "chunked_prefill_size": 128,
-        "random_seed": 1,
-    }
-    with LLM(EngineConfig.model_validate(fields | overrides)) as llm:
-        yield llm
-        llm.core.check_integrity()
-
-
 @pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def sampling(request: pytest.FixtureRequest) -> SamplingParams:
     return request.param
@@ -77,7 +55,7 @@ def sampling(request: pytest.FixtureRequest) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def alone(sampling: SamplingParams) -> list[Completion]:
-    with engine(enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
+    with tiny_engine(enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
         return [llm.generate([prompt], sampling)[0] for prompt in PROMPTS]
 
 
@@ -123,19 +101,19 @@ LONG_VARIATIONS = (
     ],
 )
 def test_requests_get_the_tokens_that_each_gets_alone(alone, sampling, overrides):
-    with engine(**overrides) as llm:
+    with tiny_engine(**overrides) as llm:
         assert_same(llm.generate(PROMPTS, sampling), alone)
 
 
 @pytest.mark.long
 def test_any_number_of_prompts_may_be_given_at_once():
-    with engine(max_running_requests=2, max_queued_requests=1) as llm:
+    with tiny_engine(max_running_requests=2, max_queued_requests=1) as llm:
         completions = llm.generate(PROMPTS * 3, SamplingParams(max_tokens=2, ignore_eos=True))
         assert [len(completion.token_ids) for completion in completions] == [2] * len(PROMPTS) * 3
 
 
 def test_a_cached_prompt_gets_the_tokens_of_a_cold_one(alone, sampling):
-    with engine() as llm:
+    with tiny_engine() as llm:
         llm.generate(PROMPTS, sampling)
         again = llm.generate(PROMPTS, sampling)
         assert_same(again, alone)
@@ -148,7 +126,7 @@ def test_a_cached_prompt_gets_the_tokens_of_a_cold_one(alone, sampling):
 def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, sampling):
     # The longest needs 8 of 14 pages; all six together want 27. Admitted by their first chunks,
     # they find out later.
-    with engine(
+    with tiny_engine(
         max_total_tokens=14 * 16, chunked_prefill_size=32, enable_prefix_caching=False
     ) as llm:
         assert_same(llm.generate(PROMPTS, sampling), alone)
@@ -166,9 +144,9 @@ def test_preempted_requests_get_the_tokens_of_those_that_were_not(alone, samplin
     ],
 )
 def test_every_family_serves_chunked_cached_and_preempted(checkpoint):
-    with engine(checkpoint, enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
+    with tiny_engine(checkpoint, enable_prefix_caching=False, disable_overlap_schedule=True) as llm:
         expected = [llm.generate([prompt], GREEDY)[0] for prompt in PROMPTS]
-    with engine(checkpoint, max_total_tokens=14 * 16, chunked_prefill_size=32) as llm:
+    with tiny_engine(checkpoint, max_total_tokens=14 * 16, chunked_prefill_size=32) as llm:
         assert_same(llm.generate(PROMPTS, GREEDY), expected)
         assert_same(llm.generate(PROMPTS, GREEDY), expected)
         assert llm.core.stats.preemptions_total > 0
@@ -178,7 +156,7 @@ def test_every_family_serves_chunked_cached_and_preempted(checkpoint):
 def test_overlapped_and_serial_loops_agree_bit_for_bit(dtype, sampling):
     runs = []
     for is_serial in (False, True):
-        with engine(dtype=dtype, disable_overlap_schedule=is_serial) as llm:
+        with tiny_engine(dtype=dtype, disable_overlap_schedule=is_serial) as llm:
             # One by one, so that both loops make the same batches.
             runs.append([llm.generate([prompt], sampling)[0] for prompt in PROMPTS])
     assert [run.token_ids for run in runs[0]] == [run.token_ids for run in runs[1]]
@@ -189,13 +167,13 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     def sampled(seed: int) -> SamplingParams:
         return SamplingParams(seed=seed, max_tokens=16, ignore_eos=True)
 
-    with engine() as llm:
+    with tiny_engine() as llm:
         first = llm.generate([PROMPTS[1]] * 3, [sampled(1), sampled(1), sampled(2)])
     assert first[0].token_ids == first[1].token_ids != first[2].token_ids
 
 
 def test_min_tokens_and_ignore_eos_and_stop_tokens_are_honoured():
-    with engine() as llm:
+    with tiny_engine() as llm:
         free = llm.generate([PROMPTS[2]], GREEDY)[0].token_ids
         stop = free[4]
         first = free.index(stop)
@@ -217,14 +195,14 @@ def test_logit_bias_forces_and_forbids():
         params = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=bias, ignore_eos=True)
         return llm.generate([PROMPTS[0]], params)[0].token_ids
 
-    with engine() as llm:
+    with tiny_engine() as llm:
         free = run(llm, {})
         assert run(llm, {77: 100.0}) == [77] * 8
         assert free[0] not in run(llm, {free[0]: -100.0})
 
 
 def test_generation_fills_the_context_and_no_more():
-    with engine(context_length=64, max_total_tokens=1024) as llm:
+    with tiny_engine(context_length=64, max_total_tokens=1024) as llm:
         prompt = [1] * 50
         completion = llm.generate([prompt], SamplingParams(temperature=0.0, ignore_eos=True))[0]
         assert len(completion.token_ids) == 14
@@ -244,7 +222,7 @@ def test_generation_fills_the_context_and_no_more():
     ids=["whole", "in chunks", "on three devices", "preempted"],
 )
 def test_prompt_logprobs_are_those_that_the_tokens_had_when_they_were_generated(overrides):
-    with engine(**overrides) as llm:
+    with tiny_engine(**overrides) as llm:
         generated = llm.generate(PROMPTS, GREEDY)
         whole = [prompt + one.token_ids for prompt, one in zip(PROMPTS, generated, strict=True)]
         params = SamplingParams(temperature=0.0, max_tokens=9, prompt_logprobs=3, ignore_eos=True)
@@ -264,7 +242,7 @@ def test_prompt_logprobs_are_those_that_the_tokens_had_when_they_were_generated(
 def test_prompt_logprobs_of_the_reference_implementation():
     golden = json.loads((DATA / "tiny-qwen2" / "golden.json").read_text())
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, logprobs=20)
-    with engine() as llm:
+    with tiny_engine() as llm:
         (got,) = llm.generate([golden["ids"]], params)
     likeliest = [one.top_token_ids[0] for one in got.prompt_logprobs]
     assert likeliest == golden["argmax"][:-1]
@@ -276,14 +254,14 @@ def test_prompt_logprobs_of_the_reference_implementation():
 
 
 def test_a_bad_prompt_disturbs_nobody(alone, sampling):
-    with engine() as llm:
+    with tiny_engine() as llm:
         with pytest.raises(RequestError, match="vocabulary"):
             llm.generate([PROMPTS[0], [VOCAB_SIZE + 100]], sampling)
         assert_same(llm.generate(PROMPTS, sampling), alone)
 
 
 def test_requests_of_all_kinds_compile_nothing_after_the_start():
-    with engine() as llm:
+    with tiny_engine() as llm:
         some = SamplingParams(min_p=0.1, max_tokens=3, prompt_logprobs=20)
         for params in (GREEDY, SAMPLED, some):
             llm.generate(PROMPTS, params)
@@ -291,7 +269,7 @@ def test_requests_of_all_kinds_compile_nothing_after_the_start():
 
 
 def test_an_engine_that_starts_beside_another_does_not_count_as_its_compiling():
-    with engine() as llm, engine():
+    with tiny_engine() as llm, tiny_engine():
         llm.generate(PROMPTS, GREEDY)
         assert llm.num_compiles_since_ready == 0
 
@@ -302,7 +280,7 @@ def test_a_closed_engine_holds_no_weights_and_no_pages():
         return sum(array.nbytes for array in jax.live_arrays())
 
     before = live_bytes()
-    with engine() as llm:
+    with tiny_engine() as llm:
         llm.generate(PROMPTS, GREEDY)
         weights_and_pages = live_bytes() - before
     left = live_bytes() - before

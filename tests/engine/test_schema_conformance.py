@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from tiny_engine import tiny_engine
 from tiny_tokenizer import write_tiny_tokenizer
 
-from engine.config import EngineConfig
 from engine.grammar import Grammar, json_schema_source
-from engine.llm import LLM
 from engine.request import SamplingParams
 
-TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 NUM_SCHEMAS = 200
 MAX_DEPTH = 3
 NAMES = ("name", "age", "tags", "is_open", "größe", "a b", "x-1", "$id", "")
@@ -128,26 +126,13 @@ def test_what_comes_of_random_schemas_is_valid_or_says_that_it_was_cut(tmp_path:
     for schema in schemas:
         _hoist_definitions(schema)
         jsonschema.Draft202012Validator.check_schema(schema)
-    config = EngineConfig(
-        model_path=str(TINY),
-        tokenizer_path=str(write_tiny_tokenizer(tmp_path)),
-        device="cpu",
-        dtype="float32",
-        page_size=16,
-        context_length=256,
-        max_total_tokens=2048,
-        max_running_requests=8,
-        chunked_prefill_size=128,
-        random_seed=1,
-    )
-    with LLM(config) as llm:
+    with tiny_engine(tokenizer_path=str(write_tiny_tokenizer(tmp_path))) as llm:
         completions = llm.generate(
             [[number % 300 + 3, 7] for number in range(NUM_SCHEMAS)],
             [SamplingParams(seed=number, max_tokens=200) for number in range(NUM_SCHEMAS)],
             grammar=[Grammar(json_schema_source(schema, param="schema")) for schema in schemas],
         )
         assert llm.num_compiles_since_ready == 0
-        llm.core.check_integrity()
     reasons = Counter(completion.finish_reason for completion in completions)
     assert reasons.keys() <= {"stop", "length"}
     assert reasons["stop"] > NUM_SCHEMAS / 2

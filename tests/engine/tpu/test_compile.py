@@ -46,24 +46,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     },
-    "Qwen3MoeForCausalLM": {
-        "model_type": "qwen3_moe",
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_experts": 64,
-        "num_experts_per_tok": 2,
-        # A quarter does not fill a register's lanes.
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 2048,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    },
+}
+SHAPES["Qwen3MoeForCausalLM"] = SHAPES["Qwen3ForCausalLM"] | {
+    "model_type": "qwen3_moe",
+    "num_experts": 64,
+    "num_experts_per_tok": 2,
+    # A quarter does not fill a register's lanes.
+    "moe_intermediate_size": 768,
 }
 EXPERT_BYTES = 2 * 3 * 64 * 768 * 512 * 2 // 4
 """Of a chip of four."""
