@@ -14,7 +14,14 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.engine_call import answer_within
 from cluster.engine_choice import Route
-from cluster.response_shelf import FindCall, ForgetCall, ShelfCall, ShelfReply, StoreCall
+from cluster.response_shelf import (
+    FindCall,
+    ForgetCall,
+    KeptResponse,
+    ShelfCall,
+    ShelfReply,
+    StoreCall,
+)
 from engine.errors import EngineNotReadyError
 
 SHELF_TIMEOUT_S = 5.0
@@ -44,7 +51,9 @@ class ResponseLink:
         self._list_running = list_running
         self._may_store = may_store
 
-    async def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
+    async def store(
+        self, response_id: str, tenant: bytes, content: bytes, *, is_ended: bool
+    ) -> bool:
         if not self._may_store:
             return False
 
@@ -52,15 +61,16 @@ class ResponseLink:
             return hashlib.sha256(f"{response_id}/{engine_id}".encode()).digest()
 
         keepers = sorted(self._running(), key=rank)[:NUM_COPIES]
-        replies = await self._ask(keepers, StoreCall(response_id, tenant, content))
+        replies = await self._ask(keepers, StoreCall(response_id, tenant, content, is_ended))
         return any(reply.is_done for reply in replies)
 
-    async def find(self, response_id: str, tenant: bytes) -> bytes | None:
+    async def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         asked = self._running()
         replies = await self._ask(asked, FindCall(response_id, tenant))
-        for reply in replies:
-            if reply.is_done:
-                return reply.content
+        found = [reply.found for reply in replies if reply.found is not None]
+        if found:
+            # Leaders come and go, so one may have what it was given long ago.
+            return max(found, key=lambda kept: (kept.is_ended, -kept.age_s))
         self._check_all(asked, replies)
         return None
 

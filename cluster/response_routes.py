@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 
-from cluster.gate import service_of
 from cluster.openai.body import parse_body
 from cluster.openai.heading import make_request_id
 from cluster.openai.http import read_body
@@ -42,33 +41,39 @@ def add_response_routes(app: FastAPI) -> None:
             no_effect=NO_EFFECT_ON_RESPONSES,
         )
         response_id = make_request_id("resp_")
-        parts = _responses_of(request).respond(body, response_id, caller_of(request))
+        parts = responses_of(request).respond(body, response_id, caller_of(request))
         return answer_with(request, parts, response_id, is_stream=body.stream, end=b"")
 
     @app.get(RESPONSES_PATH + "/{response_id}", response_model=ResponseObject)
     async def retrieve_response(
-        request: Request, response_id: str, stream: bool = False
+        request: Request,
+        response_id: str,
+        stream: bool = False,
+        starting_after: Annotated[int, Query(ge=0)] | None = None,
     ) -> Response:
-        """A response that has ended and was kept."""
+        """A response that was kept, or runs in the background.
+
+        Events of the latter can be had too, from behind the one whose number is `starting_after`,
+        if it was asked for with both `background` and `stream`.
+        """
+        responses, caller = responses_of(request), caller_of(request)
         if stream:
-            raise RequestError(
-                f"The rest of a stream is at /v1/streams/{response_id[:100]}, from the event in "
-                "Last-Event-ID on. Leave stream out for the whole object.",
-                param="stream",
-                code="unsupported_parameter",
-            )
-        content = await _responses_of(request).retrieve(response_id, caller_of(request))
+            parts = responses.stream(response_id, starting_after, caller)
+            return answer_with(request, parts, response_id, is_stream=True, end=b"")
+        if starting_after is not None:
+            raise RequestError("starting_after needs stream=true.", param="starting_after")
+        content = await responses.retrieve(response_id, caller)
         return Response(content, media_type="application/json")
 
     @app.delete(RESPONSES_PATH + "/{response_id}")
     async def delete_response(request: Request, response_id: str) -> DeletedResponse:
-        await _responses_of(request).delete(response_id, caller_of(request))
+        await responses_of(request).delete(response_id, caller_of(request))
         return DeletedResponse(id=response_id)
 
     @app.post(RESPONSES_PATH + "/{response_id}/cancel", response_model=ResponseObject)
     async def cancel_response(request: Request, response_id: str) -> Response:
         """End a response that is under way; whoever reads its stream gets an error."""
-        content = await _responses_of(request).cancel(response_id, caller_of(request))
+        content = await responses_of(request).cancel(response_id, caller_of(request))
         return Response(content, media_type="application/json")
 
     @app.get(RESPONSES_PATH + "/{response_id}/input_items")
@@ -80,9 +85,10 @@ def add_response_routes(app: FastAPI) -> None:
         after: str | None = None,
     ) -> InputItemList:
         """What a response was asked with, without what came before by previous_response_id."""
-        items = await _responses_of(request).input_items(response_id, caller_of(request))
+        items = await responses_of(request).input_items(response_id, caller_of(request))
         return page_of(items, limit=limit, is_ascending=order == "asc", after=after)
 
 
-def _responses_of(request: Request) -> ResponseService:
-    return ResponseService(service_of(request))
+def responses_of(request: Request) -> ResponseService:
+    """The responses of the request's app."""
+    return request.app.state.responses

@@ -23,6 +23,7 @@ class StoreCall(msgspec.Struct, frozen=True, tag=True):
     response_id: str
     tenant: bytes
     content: bytes
+    is_ended: bool
 
 
 class FindCall(msgspec.Struct, frozen=True, tag=True):
@@ -42,26 +43,47 @@ class ForgetCall(msgspec.Struct, frozen=True, tag=True):
 ShelfCall = StoreCall | FindCall | ForgetCall
 
 
+class KeptResponse(msgspec.Struct, frozen=True):
+    """A response as it was last stored.
+
+    Attributes:
+        is_ended: Or it was under way then.
+        age_s: Seconds since.
+    """
+
+    content: bytes
+    is_ended: bool
+    age_s: float
+
+
 class ShelfReply(msgspec.Struct, frozen=True):
     """What has become of a call.
 
     Attributes:
         engine_id: Whose shelf it is: Serve may have called another engine than was meant.
         is_done: It was stored, found or forgotten.
-        content: What was found.
+        found: What was found.
     """
 
     engine_id: str
     is_done: bool
-    content: bytes = b""
+    found: KeptResponse | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    content: bytes
+    is_ended: bool
+    stored_s: float
+    used_s: float
 
 
 @dataclass(slots=True)
 class _Tenant:
-    """The responses of one tenant, those used last at the end, each with the time of that use."""
+    """The responses of one tenant, those used last at the end."""
 
     num_bytes: int = 0
-    entries: OrderedDict[str, tuple[float, bytes]] = field(default_factory=OrderedDict)
+    entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
 
 
 class ResponseShelf:
@@ -97,64 +119,75 @@ class ResponseShelf:
         """Do what an encoded `ShelfCall` says; gives an encoded `ShelfReply`."""
         call = msgspec.msgpack.decode(payload, type=ShelfCall)
         if isinstance(call, StoreCall):
-            reply = ShelfReply(engine_id, self.store(call.response_id, call.tenant, call.content))
+            is_stored = self.store(
+                call.response_id, call.tenant, call.content, is_ended=call.is_ended
+            )
+            reply = ShelfReply(engine_id, is_stored)
         elif isinstance(call, FindCall):
-            content = self.find(call.response_id, call.tenant)
-            reply = ShelfReply(engine_id, content is not None, content or b"")
+            found = self.find(call.response_id, call.tenant)
+            reply = ShelfReply(engine_id, found is not None, found)
         else:
             reply = ShelfReply(engine_id, self.forget(call.response_id, call.tenant))
         return msgspec.msgpack.encode(reply)
 
-    def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
-        """Keep a response in the place of an earlier one of its id; False if it is too large."""
+    def store(self, response_id: str, tenant: bytes, content: bytes, *, is_ended: bool) -> bool:
+        """Keep a response in the place of what was kept of it before; False if it is too large.
+
+        One that has ended stays in the place of one that is under way.
+        """
         self._forget_old()
+        before = self._tenants[tenant].entries.get(response_id) if tenant in self._tenants else None
+        if before is not None and before.is_ended and not is_ended:
+            return True
         self.forget(response_id, tenant)
         if self._max_responses == 0 or len(content) > self._max_bytes // 10:
             return False
-        entry = self._tenants.setdefault(tenant, _Tenant())
-        entry.entries[response_id] = self._clock(), content
-        self._count(entry, 1, len(content))
+        owner = self._tenants.setdefault(tenant, _Tenant())
+        now_s = self._clock()
+        owner.entries[response_id] = _Entry(content, is_ended, stored_s=now_s, used_s=now_s)
+        self._count(owner, 1, len(content))
         while self.num_responses > self._max_responses or self.num_bytes > self._max_bytes:
             most = max(self._tenants, key=lambda name: self._share(self._tenants[name]))
             self.forget(next(iter(self._tenants[most].entries)), most)
-        return response_id in entry.entries
+        return response_id in owner.entries
 
-    def find(self, response_id: str, tenant: bytes) -> bytes | None:
+    def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         """A tenant's response, which is used by it; None if it is not here."""
         self._forget_old()
-        entry = self._tenants.get(tenant)
-        if entry is None or response_id not in entry.entries:
+        owner = self._tenants.get(tenant)
+        if owner is None or response_id not in owner.entries:
             return None
-        _, content = entry.entries.pop(response_id)
-        entry.entries[response_id] = self._clock(), content
-        return content
+        owner.entries.move_to_end(response_id)
+        entry = owner.entries[response_id]
+        entry.used_s = self._clock()
+        return KeptResponse(entry.content, entry.is_ended, entry.used_s - entry.stored_s)
 
     def forget(self, response_id: str, tenant: bytes) -> bool:
         """Keep a tenant's response no longer; False if it was not here."""
-        entry = self._tenants.get(tenant)
-        if entry is None or response_id not in entry.entries:
+        owner = self._tenants.get(tenant)
+        if owner is None or response_id not in owner.entries:
             return False
-        _, content = entry.entries.pop(response_id)
-        self._count(entry, -1, -len(content))
-        if not entry.entries:
+        entry = owner.entries.pop(response_id)
+        self._count(owner, -1, -len(entry.content))
+        if not owner.entries:
             del self._tenants[tenant]
         return True
 
-    def _share(self, entry: _Tenant) -> float:
+    def _share(self, owner: _Tenant) -> float:
         return max(
-            entry.num_bytes / self._max_bytes, len(entry.entries) / max(1, self._max_responses)
+            owner.num_bytes / self._max_bytes, len(owner.entries) / max(1, self._max_responses)
         )
 
-    def _count(self, entry: _Tenant, num_responses: int, num_bytes: int) -> None:
-        entry.num_bytes += num_bytes
+    def _count(self, owner: _Tenant, num_responses: int, num_bytes: int) -> None:
+        owner.num_bytes += num_bytes
         self.num_responses += num_responses
         self.num_bytes += num_bytes
 
     def _forget_old(self) -> None:
         oldest_s = self._clock() - self._keep_s
-        for tenant, entry in list(self._tenants.items()):
-            while entry.entries:
-                response_id, (used_s, _) = next(iter(entry.entries.items()))
-                if used_s >= oldest_s:
+        for tenant, owner in list(self._tenants.items()):
+            while owner.entries:
+                response_id, entry = next(iter(owner.entries.items()))
+                if entry.used_s >= oldest_s:
                     break
                 self.forget(response_id, tenant)

@@ -56,7 +56,7 @@ from cluster.openai.schema import (
 from cluster.ray_metrics import RayMetrics
 from cluster.ray_node import warn_of_missing_haproxy
 from cluster.request_router import list_running
-from cluster.response_routes import add_response_routes
+from cluster.response_routes import add_response_routes, responses_of
 from cluster.response_service import ResponseService
 from cluster.route_parts import answer_with, caller_of
 from cluster.server_info import project_version
@@ -94,6 +94,7 @@ def create_app(service: OpenAIService) -> FastAPI:
         responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
     app.state.service = service
+    app.state.responses = ResponseService(service)
     _add_routes(app)
     app.add_middleware(Gate)
     app.add_exception_handler(QwenOnRayError, on_own_error)
@@ -150,7 +151,7 @@ def _add_routes(app: FastAPI) -> None:
         recalled = await service.recall(request_id, request.headers.get("last-event-id"), caller)
         is_stream = recalled.body.stream
         if recalled.response is not None:
-            parts = ResponseService(service).resume(recalled, caller)
+            parts = responses_of(request).resume(recalled, caller)
             return answer_with(request, parts, request_id, is_stream=is_stream, end=b"")
         parts = service.resume(recalled, caller)
         return answer_with(request, parts, request_id, is_stream=is_stream)
@@ -298,6 +299,7 @@ class Router:
         except BaseException:
             await self._link.close()
             raise
+        self._app = create_app(self.service)
         self._tasks = WatchedTasks()
         labels = {"model_name": parsed.model_names[0], "router": router_id}
         metrics = RayMetrics(ROUTER_METRICS, labels)
@@ -306,7 +308,7 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this after the constructor: the app can hold what only a replica has.
-        return create_app(self.service)
+        return self._app
 
     async def reconfigure(self, user_config: object) -> None:
         """Serve's way to change a deployment without a restart; see `UserConfig.take`."""
@@ -330,5 +332,7 @@ class Router:
         # Serve calls it for a constructor that failed, too, which has cleaned up by itself.
         if hasattr(self, "service"):
             await self._tasks.close()
+            # Another router goes on with them.
+            await self._app.state.responses.close()
             await self._link.close()
             self.service.close()

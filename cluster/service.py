@@ -323,10 +323,31 @@ class OpenAIService:
         on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
     ) -> AsyncGenerator[bytes, None]:
         form = form or self._text.form(body, request.choices[0].prompt_token_ids)
-        generation = self._generation(body, request, on_update, resumption, form.stop)
+        generation = self._generation(
+            body,
+            request,
+            on_update,
+            resumption,
+            form.stop,
+            is_token_by_token=response is not None and response.has_same_events,
+        )
         if response is not None:
             return response.parts(generation, heading, self._text.tokenizer, form)
         return answer_chat(body, generation, heading, self._text.tokenizer, form)
+
+    async def shorten(self, call: ResponseCall) -> ChatCompletionRequest:
+        """The chat of a response, without the first turns of one that is too long.
+
+        Raises:
+            RequestError, EngineNotReadyError: It cannot be a chat; no engine has said what it can.
+        """
+        info = await self._ready_info()
+        room = info.context_length - (call.body.max_output_tokens or 1)
+
+        def fits(chat: ChatCompletionRequest) -> bool:
+            return len(self._text.encode_chat(chat).token_ids) <= room
+
+        return await self.in_thread(partial(call.fitting_chat, fits))
 
     async def count_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
@@ -492,6 +513,8 @@ class OpenAIService:
         on_update: Callable[[ChoiceUpdate], None],
         resumption: Resumption | None,
         stop: Sequence[str] = (),
+        *,
+        is_token_by_token: bool = False,
     ) -> Generation:
         return Generation(
             self.engine,
@@ -500,6 +523,7 @@ class OpenAIService:
             own_stop_token_ids=frozenset(body.stop_token_ids),
             on_update=on_update,
             resumption=resumption,
+            is_token_by_token=is_token_by_token,
         )
 
     def describe_stream_failure(self, error: Exception) -> bytes:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from cluster.response_shelf import KeptResponse
 from engine.grammar import Grammar
 from engine.request import FinishReason, RequestTiming, SamplingParams, TokenLogprobs
 from engine.stats import EngineStats
@@ -222,11 +223,16 @@ class Fleet:
 class ResponseStore(Protocol):
     """Where responses are kept for all routers, as bytes. Used from one event loop."""
 
-    async def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
-        """Keep a tenant's response; False if nobody does."""
+    async def store(
+        self, response_id: str, tenant: bytes, content: bytes, *, is_ended: bool
+    ) -> bool:
+        """Keep a tenant's response; False if nobody does.
+
+        One that is under way never takes the place of one that has ended.
+        """
         ...
 
-    async def find(self, response_id: str, tenant: bytes) -> bytes | None:
+    async def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         """A tenant's response; None if nobody keeps it.
 
         Raises:

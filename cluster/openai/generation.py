@@ -85,6 +85,8 @@ class Generation:
 
     Args:
         resumption: Go on with this, of the same request.
+        is_token_by_token: Whether each token is an update, and a choice's end, so that updates are
+            the same however tokens come; or what comes together is one.
         own_stop_token_ids: The client's, reported as `stop_reason` if one of them ends a choice.
         on_update: Called with each update before it is handed out.
     """
@@ -98,6 +100,7 @@ class Generation:
         own_stop_token_ids: frozenset[int] = frozenset(),
         on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
         resumption: Resumption | None = None,
+        is_token_by_token: bool = False,
     ) -> None:
         self.request = request
         self._engine = engine
@@ -107,6 +110,7 @@ class Generation:
         self._num_running = len(self._choices)
         self._has_cut = False
         self._resumption = resumption
+        self._split = _split if is_token_by_token else _whole
         self._engine_id = ""
         if resumption is not None and resumption.position is not None:
             _check_position(resumption.position, resumption.record)
@@ -129,9 +133,10 @@ class Generation:
         async with aclosing(deltas):
             async for index, delta in deltas:
                 choice = self._choices[index]
-                if not choice.is_running:
-                    continue  # sent before the engine heard that a stop string was found
-                yield self._take(index, choice, delta)
+                for part in self._split(delta):
+                    # More may be sent before the engine hears that a stop string was found.
+                    if choice.is_running:
+                        yield self._take(index, choice, part)
                 # The engine ends by itself, unless it need not report a choice that was cut.
                 if self._num_running == 0 and self._has_cut:
                     return
@@ -198,8 +203,9 @@ class Generation:
                 delta = _part_of(came, 0, num_sent, is_last=had.is_ended)
                 yield self._take(index, choice, delta, was_sent=True)
             delta = _part_of(came, num_sent, len(came.token_ids), is_last=True)
-            if choice.is_running and (delta.token_ids or delta.finish_reason is not None):
-                yield self._take(index, choice, delta)
+            for part in self._split(delta):
+                if choice.is_running and (part.token_ids or part.finish_reason is not None):
+                    yield self._take(index, choice, part)
 
     def _unfinished(self, record: StreamRecord) -> StreamRecord:
         """A record in which choices that were replayed to their ends have ended."""
@@ -299,6 +305,28 @@ def _check_position(position: Position, record: StreamRecord) -> None:
             "Last-Event-ID is of another stream, or of more of it than was ever generated. Leave "
             "it out to have the whole stream again.",
             param="Last-Event-ID",
+        )
+
+
+def _whole(delta: TokenDelta) -> Iterator[TokenDelta]:
+    yield delta
+
+
+def _split(delta: TokenDelta) -> Iterator[TokenDelta]:
+    """Each token of a delta by itself, and the end, with the token that brought it."""
+    num_shown = len(delta.token_ids) - (delta.stop_token_id is not None)
+    replace = msgspec.structs.replace
+    first = replace(delta, finish_reason=None, stop_token_id=None)
+    for index in range(num_shown):
+        part = replace(
+            first,
+            token_ids=delta.token_ids[index : index + 1],
+            logprobs=delta.logprobs[index : index + 1],
+        )
+        yield part if index == 0 else replace(part, visit=None, prompt_logprobs=(), embedding=b"")
+    if delta.finish_reason is not None or not num_shown:
+        yield replace(
+            delta, token_ids=delta.token_ids[num_shown:], logprobs=delta.logprobs[num_shown:]
         )
 
 

@@ -26,6 +26,7 @@ from cluster.openai.responses_schema import (
     TextFormat,
 )
 from cluster.openai.schema import StopReason
+from engine.errors import EngineNotReadyError
 from engine.text.tokenizer import Tokenizer
 
 Store = Callable[[Response], Awaitable[bool]]
@@ -39,12 +40,19 @@ _PLAIN_TEXT = TextConfig(format=TextFormat(type="text"))
 class ResponseAnswer:
     """Makes one response of a generation; used once.
 
+    Attributes:
+        call: What was asked.
+        is_stream: Whether events are wanted, or the whole object.
+        has_same_events: Whoever tells them: updates are to come token by token.
+
     Args:
         call: What was asked.
         is_stream: Whether events are wanted, or the whole object.
-        store: Called once with the response when it has ended, if the client wants it kept.
+        store: Called with the response when it has ended, if the client wants it kept; with one in
+            the background before, too, from its beginning on.
         count_tokens: How many tokens a text has.
-        last_number: Of the last event that the client has, where it has some.
+        last_number: Of the last event that the client has, where it has some. What runs in the
+            background has the same events from whoever tells them, from the first on.
         is_cancelled: It was cut by its client.
     """
 
@@ -64,23 +72,36 @@ class ResponseAnswer:
         self._count_tokens = count_tokens
         self._last_number = last_number
         self._is_cancelled = is_cancelled
-        self._log = EventLog(is_kept=is_stream)
+        self.has_same_events = call.body.background and is_stream
+        self._log = EventLog(
+            is_kept=is_stream, last_number=last_number if self.has_same_events else None
+        )
         self._begun: tuple[Generation, Response, ResponseOutput] | None = None
+        self._status: ResponseStatus = "queued" if call.body.background else "in_progress"
 
     async def parts(
         self, generation: Generation, heading: Heading, tokenizer: Tokenizer, form: AnswerForm
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the stream's events, or the whole object.
+        """Yield the stream's events, or the whole object; in the background, as it begins, first.
 
         Raises:
             RequestError, EngineError: As `Generation.updates`. If events were sent before, `fail`
                 has the last ones.
         """
         output, response = self._begin(generation, heading, tokenizer, form)
+        if self.call.body.background and not self._is_cancelled:
+            if not await self.renew():
+                raise EngineNotReadyError("No engine keeps responses now. Try again.")
+            events = self._log.take(generation.event_id())
+            yield events if self.is_stream else _json(response)
         finish_reason: StopReason | None = None
         was_sent = False
         async with aclosing(generation.updates()) as updates:
             async for update in updates:
+                if self._status == "queued":
+                    self._status = "in_progress"
+                    begun = response.model_copy(update={"status": self._status})
+                    self._log.add("response.in_progress", response=begun)
                 finish_reason, was_sent = update.finish_reason, update.was_sent
                 output.take(update.text, update.tokens, is_last=finish_reason is not None)
                 if was_sent:
@@ -95,11 +116,13 @@ class ResponseAnswer:
             status = "cancelled"
         response = await self._ended(status)
         self._log.add(f"response.{status}", response=response)
-        yield (
-            self._log.take(generation.event_id())
-            if self.is_stream
-            else response.model_dump_json(by_alias=True).encode()
-        )
+        yield self._log.take(generation.event_id()) if self.is_stream else _json(response)
+
+    async def renew(self) -> bool:
+        """Have it kept that the response is under way; False if nobody keeps it."""
+        assert self._begun is not None, "it was begun"
+        _, response, _ = self._begun
+        return await self._store(response.model_copy(update={"status": self._status}))
 
     async def fail(self, reply: ErrorReply) -> bytes:
         """The events that end a stream after an error."""
@@ -130,7 +153,8 @@ class ResponseAnswer:
         response = Response(
             id=heading.id,
             created_at=heading.created,
-            status="in_progress",
+            status=self._status,
+            background=body.background,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
             metadata=body.metadata,
@@ -146,10 +170,14 @@ class ResponseAnswer:
             tools=body.tools,
             top_logprobs=body.top_logprobs or 0,
             top_p=sampling.top_p,
+            truncation=body.truncation,
             user=body.user,
         )
         self._log.add("response.created", response=response)
-        self._log.add("response.in_progress", response=response)
+        if self._status == "queued":
+            self._log.add("response.queued", response=response)
+        else:
+            self._log.add("response.in_progress", response=response)
         self._begun = generation, response, output
         return output, response
 
@@ -193,3 +221,7 @@ class ResponseAnswer:
             ),
             total_tokens=usage.total_tokens,
         )
+
+
+def _json(response: Response) -> bytes:
+    return response.model_dump_json(by_alias=True).encode()

@@ -36,10 +36,12 @@ class EventLog:
 
     Args:
         is_kept: False where nobody reads events: then none are made.
+        last_number: Their reader has all up to the one of this number, which are not sent.
     """
 
-    def __init__(self, *, is_kept: bool) -> None:
+    def __init__(self, *, is_kept: bool, last_number: int | None = None) -> None:
         self._is_kept = is_kept
+        self._last_number = -1 if last_number is None else last_number
         self._events: list[bytes] = []
         self._next_number = 0
 
@@ -47,11 +49,14 @@ class EventLog:
         """Add an event."""
         if not self._is_kept:
             return
+        number = self._next_number
+        self._next_number += 1
+        if number <= self._last_number:
+            return
         for name, value in fields.items():
             if isinstance(value, BaseModel):
                 fields[name] = msgspec.Raw(value.model_dump_json(by_alias=True).encode())
-        event = _encode({"type": kind, "sequence_number": self._next_number, **fields})
-        self._next_number += 1
+        event = _encode({"type": kind, "sequence_number": number, **fields})
         self._events.append(b"event: " + kind.encode() + b"\ndata: " + event + b"\n\n")
 
     def skip(self, last_number: int | None) -> None:

@@ -4,7 +4,8 @@ All that happens to a chat happens to it: template, tools, thoughts, grammar, sa
 neither what becomes of the answer nor where responses are kept.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -77,11 +78,42 @@ class ResponseCall(BaseModel):
         Raises:
             RequestError: Something in it cannot be.
         """
+        return self._chat_of(self.items, len(self.past))
+
+    def fitting_chat(self, fits: Callable[[ChatCompletionRequest], bool]) -> ChatCompletionRequest:
+        """The chat with as many of its latest turns as fit, but at least the last one.
+
+        What the conversation begins with for the model's instruction is always there. A turn begins
+        with a message of the user's, so that no call is parted from its output.
+
+        Args:
+            fits: Whether the model has room for a chat; true for all that are shorter than one
+                for which it is.
+
+        Raises:
+            RequestError: Something in it cannot be.
+        """
+        if fits(self.chat):
+            return self.chat
+        items = self.items
+        head = next((i for i, item in enumerate(items) if not _is_instruction(item)), len(items))
+        starts = [i for i, item in enumerate(items) if i > head and _is_users(item)]
+        if not starts:
+            return self.chat
+
+        def chat_from(start: int) -> ChatCompletionRequest:
+            kept = [*items[:head], *items[start:]]
+            return self._chat_of(kept, len(self.past) - (start - head))
+
+        place = bisect_left(starts, True, key=lambda start: fits(chat_from(start)))
+        return chat_from(starts[min(place, len(starts) - 1)])
+
+    def _chat_of(self, items: Sequence[InputItem], num_past: int) -> ChatCompletionRequest:
         body = self.body
         fields = {name: body.__dict__[name] for name in _SAME if name in body.model_fields_set}
         tools, tool_choice = _tools(body)
         fields |= {
-            "messages": messages_of(body.instructions, self.items, num_past=len(self.past)),
+            "messages": messages_of(body.instructions, items, num_past=num_past),
             "max_completion_tokens": body.max_output_tokens,
             "tools": tools,
             "tool_choice": tool_choice,
@@ -129,7 +161,7 @@ def messages_of(
     for index, item in enumerate(items):
         if isinstance(item, MessageItem):
             text = "\n".join(item.content)
-            if item.role in ("system", "developer") and not messages:
+            if _is_instruction(item) and not messages:
                 head.append(text)
             elif item.role == "assistant":
                 _turn(messages, before="content")["content"] = text
@@ -157,6 +189,14 @@ def messages_of(
     if head:
         messages.insert(0, {"role": "system", "content": "\n\n".join(head)})
     return messages
+
+
+def _is_instruction(item: InputItem) -> bool:
+    return isinstance(item, MessageItem) and item.role in ("system", "developer")
+
+
+def _is_users(item: InputItem) -> bool:
+    return isinstance(item, MessageItem) and item.role == "user"
 
 
 # What a turn may not have yet, for more of it to come: thoughts stand before text before calls.

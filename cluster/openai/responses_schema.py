@@ -40,12 +40,10 @@ NO_EFFECT_ON_RESPONSES = frozenset(
     }
 )
 UNSUPPORTED_FOR_RESPONSES: Mapping[str, tuple[Any, ...]] = {
-    "background": (False,),
     "context_management": ([],),
     "conversation": (),
     "moderation": (),
     "prompt": (),
-    "truncation": ("disabled",),
 }
 """Each with the values that ask for nothing beyond what is done anyway; null always is one."""
 
@@ -135,6 +133,10 @@ class ResponseRequest(RequestObject):
     instructions: StrictStr | None = None
     previous_response_id: StrictStr | None = None
     store: StrictBool = True
+    background: StrictBool = False
+    """Answer at once, and generate whether or not the client stays."""
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """Whether a conversation that is too long loses its first turns, or is refused."""
     max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     """By default all that the context has room for."""
     text: TextConfig = TextConfig()
@@ -197,7 +199,8 @@ class ResponseFailure(BaseModel):
     message: str
 
 
-ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
+ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+ENDED: frozenset[ResponseStatus] = frozenset(("completed", "incomplete", "failed", "cancelled"))
 
 
 class Response(BaseModel):
@@ -208,7 +211,7 @@ class Response(BaseModel):
     created_at: int
     completed_at: int | None = None
     status: ResponseStatus
-    background: Literal[False] = False
+    background: bool
     error: ResponseFailure | None = None
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
@@ -228,7 +231,7 @@ class Response(BaseModel):
     tools: list[FunctionTool]
     top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None = None
     user: str | None
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from cluster.openai.response_items import FunctionCallItem, InputItem, MessageItem, ReasoningItem
 from cluster.openai.response_output import item_id
 from cluster.openai.responses import ResponseCall
-from cluster.openai.responses_schema import InputItemList, Response
+from cluster.openai.responses_schema import InputItemList, Response, ResponseFailure
 from engine.errors import RequestError
 
 MAX_PAGE_ITEMS = 100
@@ -25,17 +25,19 @@ _COMPRESSION_LEVEL = 1
 
 
 class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
-    """A response that has ended, and what it was asked.
+    """A response, and what it was asked.
 
     Attributes:
         response_json: The `Response`.
         items_json: The conversation up to it, a list of items.
         num_past: So many of those came before its own input.
+        has_events: They can be asked for while it is under way.
     """
 
     response_json: bytes
     items_json: bytes
     num_past: int
+    has_events: bool = False
 
     @classmethod
     def of(cls, call: ResponseCall, response: Response) -> "StoredResponse":
@@ -43,6 +45,7 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
             response.model_dump_json(by_alias=True).encode(),
             _Items.dump_json(call.items, exclude_none=True),
             len(call.past),
+            call.body.background and call.body.stream,
         )
 
     def encode(self) -> bytes:
@@ -53,6 +56,14 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     def decode(cls, encoded: bytes) -> "StoredResponse":
         """What `encode` gave; not for an event loop."""
         return msgspec.msgpack.decode(zlib.decompress(encoded), type=cls)
+
+    def failed(self, failure: ResponseFailure) -> "StoredResponse":
+        """The same response, ended by a failure."""
+        response = Response.model_validate_json(self.response_json, by_alias=True)
+        response = response.model_copy(update={"status": "failed", "error": failure})
+        return msgspec.structs.replace(
+            self, response_json=response.model_dump_json(by_alias=True).encode()
+        )
 
     def conversation(self) -> list[InputItem]:
         """All that a response which goes on with this one has before its own input."""

@@ -24,7 +24,7 @@ from cluster.openai.engine_client import (
     StreamRecord,
     TokenDelta,
 )
-from cluster.response_shelf import ResponseShelf
+from cluster.response_shelf import KeptResponse, ResponseShelf
 from cluster.router import create_app
 from cluster.service import OpenAIService
 from engine.config import EngineConfig
@@ -49,10 +49,12 @@ class FakeResponses:
         self.shelf = ResponseShelf(max_responses=100)
         self.is_there = True
 
-    async def store(self, response_id: str, tenant: bytes, content: bytes) -> bool:
-        return self.is_there and self.shelf.store(response_id, tenant, content)
+    async def store(
+        self, response_id: str, tenant: bytes, content: bytes, *, is_ended: bool
+    ) -> bool:
+        return self.is_there and self.shelf.store(response_id, tenant, content, is_ended=is_ended)
 
-    async def find(self, response_id: str, tenant: bytes) -> bytes | None:
+    async def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         self._check()
         return self.shelf.find(response_id, tenant)
 
@@ -287,13 +289,15 @@ def make_service(
 async def serve_on_loopback(service: OpenAIService) -> AsyncGenerator[str, None]:
     """Serve on a free port of loopback; yields the URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+    app = create_app(service)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         await serving
+        await app.state.responses.close()
 
 
 def all_token_ids(deltas: Sequence[TokenDelta]) -> list[int]:

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.engine_choice import Route
 from cluster.response_link import ResponseLink
-from cluster.response_shelf import ResponseShelf
+from cluster.response_shelf import KeptResponse, ResponseShelf
 from cluster.service import OpenAIService
 from engine.errors import EngineNotReadyError
 
@@ -170,26 +170,30 @@ async def test_an_answer_that_nobody_can_keep_says_so(url: str, engine: FakeEngi
         assert (await alice.responses.retrieve(kept.id)).id == kept.id
 
 
+def content_of(kept: KeptResponse | None) -> bytes | None:
+    return kept.content if kept is not None else None
+
+
 def test_a_full_shelf_forgets_what_its_greatest_user_used_longest_ago() -> None:
     shelf = ResponseShelf(max_responses=4)
     for name in ("a", "b", "c"):
-        assert shelf.store(name, b"alice", b"x")
-    assert shelf.store("a", b"bob", b"y")
-    assert shelf.find("a", b"alice") == b"x"
-    assert shelf.store("b", b"bob", b"y")
+        assert shelf.store(name, b"alice", b"x", is_ended=True)
+    assert shelf.store("a", b"bob", b"y", is_ended=True)
+    assert content_of(shelf.find("a", b"alice")) == b"x"
+    assert shelf.store("b", b"bob", b"y", is_ended=True)
     # Alice had most; her oldest by use is gone, and nothing of Bob's.
     assert shelf.find("b", b"alice") is None
-    assert [shelf.find(name, b"alice") for name in ("a", "c")] == [b"x", b"x"]
-    assert [shelf.find(name, b"bob") for name in ("a", "b")] == [b"y", b"y"]
+    assert [content_of(shelf.find(name, b"alice")) for name in ("a", "c")] == [b"x", b"x"]
+    assert [content_of(shelf.find(name, b"bob")) for name in ("a", "b")] == [b"y", b"y"]
     assert (shelf.num_responses, shelf.num_bytes) == (4, 4)
 
 
 def test_a_shelf_is_bounded_in_bytes_and_time() -> None:
     now_s = 100.0
     shelf = ResponseShelf(max_responses=100, max_bytes=100, keep_s=10, clock=lambda: now_s)
-    assert not shelf.store("large", b"", b"x" * 11)
+    assert not shelf.store("large", b"", b"x" * 11, is_ended=True)
     for number in range(20):
-        assert shelf.store(str(number), b"", b"x" * 10)
+        assert shelf.store(str(number), b"", b"x" * 10, is_ended=True)
         assert shelf.num_bytes <= 100
     assert shelf.num_responses == 10
     now_s += 6
@@ -199,12 +203,26 @@ def test_a_shelf_is_bounded_in_bytes_and_time() -> None:
     assert shelf.find("18", b"") is None
     assert shelf.find("19", b"") is not None
     assert (shelf.num_responses, shelf.num_bytes) == (1, 10)
-    assert shelf.store("19", b"", b"y")
+    assert shelf.store("19", b"", b"y", is_ended=True)
     assert (shelf.num_responses, shelf.num_bytes) == (1, 1)
     assert shelf.forget("19", b"")
     assert not shelf.forget("19", b"")
     assert (shelf.num_responses, shelf.num_bytes) == (0, 0)
-    assert not ResponseShelf(max_responses=0).store("a", b"", b"x")
+    assert not ResponseShelf(max_responses=0).store("a", b"", b"x", is_ended=True)
+
+
+def test_what_has_ended_stays_whoever_says_that_it_is_under_way() -> None:
+    now_s = 100.0
+    shelf = ResponseShelf(max_responses=100, clock=lambda: now_s)
+    for content in (b"begun", b"later"):
+        assert shelf.store("a", b"", content, is_ended=False)
+        now_s += 3
+        # Whether anybody asks does not make it younger.
+        assert shelf.find("a", b"") == shelf.find("a", b"") == KeptResponse(content, False, 3)
+    assert shelf.store("a", b"", b"whole", is_ended=True)
+    assert shelf.store("a", b"", b"late", is_ended=False)
+    assert shelf.find("a", b"") == KeptResponse(b"whole", True, 0)
+    assert (shelf.num_responses, shelf.num_bytes) == (1, 5)
 
 
 class Leaders:
@@ -249,15 +267,17 @@ async def test_every_router_finds_what_another_has_had_kept() -> None:
     one, other = leaders.link(), leaders.link(running)
     names = [str(number) for number in range(20)]
     for name in names:
-        assert await one.store(name, b"", name.encode())
+        assert await one.store(name, b"", name.encode(), is_ended=True)
         assert len(leaders.keepers(name)) == 2
-        assert await other.find(name, b"") == name.encode()
+        assert content_of(await other.find(name, b"")) == name.encode()
         assert await other.find(name, b"another") is None
     # Each leader has its part, and the end of one loses nothing.
     assert all(shelf.num_responses for shelf in leaders.shelves.values())
     del leaders.shelves["two"]
     running.discard("two")
-    assert [await one.find(name, b"") for name in names] == [name.encode() for name in names]
+    assert [content_of(await one.find(name, b"")) for name in names] == [
+        name.encode() for name in names
+    ]
     assert await other.forget(names[0], b"")
     assert not await other.forget(names[0], b"")
     assert await one.find(names[0], b"") is None
@@ -269,10 +289,10 @@ async def test_a_response_is_gone_only_if_all_who_may_keep_it_say_so(
     monkeypatch.setattr("cluster.response_link.SHELF_TIMEOUT_S", 0.05)
     leaders = Leaders("one", "two", "three")
     link = leaders.link()
-    assert await link.store("a", b"", b"x")
+    assert await link.store("a", b"", b"x", is_ended=True)
     [without] = set(leaders.shelves) - leaders.keepers("a")
     leaders.silent = {without}
-    assert await link.find("a", b"") == b"x"
+    assert content_of(await link.find("a", b"")) == b"x"
     with pytest.raises(EngineNotReadyError, match="1 of 3"):
         await link.find("b", b"")
     with pytest.raises(EngineNotReadyError):
@@ -285,10 +305,26 @@ async def test_a_response_is_gone_only_if_all_who_may_keep_it_say_so(
         await link.forget("b", b"")
 
 
+async def test_the_latest_word_of_all_leaders_counts() -> None:
+    now_s = 100.0
+    leaders = Leaders()
+    one, two, three = (ResponseShelf(100, clock=lambda: now_s) for _ in range(3))
+    leaders.shelves = {"one": one, "two": two, "three": three}
+    one.store("a", b"", b"first", is_ended=False)
+    now_s += 1
+    two.store("a", b"", b"second", is_ended=False)
+    link = leaders.link()
+    assert content_of(await link.find("a", b"")) == b"second"
+    three.store("a", b"", b"whole", is_ended=True)
+    now_s += 1
+    one.store("a", b"", b"third", is_ended=False)
+    assert content_of(await link.find("a", b"")) == b"whole"
+
+
 async def test_nothing_is_asked_where_no_engine_runs_or_none_keeps_any() -> None:
     leaders = Leaders("one")
     asleep = leaders.link(set())
-    assert not await asleep.store("a", b"", b"x")
+    assert not await asleep.store("a", b"", b"x", is_ended=True)
     assert await asleep.find("a", b"") is None
     off = ResponseLink(
         cast("DeploymentHandle", leaders),
@@ -296,5 +332,5 @@ async def test_nothing_is_asked_where_no_engine_runs_or_none_keeps_any() -> None
         list_running=lambda: None,
         may_store=False,
     )
-    assert not await off.store("a", b"", b"x")
+    assert not await off.store("a", b"", b"x", is_ended=True)
     assert leaders.shelves["one"].num_responses == 0

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_engine import FakeEngine, make_service
+from fake_engine import CONTEXT_LENGTH, FakeEngine, make_service
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from tiny_tokenizer import GENERATION_PROMPT
@@ -304,6 +304,48 @@ async def test_a_response_goes_on_with_the_one_before(
     # What a response was gone on from may be deleted: each has its whole conversation.
     await client.responses.delete(first.id)
     await client.responses.create(model=MODEL, previous_response_id=second.id, input="Sure?")
+
+
+async def test_a_conversation_that_is_too_long_loses_its_first_turns(
+    client: openai.AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    turns = [f"<{number}> {'word ' * 20}" for number in range(12)]
+    call = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"}
+    items: list[Any] = [{"role": "developer", "content": "Be kind."}]
+    for turn in turns:
+        output = {"type": "function_call_output", "call_id": "c", "output": turn}
+        items += [{"role": "user", "content": turn}, call, output]
+    asked: dict[str, Any] = {"model": MODEL, "input": items, "instructions": "Be brief."}
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.responses.create(**asked)
+    assert refused.value.code == "context_length_exceeded"
+
+    async def kept(max_output_tokens: int) -> int:
+        response = await client.responses.create(
+            **asked, truncation="auto", max_output_tokens=max_output_tokens
+        )
+        assert response.truncation == "auto"
+        prompt = prompt_of(engine, tokenizer)
+        num_tokens = len(engine.requests[-1].choices[0].prompt_token_ids)
+        head = "<|im_start|>system\nBe brief.\n\nBe kind.<|im_end|>\n<|im_start|>user\n"
+        assert prompt.startswith(head)
+        left = [turn for turn in turns if turn in prompt]
+        assert left == turns[-len(left) :]
+        assert prompt.removeprefix(head).startswith(left[0])
+        room = CONTEXT_LENGTH - max_output_tokens
+        # One more would not have fitted.
+        assert num_tokens <= room < num_tokens + num_tokens // len(left)
+        return len(left)
+
+    assert await kept(1) > await kept(200) > 0
+    # The whole of it is kept all the same.
+    response = await client.responses.create(**asked, truncation="auto")
+    pages = client.responses.input_items.list(response.id, limit=100)
+    assert len([item async for item in pages]) == len(items)
+    # A single turn that is too long stays so.
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.responses.create(model=MODEL, input="word " * 2000, truncation="auto")
+    assert refused.value.code == "context_length_exceeded"
 
 
 class Weather(BaseModel):
