@@ -111,14 +111,7 @@ def measure(num_running: int, context_length: int, num_steps: int) -> dict[str, 
 
 
 def _result(step: int, num_rows: int) -> StepResult:
-    nothing = np.empty(0, np.float32)
-    return StepResult(
-        step=step,
-        token_ids=np.full(num_rows, 7, np.int32),
-        logprobs=nothing,
-        top_token_ids=np.empty(0, np.int32),
-        top_logprobs=nothing,
-    )
+    return StepResult(step=step, token_ids=np.full(num_rows, 7, np.int32))
 
 
 def _null_program(example: StepInputs, num_slots: int) -> Any:

@@ -29,7 +29,15 @@ from cluster.openai.engine_client import (
 )
 from cluster.openai.errors import ErrorReply, describe_error, internal_error
 from cluster.openai.event_id import parse_event_id
-from cluster.openai.generation import ChoiceUpdate, Generation, Resumption
+from cluster.openai.generation import (
+    ChoiceUpdate,
+    Generation,
+    PartsOf,
+    Resumption,
+    of_prompt,
+    token_by_token,
+    whole,
+)
 from cluster.openai.heading import Heading, make_heading
 from cluster.openai.model_text import ModelText
 from cluster.openai.origin import Origin
@@ -297,7 +305,13 @@ class OpenAIService:
                     on_update=watch.take,
                 )
             else:
-                generation = self._generation(body, request, watch.take, resumption)
+                generation = self._generation(
+                    body,
+                    request,
+                    watch.take,
+                    resumption,
+                    parts_of=of_prompt if body.max_tokens == 0 else whole,
+                )
                 prompts = [
                     choice.prompt_token_ids
                     for choice in request.choices
@@ -329,7 +343,7 @@ class OpenAIService:
             on_update,
             resumption,
             form.stop,
-            is_token_by_token=response is not None and response.has_same_events,
+            token_by_token if response is not None and response.has_same_events else whole,
         )
         if response is not None:
             return response.parts(generation, heading, self._text.tokenizer, form)
@@ -513,8 +527,7 @@ class OpenAIService:
         on_update: Callable[[ChoiceUpdate], None],
         resumption: Resumption | None,
         stop: Sequence[str] = (),
-        *,
-        is_token_by_token: bool = False,
+        parts_of: PartsOf = whole,
     ) -> Generation:
         return Generation(
             self.engine,
@@ -523,7 +536,7 @@ class OpenAIService:
             own_stop_token_ids=frozenset(body.stop_token_ids),
             on_update=on_update,
             resumption=resumption,
-            is_token_by_token=is_token_by_token,
+            parts_of=parts_of,
         )
 
     def describe_stream_failure(self, error: Exception) -> bytes:

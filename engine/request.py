@@ -242,11 +242,13 @@ class TokenLogprobs:
 
     Attributes:
         logprob: Of the chosen token.
+        rank: Its: 1 for the likeliest.
         top_token_ids: The likeliest tokens, likeliest first, as many as were asked for.
         top_logprobs: Theirs.
     """
 
     logprob: float
+    rank: int
     top_token_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
 

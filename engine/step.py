@@ -155,19 +155,31 @@ class StepMasks(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     words: tuple[np.ndarray, ...]
 
 
+class StepLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Natural-log probabilities of N tokens of a step, of the model's own distribution.
+
+    Attributes:
+        logprobs: float32 [N].
+        ranks: int32 [N]: 1 for the likeliest.
+        top_token_ids: int32 [N * MAX_TOP_LOGPROBS], the likeliest in each token's place, in order.
+        top_logprobs: float32 [N * MAX_TOP_LOGPROBS].
+    """
+
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_token_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What rank 0 read back of a step.
 
     Attributes:
         step: The plan's.
         token_ids: int32 [num_rows]; rows of chunks that are not last are meaningless.
-        logprobs: float32 [num_rows], or empty if not wanted.
-        top_token_ids: int32 [num_rows * MAX_TOP_LOGPROBS], likeliest first, or empty.
-        top_logprobs: float32 [num_rows * MAX_TOP_LOGPROBS], or empty.
-        prompt_logprobs: float32 [chunk tokens]: of the token after each, as far as it is known to
-            the plan; or empty if not wanted.
-        prompt_top_token_ids: int32 [chunk tokens * MAX_TOP_LOGPROBS], or empty.
-        prompt_top_logprobs: float32 [chunk tokens * MAX_TOP_LOGPROBS], or empty.
+        logprobs: Of each row's token; None if not wanted.
+        prompt_logprobs: Of the token after each of the chunks', as far as it is known to the plan;
+            None if not wanted.
         embeddings: float32 [embedded rows * D], the model's last hidden states, normalised by its
             last norm and not otherwise; or empty.
         device_ms: From dispatch to the tokens' arrival on the host.
@@ -176,12 +188,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     step: int
     token_ids: np.ndarray
-    logprobs: np.ndarray
-    top_token_ids: np.ndarray
-    top_logprobs: np.ndarray
-    prompt_logprobs: np.ndarray = NO_FLOATS
-    prompt_top_token_ids: np.ndarray = NO_INTS
-    prompt_top_logprobs: np.ndarray = NO_FLOATS
+    logprobs: StepLogprobs | None = None
+    prompt_logprobs: StepLogprobs | None = None
     embeddings: np.ndarray = NO_FLOATS
     device_ms: float = 0.0
     num_compiles: int = 0

@@ -80,13 +80,16 @@ class Resumption(msgspec.Struct, frozen=True):
     position: Position | None
 
 
+PartsOf = Callable[[TokenDelta], Iterator[TokenDelta]]
+
+
 class Generation:
     """Runs one `GenerateRequest`; used once.
 
     Args:
         resumption: Go on with this, of the same request.
-        is_token_by_token: Whether each token is an update, and a choice's end, so that updates are
-            the same however tokens come; or what comes together is one.
+        parts_of: How a delta becomes updates: `whole`, or `token_by_token`, which gives the same
+            ones however tokens come, or `of_prompt`, which leaves out what was generated.
         own_stop_token_ids: The client's, reported as `stop_reason` if one of them ends a choice.
         on_update: Called with each update before it is handed out.
     """
@@ -100,7 +103,7 @@ class Generation:
         own_stop_token_ids: frozenset[int] = frozenset(),
         on_update: Callable[[ChoiceUpdate], None] = lambda update: None,
         resumption: Resumption | None = None,
-        is_token_by_token: bool = False,
+        parts_of: PartsOf | None = None,
     ) -> None:
         self.request = request
         self._engine = engine
@@ -110,7 +113,7 @@ class Generation:
         self._num_running = len(self._choices)
         self._has_cut = False
         self._resumption = resumption
-        self._split = _split if is_token_by_token else _whole
+        self._parts_of = parts_of or whole
         self._engine_id = ""
         if resumption is not None and resumption.position is not None:
             _check_position(resumption.position, resumption.record)
@@ -133,7 +136,7 @@ class Generation:
         async with aclosing(deltas):
             async for index, delta in deltas:
                 choice = self._choices[index]
-                for part in self._split(delta):
+                for part in self._parts_of(delta):
                     # More may be sent before the engine hears that a stop string was found.
                     if choice.is_running:
                         yield self._take(index, choice, part)
@@ -203,7 +206,7 @@ class Generation:
                 delta = _part_of(came, 0, num_sent, is_last=had.is_ended)
                 yield self._take(index, choice, delta, was_sent=True)
             delta = _part_of(came, num_sent, len(came.token_ids), is_last=True)
-            for part in self._split(delta):
+            for part in self._parts_of(delta):
                 if choice.is_running and (part.token_ids or part.finish_reason is not None):
                     yield self._take(index, choice, part)
 
@@ -308,11 +311,24 @@ def _check_position(position: Position, record: StreamRecord) -> None:
         )
 
 
-def _whole(delta: TokenDelta) -> Iterator[TokenDelta]:
+def whole(delta: TokenDelta) -> Iterator[TokenDelta]:
+    """A delta as it came."""
     yield delta
 
 
-def _split(delta: TokenDelta) -> Iterator[TokenDelta]:
+def of_prompt(delta: TokenDelta) -> Iterator[TokenDelta]:
+    """What a delta tells of the prompt, and the end."""
+    is_end = delta.finish_reason in ("stop", "length")
+    yield msgspec.structs.replace(
+        delta,
+        token_ids=(),
+        logprobs=(),
+        stop_token_id=None,
+        finish_reason="length" if is_end else delta.finish_reason,
+    )
+
+
+def token_by_token(delta: TokenDelta) -> Iterator[TokenDelta]:
     """Each token of a delta by itself, and the end, with the token that brought it."""
     num_shown = len(delta.token_ids) - (delta.stop_token_id is not None)
     replace = msgspec.structs.replace

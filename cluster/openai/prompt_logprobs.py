@@ -12,11 +12,11 @@ class PromptLogprob(msgspec.Struct, frozen=True, gc=False):
     """A token that stands in a prompt, or might. There may be a million in one answer.
 
     Attributes:
-        rank: From 1, the likeliest; None for a token that is not among those asked for.
+        rank: From 1, the likeliest.
     """
 
     logprob: float
-    rank: int | None
+    rank: int
     decoded_token: str
 
 
@@ -37,7 +37,7 @@ def spell_prompt_logprobs(
     """
     texts: dict[int, str] = {}
 
-    def entry(token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
+    def entry(token_id: int, logprob: float, rank: int) -> PromptLogprob:
         text = texts.get(token_id)
         if text is None:
             text = tokenizer.token_bytes(token_id).decode(errors="replace")
@@ -47,10 +47,7 @@ def spell_prompt_logprobs(
     spelled: PromptLogprobs = [None]
     for token_id, found in zip(prompt[1:], logprobs, strict=True):
         top = found.top_token_ids[:num_top]
-        # The engine reports the likeliest tokens in order; how many more are likelier than the
-        # prompt's own it does not count.
-        rank = top.index(token_id) + 1 if token_id in top else None
-        position = {token_id: entry(token_id, found.logprob, rank)}
+        position = {token_id: entry(token_id, found.logprob, found.rank)}
         for place, (other_id, logprob) in enumerate(zip(top, found.top_logprobs, strict=False)):
             if other_id != token_id:
                 position[other_id] = entry(other_id, logprob, place + 1)

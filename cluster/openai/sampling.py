@@ -54,6 +54,8 @@ def make_sampling_params(
 ) -> SamplingParams:
     """Say how the answer to one prompt is to be sampled; `max_tokens` comes out set.
 
+    Where a completion is to have none, one is generated that nobody is shown.
+
     Args:
         prompt_len: In tokens.
         prompt_field: What the prompt is called in this request ("messages", "prompt").
@@ -98,6 +100,8 @@ def _max_tokens(
     name, max_tokens = "max_tokens", request.max_tokens
     if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
         name, max_tokens = "max_completion_tokens", request.max_completion_tokens
+    if name == "max_tokens" and max_tokens == 0 and isinstance(request, CompletionRequest):
+        max_tokens = 1
     if max_tokens is not None and max_tokens < 1:
         raise RequestError(f"{name} is {max_tokens}; it must be at least 1.", param=name)
     room = context_length - prompt_len

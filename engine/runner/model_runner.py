@@ -47,6 +47,7 @@ from engine.step import (
     EngineLimits,
     ProgressCallback,
     StartProgress,
+    StepLogprobs,
     StepMasks,
     StepPlan,
     StepResult,
@@ -103,19 +104,15 @@ class PendingStep:
         """Block until the tokens are on the host."""
         token_ids = self._read(lambda sampled: sampled.token_ids)
         device_ms = (time.monotonic() - self._started_s) * 1e3
-        logprobs = top_logprobs = NO_FLOATS
-        prompt_logprobs = prompt_top_logprobs = NO_FLOATS
-        top_token_ids = prompt_top_token_ids = NO_INTS
+        logprobs = prompt_logprobs = None
         if self.plan.has_logprobs:
-            logprobs = self._read(lambda sampled: sampled.logprobs.logprobs)
-            top_token_ids = self._read(lambda sampled: sampled.logprobs.top_token_ids)
-            top_logprobs = self._read(lambda sampled: sampled.logprobs.top_logprobs)
+            logprobs = _step_logprobs(
+                lambda name: self._read(lambda sampled: getattr(sampled.logprobs, name))
+            )
         if self.plan.has_prompt_logprobs:
             num_tokens = sum(len(chunk.token_ids) for chunk in self.plan.chunks)
-            of_prompt = self._prompt_logprobs
-            prompt_logprobs, prompt_top_token_ids, prompt_top_logprobs = (
-                _to_host(array)[:num_tokens].reshape(-1)
-                for array in (of_prompt.logprobs, of_prompt.top_token_ids, of_prompt.top_logprobs)
+            prompt_logprobs = _step_logprobs(
+                lambda name: _to_host(getattr(self._prompt_logprobs, name))[:num_tokens].reshape(-1)
             )
         embeddings = NO_FLOATS
         if len(self.plan.embedded_rows):
@@ -125,11 +122,7 @@ class PendingStep:
             step=self.plan.step,
             token_ids=token_ids,
             logprobs=logprobs,
-            top_token_ids=top_token_ids,
-            top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
-            prompt_top_token_ids=prompt_top_token_ids,
-            prompt_top_logprobs=prompt_top_logprobs,
             embeddings=embeddings,
             device_ms=device_ms,
             num_compiles=self._num_compiles,
@@ -142,6 +135,11 @@ class PendingStep:
         for sampled in others:
             values[sampled.rows] = _to_host(array_of(sampled))[sampled.places]
         return values.reshape(-1)
+
+
+def _step_logprobs(read: Callable[[str], np.ndarray]) -> StepLogprobs:
+    """Those that `read` gives by their names."""
+    return StepLogprobs(**{name: read(name) for name in StepLogprobs.__struct_fields__})
 
 
 class ModelRunner:

@@ -68,11 +68,13 @@ class Logprobs:
 
     Attributes:
         logprobs: float32 [R].
+        ranks: int32 [R]: one more than the number of tokens that are likelier.
         top_token_ids: int32 [R, MAX_LOGPROBS], the likeliest in each token's place, in order.
         top_logprobs: float32 [R, MAX_LOGPROBS].
     """
 
     logprobs: jax.Array
+    ranks: jax.Array
     top_token_ids: jax.Array
     top_logprobs: jax.Array
 
@@ -267,6 +269,7 @@ def logprobs_of(logits_RV: jax.Array, token_R: jax.Array, likeliest: Likeliest) 
     missing = ((0, 0), (0, MAX_LOGPROBS - num_top))
     return Logprobs(
         logprobs=(chosen_R1 - total_R1)[:, 0],
+        ranks=1 + jnp.sum(logits_RV > chosen_R1, axis=-1, dtype=jnp.int32),
         top_token_ids=jnp.pad(top_id, missing),
         top_logprobs=jnp.pad(top_logit - total_R1, missing, constant_values=NEVER),
     )
@@ -277,6 +280,7 @@ def no_logprobs(num_rows: int) -> Logprobs:
     shape = (num_rows, MAX_LOGPROBS)
     return Logprobs(
         logprobs=jnp.zeros(num_rows, jnp.float32),
+        ranks=jnp.zeros(num_rows, jnp.int32),
         top_token_ids=jnp.zeros(shape, jnp.int32),
         top_logprobs=jnp.zeros(shape, jnp.float32),
     )

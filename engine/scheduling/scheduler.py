@@ -16,7 +16,7 @@ from engine.request import FinishReason, Request, RequestOutput, RequestState, T
 from engine.scheduling.page_pool import PagePool
 from engine.scheduling.prefix_cache import PrefixCache, page_key, root_key
 from engine.scheduling.step_builder import ScheduledStep, StepBuilder
-from engine.step import MAX_TOP_LOGPROBS, NO_INTS, EngineLimits, StepMasks, StepResult
+from engine.step import MAX_TOP_LOGPROBS, NO_INTS, EngineLimits, StepLogprobs, StepMasks, StepResult
 
 
 class Scheduler:
@@ -126,8 +126,8 @@ class Scheduler:
         outputs = []
         token_ids = result.token_ids.tolist()
         embeddings = _embeddings(step, result)
-        if len(result.prompt_logprobs):
-            self._take_prompt_logprobs(step, result)
+        if result.prompt_logprobs is not None:
+            self._take_prompt_logprobs(step, result.prompt_logprobs)
         for index, row in enumerate(step.rows):
             request = row.request
             request.num_inflight_steps -= 1
@@ -143,7 +143,10 @@ class Scheduler:
                 # Preempted and admitted anew meanwhile, it may hold less than this row wrote.
                 self._publish(request, min(row.end, request.num_computed_tokens))
             if is_next:
-                logprobs = _logprobs(request, result, index) if len(result.logprobs) else ()
+                num_top = request.sampling.logprobs
+                logprobs: tuple[TokenLogprobs, ...] = ()
+                if result.logprobs is not None and num_top is not None:
+                    logprobs = (_logprobs_at(result.logprobs, index, num_top),)
                 output = self._take_token(request, token_ids[index], logprobs)
                 if index in embeddings:
                     output = msgspec.structs.replace(output, embedding=embeddings[index])
@@ -310,7 +313,7 @@ class Scheduler:
 
     # Results -----------------------------------------------------------------------------------
 
-    def _take_prompt_logprobs(self, step: ScheduledStep, result: StepResult) -> None:
+    def _take_prompt_logprobs(self, step: ScheduledStep, logprobs: StepLogprobs) -> None:
         offset = 0
         num_decodes = len(step.plan.decode_slots)
         for row, chunk in zip(step.rows[num_decodes:], step.plan.chunks, strict=True):
@@ -321,13 +324,7 @@ class Scheduler:
                 is_next = chunk.start + place == len(request.prompt_logprobs)
                 if is_next and request.wants_prompt_logprobs:
                     request.prompt_logprobs.append(
-                        _logprobs_at(
-                            offset + place,
-                            count or 0,
-                            result.prompt_logprobs,
-                            result.prompt_top_token_ids,
-                            result.prompt_top_logprobs,
-                        )
+                        _logprobs_at(logprobs, offset + place, count or 0)
                     )
             offset += len(chunk.token_ids)
 
@@ -420,24 +417,11 @@ def _embeddings(step: ScheduledStep, result: StepResult) -> dict[int, bytes]:
     return {row: of_row.tobytes() for row, of_row in zip(rows, values, strict=True)}
 
 
-def _logprobs(request: Request, result: StepResult, index: int) -> tuple[TokenLogprobs, ...]:
-    count = request.sampling.logprobs
-    if count is None:
-        return ()
-    arrays = result.logprobs, result.top_token_ids, result.top_logprobs
-    return (_logprobs_at(index, count, *arrays),)
-
-
-def _logprobs_at(
-    index: int,
-    count: int,
-    logprobs: np.ndarray,
-    top_token_ids: np.ndarray,
-    top_logprobs: np.ndarray,
-) -> TokenLogprobs:
-    first = index * MAX_TOP_LOGPROBS
+def _logprobs_at(logprobs: StepLogprobs, index: int, num_top: int) -> TokenLogprobs:
+    top = slice(index * MAX_TOP_LOGPROBS, index * MAX_TOP_LOGPROBS + num_top)
     return TokenLogprobs(
-        logprob=float(logprobs[index]),
-        top_token_ids=tuple(top_token_ids[first : first + count].tolist()),
-        top_logprobs=tuple(top_logprobs[first : first + count].tolist()),
+        logprob=float(logprobs.logprobs[index]),
+        rank=int(logprobs.ranks[index]),
+        top_token_ids=tuple(logprobs.top_token_ids[top].tolist()),
+        top_logprobs=tuple(logprobs.top_logprobs[top].tolist()),
     )

@@ -244,6 +244,7 @@ def _score(choice: ChoiceRequest, token_id: int, num_top: int) -> TokenLogprobs:
     top = [token_id, *(other for other in range(60, 90) if other != token_id)][:num_top]
     return TokenLogprobs(
         logprob=-0.25,
+        rank=1,
         top_token_ids=tuple(top),
         top_logprobs=tuple(-0.25 - rank for rank in range(num_top)),
     )

@@ -37,13 +37,9 @@ class NullStep:
         time.sleep(self._device_s)
         if FAULTY_POSITION in self._plan.decode_positions:
             raise RuntimeError("the device caught fire")
-        nothing = np.zeros(0, np.int32)
         return StepResult(
             step=self._plan.step,
             token_ids=np.full(self._plan.num_rows, self._plan.step, np.int32),
-            logprobs=nothing.astype(np.float32),
-            top_token_ids=nothing,
-            top_logprobs=nothing.astype(np.float32),
         )
 
 

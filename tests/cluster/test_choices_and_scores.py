@@ -28,7 +28,7 @@ def scores(engine: FakeEngine) -> dict[str, float]:
     def score(choice: ChoiceRequest, token_id: int, num_top: int) -> TokenLogprobs:
         del token_id
         logprob = scores[engine.answer(choice)]
-        return TokenLogprobs(logprob=logprob, top_token_ids=(), top_logprobs=())
+        return TokenLogprobs(logprob=logprob, rank=1, top_token_ids=(), top_logprobs=())
 
     engine.score = score
     return scores
@@ -89,6 +89,7 @@ async def test_log_probabilities_of_a_prompt_come_as_vllm_gives_them(
         top = [*(other for other in (61, 63) if other != token_id), *own, 65, 67][:num_top]
         return TokenLogprobs(
             logprob=-3.0 if token_id in top else -9.0,
+            rank=top.index(token_id) + 1 if token_id in top else 1234,
             top_token_ids=tuple(top),
             top_logprobs=tuple(-1.0 - rank for rank in range(len(top))),
         )
@@ -99,15 +100,15 @@ async def test_log_probabilities_of_a_prompt_come_as_vllm_gives_them(
     completion = await client.post(COMPLETIONS, json={**body, "prompt": token_ids, "n": 2})
     choices = completion.raise_for_status().json()["choices"]
 
-    def entry(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
         text = engine._tokenizer.token_bytes(token_id).decode(errors="replace")
         return {"logprob": logprob, "rank": rank, "decoded_token": text}
 
     expected: list[Any] = [
         None,
-        {"80": entry(80, -9.0, None)},
-        {"61": entry(61, -9.0, None)},
-        {"81": entry(81, -9.0, None)},
+        {"80": entry(80, -9.0, 1234)},
+        {"61": entry(61, -9.0, 1234)},
+        {"81": entry(81, -9.0, 1234)},
     ]
     if num_top:
         likeliest = {"61": entry(61, -1.0, 1), "63": entry(63, -2.0, 2)}
@@ -115,12 +116,12 @@ async def test_log_probabilities_of_a_prompt_come_as_vllm_gives_them(
             None,
             {"80": entry(80, -3.0, 3), **likeliest},
             {
-                "61": entry(61, -9.0, None),
+                "61": entry(61, -9.0, 1234),
                 "63": entry(63, -1.0, 1),
                 "65": entry(65, -2.0, 2),
                 "67": entry(67, -3.0, 3),
             },
-            {"81": entry(81, -9.0, None), **likeliest, "65": entry(65, -3.0, 3)},
+            {"81": entry(81, -9.0, 1234), **likeliest, "65": entry(65, -3.0, 3)},
         ]
     assert [choice["prompt_logprobs"] for choice in choices] == [expected] * 2
     # The token itself comes first.

@@ -66,7 +66,7 @@ ANSWER = f"<think>\n{THOUGHTS}\n</think>\n\n{SAID}" + "".join(
     for arguments in ARGUMENTS
 )
 TIMEOUT_S = 20
-LOGPROBS = TokenLogprobs(logprob=-0.5, top_token_ids=(), top_logprobs=())
+LOGPROBS = TokenLogprobs(logprob=-0.5, rank=1, top_token_ids=(), top_logprobs=())
 _EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 

@@ -281,6 +281,34 @@ async def test_an_echoed_prompt_has_logprobs_too(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_is_scored_without_an_answer(
+    sdk: Client, engine: FakeEngine, stream: bool
+) -> None:
+    answer = await sdk.completions.create(
+        model=MODEL, prompt="The quick", echo=True, logprobs=1, max_tokens=0, stream=stream
+    )
+    chunks = [c async for c in answer] if isinstance(answer, openai.AsyncStream) else [answer]
+    choices = [chunk.choices[0] for chunk in chunks]
+    assert "".join(choice.text for choice in choices) == "The quick"
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["length"]
+    logprobs = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    assert "".join(token for each in logprobs for token in each.tokens or []) == "The quick"
+    num_prompt_tokens = len(engine.requests[-1].choices[0].prompt_token_ids)
+    scores = [score for each in logprobs for score in each.token_logprobs or []]
+    assert scores == [None, *[-0.25] * (num_prompt_tokens - 1)]
+    if not isinstance(answer, openai.AsyncStream):
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (
+            num_prompt_tokens,
+            0,
+        )
+    # What ends at once is not taken for an end.
+    engine.answer = lambda _: ""
+    empty = await sdk.completions.create(model=MODEL, prompt="The", max_tokens=0)
+    assert (empty.choices[0].text, empty.choices[0].finish_reason) == ("", "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_completion_logprobs_are_parallel_lists(sdk: Client, stream: bool) -> None:
     answer = await sdk.completions.create(model=MODEL, prompt="The", logprobs=2, stream=stream)
     tokens, offsets, tops = [], [], []

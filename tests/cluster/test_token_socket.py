@@ -116,7 +116,7 @@ async def test_one_message_carries_the_tokens_of_many_requests(receiver: TokenRe
 
 async def test_log_probabilities_arrive_as_they_were_sent(receiver: TokenReceiver):
     stream = receiver.open_stream("r", 0, [0])
-    logprobs = TokenLogprobs(logprob=-0.5, top_token_ids=(3, 1), top_logprobs=(-0.5, -2.25))
+    logprobs = TokenLogprobs(logprob=-0.5, rank=1, top_token_ids=(3, 1), top_logprobs=(-0.5, -2.25))
     sent = ChoiceTokens("r", 0, 0, 0, (3,), "stop", 3, 16, (logprobs,))
     with Leader(receiver) as leader:
         leader.sender.send([sent])
@@ -150,7 +150,8 @@ async def test_a_stream_that_lacks_tokens_fails_and_never_skips_them():
 def test_log_probabilities_of_tokens_that_were_received_before_are_dropped_with_them():
     stream = TokenStream([0])
     first, second, third = (
-        TokenLogprobs(logprob=-float(n), top_token_ids=(), top_logprobs=()) for n in range(3)
+        TokenLogprobs(logprob=-float(n), rank=1, top_token_ids=(), top_logprobs=())
+        for n in range(3)
     )
     stream.put(msgspec.structs.replace(tokens(0, 0, 5, 6), logprobs=(first, second)))
     stream.put(msgspec.structs.replace(tokens(0, 1, 6, 7), logprobs=(second, third)))

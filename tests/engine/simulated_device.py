@@ -122,16 +122,7 @@ class SimulatedDevice:
         for row, (token_id, last) in enumerate(zip(sampled, is_last, strict=True)):
             if last:
                 self._last_tokens[plan.slot_and_end(row)[0]] = token_id
-        empty = np.empty(0, np.float32)
-        future.set_result(
-            StepResult(
-                step=plan.step,
-                token_ids=np.array(sampled, np.int32),
-                logprobs=empty,
-                top_token_ids=np.empty(0, np.int32),
-                top_logprobs=empty,
-            )
-        )
+        future.set_result(StepResult(step=plan.step, token_ids=np.array(sampled, np.int32)))
 
     def _read(self, slot: int, stop: int) -> list[int]:
         size = self.limits.page_size

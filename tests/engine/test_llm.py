@@ -235,6 +235,7 @@ def test_prompt_logprobs_are_those_that_the_tokens_had_when_they_were_generated(
         latest = after.prompt_logprobs[-len(before.logprobs) :]
         for left, right in zip(before.logprobs, latest, strict=True):
             assert left.top_token_ids == right.top_token_ids
+            assert left.rank == right.rank == 1
             assert left.logprob == pytest.approx(right.logprob, abs=LOGPROB_TOLERANCE)
             assert left.top_logprobs == pytest.approx(right.top_logprobs, abs=LOGPROB_TOLERANCE)
 
@@ -246,6 +247,9 @@ def test_prompt_logprobs_of_the_reference_implementation():
         (got,) = llm.generate([golden["ids"]], params)
     likeliest = [one.top_token_ids[0] for one in got.prompt_logprobs]
     assert likeliest == golden["argmax"][:-1]
+    for one, token_id in zip(got.prompt_logprobs, golden["ids"][1:], strict=True):
+        assert (one.rank == 1) == (one.top_token_ids[0] == token_id)
+        assert 1 <= one.rank <= len(golden["logits_last"])
     logits_V = np.array(golden["logits_last"], np.float64)
     expected_V = logits_V - np.log(np.exp(logits_V).sum())
     (last,) = got.logprobs

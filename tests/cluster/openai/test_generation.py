@@ -99,7 +99,7 @@ def run(
 
 def delta_of(token_ids: Sequence[int], **fields: object) -> TokenDelta:
     logprobs = tuple(
-        TokenLogprobs(logprob=-float(token_id), top_token_ids=(), top_logprobs=())
+        TokenLogprobs(logprob=-float(token_id), rank=1, top_token_ids=(), top_logprobs=())
         for token_id in token_ids
     )
     return replace(TokenDelta(token_ids=tuple(token_ids), logprobs=logprobs), **fields)

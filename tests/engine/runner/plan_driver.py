@@ -155,12 +155,13 @@ class PlanDriver:
             if sequence.is_decoding:
                 sequence.tokens.append(int(result.token_ids[row]))
                 if has_logprobs:
+                    assert result.logprobs is not None
                     top = slice(row * 20, (row + 1) * 20)
                     sequence.results.append(
                         (
-                            float(result.logprobs[row]),
-                            result.top_token_ids[top],
-                            result.top_logprobs[top],
+                            float(result.logprobs.logprobs[row]),
+                            result.logprobs.top_token_ids[top],
+                            result.logprobs.top_logprobs[top],
                         )
                     )
         return result

@@ -239,6 +239,8 @@ def test_logprobs_are_of_the_models_own_distribution(vocab_size: int, likeliest:
         np.testing.assert_allclose(
             logprobs.logprobs[row], expected_RV[row, int(token_R[row])], atol=1e-5
         )
+        # The token is one of the likeliest three.
+        assert order[int(logprobs.ranks[row]) - 1] == int(token_R[row])
 
 
 @pytest.mark.parametrize("vocab_size", [40, 5003])
