@@ -6,6 +6,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.fleet_page import PUBLIC_PATHS
@@ -78,15 +79,25 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed for {request.url.path}.",
     }
     message = messages.get(error.status_code, error.detail)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods_of(request)))
     return _send_error(
         request,
         describe_status(
             error.status_code,
             message,
             code="unknown_url" if error.status_code == 404 else None,
-            headers=error.headers,
+            headers=headers,
         ),
     )
+
+
+def _methods_of(request: Request) -> set[str]:
+    """What a path may be asked with: Starlette looks at its first route only."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
+    return {method for route in matching for method in route.methods or ()}
 
 
 async def on_bad_parameter(request: Request, error: Exception) -> Response:

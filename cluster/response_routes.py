@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from cluster.openai.body import parse_body
 from cluster.openai.heading import make_request_id
 from cluster.openai.http import read_body
-from cluster.openai.openapi import body_reference
+from cluster.openai.openapi import EVENTS, body_reference
 from cluster.openai.responses_schema import (
     NO_EFFECT_ON_RESPONSES,
     UNSUPPORTED_FOR_RESPONSES,
@@ -31,6 +31,7 @@ def add_response_routes(app: FastAPI) -> None:
     @app.post(
         RESPONSES_PATH,
         response_model=ResponseObject,
+        responses=EVENTS,
         openapi_extra=body_reference(ResponseRequest),
     )
     async def create_response(request: Request) -> Response:
@@ -44,7 +45,7 @@ def add_response_routes(app: FastAPI) -> None:
         parts = responses_of(request).respond(body, response_id, caller_of(request))
         return answer_with(request, parts, response_id, is_stream=body.stream, end=b"")
 
-    @app.get(RESPONSES_PATH + "/{response_id}", response_model=ResponseObject)
+    @app.get(RESPONSES_PATH + "/{response_id}", response_model=ResponseObject, responses=EVENTS)
     async def retrieve_response(
         request: Request,
         response_id: str,

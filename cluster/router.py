@@ -17,7 +17,7 @@ from typing import Any
 import ray.util
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -39,7 +39,7 @@ from cluster.metrics import ROUTER_METRICS
 from cluster.openai.body import parse_body
 from cluster.openai.heading import make_request_id
 from cluster.openai.http import read_body
-from cluster.openai.openapi import body_reference, body_schemas, describe_app
+from cluster.openai.openapi import EVENTS, body_reference, body_schemas, describe_app
 from cluster.openai.schema import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -102,7 +102,7 @@ def create_app(service: OpenAIService) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_bad_parameter)
     app.add_exception_handler(Exception, on_fault)
     schemas = body_schemas()
-    app.openapi = lambda: describe_app(app, schemas)
+    app.openapi = lambda: describe_app(app, schemas, service.config.model_names)
     return app
 
 
@@ -110,6 +110,7 @@ def _add_routes(app: FastAPI) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
+        responses=EVENTS,
         openapi_extra=body_reference(ChatCompletionRequest),
     )
     async def create_chat_completion(request: Request) -> Response:
@@ -121,6 +122,7 @@ def _add_routes(app: FastAPI) -> None:
     @app.post(
         "/v1/completions",
         response_model=Completion,
+        responses=EVENTS,
         openapi_extra=body_reference(CompletionRequest),
     )
     async def create_completion(request: Request) -> Response:
@@ -141,7 +143,7 @@ def _add_routes(app: FastAPI) -> None:
         parts = service_of(request).embed(body, request_id, caller_of(request))
         return answer_with(request, parts, request_id, is_stream=False)
 
-    @app.get("/v1/streams/{request_id}")
+    @app.get("/v1/streams/{request_id}", responses=EVENTS)
     async def resume_stream(request: Request, request_id: str) -> Response:
         """The rest of an answer whose connection broke, from the event in Last-Event-ID on.
 
@@ -198,7 +200,7 @@ def _add_routes(app: FastAPI) -> None:
         """End a trace before its steps were taken; one that has ended is left alone."""
         return await service_of(request).profile(0)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         return Response(await service_of(request).exposition(), media_type=CONTENT_TYPE_LATEST)
 
@@ -300,6 +302,8 @@ class Router:
             await self._link.close()
             raise
         self._app = create_app(self.service)
+        # Half a second, for which no stream should stand still when somebody asks for it.
+        await asyncio.to_thread(self._app.openapi)
         self._tasks = WatchedTasks()
         labels = {"model_name": parsed.model_names[0], "router": router_id}
         metrics = RayMetrics(ROUTER_METRICS, labels)

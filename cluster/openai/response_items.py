@@ -183,7 +183,7 @@ def _read_item(index: int, item: Any) -> Any:
 InputItems = Annotated[
     list[InputItem],
     Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
-    BeforeValidator(_read_items),
+    BeforeValidator(_read_items, json_schema_input_type=str | list[InputItem]),
 ]
 
 

@@ -27,10 +27,17 @@ from engine.sharding import ResidualStream, make_mesh
 
 DATA = Path(__file__).parents[2] / "data"
 PAGE_SIZE = 16
+# Tokens; caches are multiples of it, so that a prompt is computed by one program whether or not an
+# answer follows.
+CACHE_STEP = 64
 
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _capacity(num_tokens: int) -> int:
+    return math.ceil(num_tokens / CACHE_STEP) * CACHE_STEP
 
 
 class LoadedModel:
@@ -126,7 +133,7 @@ class LoadedModel:
     def logits(self, token_ids: Sequence[int], padded_to: int | None = None) -> np.ndarray:
         """Return [len(token_ids), V], as for a prompt of that length."""
         alpha = self.config.rope_alpha(len(token_ids))
-        capacity = max(len(token_ids), padded_to or 0)
+        capacity = _capacity(max(len(token_ids), padded_to or 0))
         cache = self.make_cache(capacity)
         return self.prefill(token_ids, cache, alpha, capacity=capacity, padded_to=padded_to)[0]
 
@@ -144,7 +151,7 @@ class LoadedModel:
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """Decode through the cache, in a bucket of two rows of which one is padding."""
-        capacity = len(prompt) + num_tokens
+        capacity = _capacity(len(prompt) + num_tokens)
         alpha = self.config.rope_alpha(len(prompt))
         logits, cache = self.prefill(prompt, self.make_cache(capacity), alpha, capacity=capacity)
         tokens = [int(logits[-1].argmax())]

@@ -103,7 +103,9 @@ def test_variations_of_the_configuration_equal_transformers(name: str, tmp_path:
     assert max_difference(unchanged[-1], reference["logits_last"]) > 0.01
 
 
-@pytest.mark.parametrize("tp_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "tp_size", [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(
     "name", ["tiny-qwen1", "tiny-qwen2-tied", "tiny-qwen3", "tiny-qwen2-moe", "tiny-qwen3-moe"]
 )
@@ -114,7 +116,9 @@ def test_sharded_model_gives_the_tokens_of_one_device(name: str, tp_size: int) -
     assert sharded.greedy(ids, 12) == alone.greedy(ids, 12)
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-qwen2-moe"])
+@pytest.mark.parametrize(
+    "name", ["tiny-qwen3", pytest.param("tiny-qwen2-moe", marks=pytest.mark.long)]
+)
 def test_hidden_states_shared_out_over_tokens_give_the_tokens_of_one_device(name: str) -> None:
     ids = read_json(DATA / name / "golden.json")["ids"][:32]
     alone = tiny_model(name)
@@ -127,7 +131,14 @@ def test_hidden_states_shared_out_over_tokens_give_the_tokens_of_one_device(name
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "tp_size"),
-    [(9, 3, 2), (9, 3, 3), (9, 3, 4), (14, 2, 8), (6, 1, 4), (28, 4, 8)],
+    [
+        (9, 3, 2),
+        pytest.param(9, 3, 3, marks=pytest.mark.long),
+        (9, 3, 4),
+        pytest.param(14, 2, 8, marks=pytest.mark.long),
+        pytest.param(6, 1, 4, marks=pytest.mark.long),
+        pytest.param(28, 4, 8, marks=pytest.mark.long),
+    ],
 )
 def test_uneven_heads_give_the_tokens_of_one_device(
     num_heads: int, num_kv_heads: int, tp_size: int

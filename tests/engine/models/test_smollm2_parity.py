@@ -23,7 +23,7 @@ def forced_logprobs(model: LoadedModel, item: dict) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(logits, axis=-1))
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", [1, pytest.param(2, marks=pytest.mark.long), 4])
 def test_all_ten_prompts_give_the_golden_tokens_in_float32(
     demo_checkpoint: Path, tp_size: int
 ) -> None:

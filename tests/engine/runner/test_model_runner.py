@@ -218,7 +218,7 @@ def test_bfloat16_tokens_and_logprobs_do_not_depend_on_the_batch_or_the_chunks()
             np.testing.assert_array_equal(mine[2], theirs[2])
 
 
-@pytest.mark.parametrize("tp_size", [2, 3])
+@pytest.mark.parametrize("tp_size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_several_devices_give_the_same_tokens(tp_size):
     config = {"model_path": str(DATA / "tiny-qwen2"), "max_running_requests": 2}
     runner, limits = start_runner(**config, tp_size=tp_size, context_length=64)
