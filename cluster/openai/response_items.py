@@ -67,45 +67,30 @@ def _parts(kind: str, texts: list[str]) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for text in texts]
 
 
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
+def _content_schema(kinds: Mapping[str, str]) -> WithJsonSchema:
+    parts = [
         {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "type": {"enum": ["input_text", "output_text"]},
-                    "text": {"type": "string"},
-                },
-                "required": ["type", "text"],
-            },
-        },
+            "type": "object",
+            "properties": {"type": {"const": kind}, field: {"type": "string"}},
+            "required": ["type", field],
+        }
+        for kind, field in kinds.items()
     ]
-}
+    texts = {"type": "array", "items": {"anyOf": parts}}
+    return WithJsonSchema({"anyOf": [{"type": "string"}, texts]})
+
+
 Texts = Annotated[
     list[StrictStr],
     BeforeValidator(_read_texts),
     PlainSerializer(partial(_parts, "input_text")),
-    WithJsonSchema(_CONTENT_SCHEMA),
+    _content_schema(_TEXT_PARTS),
 ]
 Thoughts = Annotated[
     list[StrictStr],
     BeforeValidator(_read_thoughts),
     PlainSerializer(partial(_parts, "reasoning_text")),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "type": {"const": "reasoning_text"},
-                    "text": {"type": "string"},
-                },
-                "required": ["type", "text"],
-            },
-        }
-    ),
+    _content_schema(_THOUGHT_PARTS),
 ]
 
 

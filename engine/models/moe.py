@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from engine.kernels.grouped_product import grouped_products
 from engine.kernels.packed_weight import PackedWeight, products
+from engine.kernels.token_experts import likeliest_experts, running_counts, sum_of_experts
 from engine.models.layers import Build, GatedMLP, StepContext, parameter, weight_scale
 from engine.models.names import CheckpointTensor
 from engine.models.quantization import quantize_rows
@@ -86,6 +87,7 @@ class SparseMLP(nnx.Module):
         self.shared_expert_gate = RoutingMap(build, "shared_gate") if has_shared else None
         self._config = config
         self._residual = build.residual
+        self._platform = build.mesh.devices.flat[0].platform
 
     def __call__(self, x_TD: jax.Array, step: StepContext) -> jax.Array:
         with jax.named_scope("route"):
@@ -105,7 +107,9 @@ class SparseMLP(nnx.Module):
         Padding's number is that of an expert behind the last one.
         """
         probabilities_TE = jax.nn.softmax(self.gate(x_TD), axis=-1)
-        weight_TX, expert_TX = jax.lax.top_k(probabilities_TE, self._config.experts_per_token)
+        weight_TX, expert_TX = likeliest_experts(
+            probabilities_TE, self._config.experts_per_token, platform=self._platform
+        )
         if self._config.has_normed_weights:
             weight_TX = weight_TX / jnp.sum(weight_TX, axis=-1, keepdims=True)
         return weight_TX, jnp.where(is_real_T[:, None], expert_TX, self._config.num_experts)
@@ -117,13 +121,12 @@ class SparseMLP(nnx.Module):
         mesh, num_experts = self._residual.mesh, self._config.num_experts
         out_spec = self._residual.sharding(len(x_TD)).spec
         linears = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
-        platform = mesh.devices.flat[0].platform
 
         def run_part(
             x_TD: jax.Array, weight_TX: jax.Array, expert_TX: jax.Array, *arrays: _Arrays
         ) -> jax.Array:
-            pairs = sort_pairs(expert_TX, num_experts)
-            part = _ExpertsPart(pairs, x_TD.dtype, platform, mesh.size)
+            pairs = sort_pairs(expert_TX, num_experts, platform=self._platform)
+            part = _ExpertsPart(pairs, x_TD.dtype, self._platform, mesh.size)
             out_TD = part.weighted_sum(x_TD, weight_TX, *arrays)
             if out_spec[0] is None:
                 return jax.lax.psum(out_TD, TENSOR_AXIS)
@@ -170,22 +173,37 @@ class Pairs:
         return jnp.sum(ends_E[None, :] <= place_P[:, None], axis=1, dtype=jnp.int32)
 
 
-def sort_pairs(expert_TX: jax.Array, num_experts: int) -> Pairs:
+def sort_pairs(expert_TX: jax.Array, num_experts: int, *, platform: str) -> Pairs:
     """Sort tokens' experts, each expert's by token.
 
-    By counting, because over a sort the TPU's compiler takes ten seconds, and there is one a layer.
+    By counting, because over a sort the TPU's compiler takes ten seconds, and there is one a layer;
+    and one choice after the other, over which it takes a tenth of what it does over all at once.
 
     Args:
         expert_TX: int32, of a token all different; `num_experts` for each of a padding token's.
         num_experts: In all.
+        platform: Of the device.
     """
     num_tokens, num_chosen = expert_TX.shape
-    is_chosen_TXE = expert_TX[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]
-    chosen_TE = jnp.any(is_chosen_TXE, axis=1).astype(jnp.int32)
-    up_to_TE = jnp.cumsum(chosen_TE, axis=0)
+    expert_TE = jax.lax.broadcasted_iota(jnp.int32, (num_tokens, num_experts), 1)
+    number_TX = jax.lax.broadcasted_iota(jnp.int32, expert_TX.shape, 1)
+
+    def is_choice(number: jax.Array) -> jax.Array:
+        return expert_TE == jax.lax.dynamic_slice_in_dim(expert_TX, number, 1, axis=1)
+
+    def choose(number: jax.Array, chosen_TE: jax.Array) -> jax.Array:
+        return chosen_TE + is_choice(number)
+
+    chosen_TE = jax.lax.fori_loop(0, num_chosen, choose, jnp.zeros_like(expert_TE))
+    up_to_TE = running_counts(chosen_TE, platform=platform)
     starts = jnp.pad(jnp.cumsum(up_to_TE[-1]), (1, 0))
     place_TE = starts[None, :-1] + up_to_TE - chosen_TE
-    place_TX = jnp.sum(jnp.where(is_chosen_TXE, place_TE[:, None, :], 0), axis=2)
+
+    def find_place(number: jax.Array, place_TX: jax.Array) -> jax.Array:
+        place_T1 = jnp.sum(jnp.where(is_choice(number), place_TE, 0), axis=1, keepdims=True)
+        return jnp.where(number_TX == number, place_T1, place_TX)
+
+    place_TX = jax.lax.fori_loop(0, num_chosen, find_place, jnp.zeros_like(expert_TX))
     is_real_T = expert_TX[:, 0] < num_experts
     # Padding's pairs have no place, and are dropped.
     to_TX = jnp.where(is_real_T[:, None], place_TX, num_tokens * num_chosen)
@@ -222,8 +240,7 @@ class _ExpertsPart:
             # A row's inputs of the last map lie on all devices, and have one scale.
             hidden, scale_P = quantize_rows(hidden, axis_name=TENSOR_AXIS)
         (out_PD,) = self._map(hidden, scale_P, down)
-        out_TXD = out_PD[pairs.place_TX].astype(jnp.float32)
-        out_TD = jnp.sum(out_TXD * weight_TX[:, :, None], axis=1)
+        out_TD = sum_of_experts(out_PD, pairs.place_TX, weight_TX, platform=self.platform)
         # Of padding nothing was computed, and anything may stand there.
         return jnp.where(pairs.is_real_T[:, None], out_TD, 0).astype(self.dtype)
 

@@ -25,7 +25,7 @@ PROMPT = list(range(3, 35))
 
 def test_pairs_are_sorted_by_expert_and_padding_has_none() -> None:
     # The example of `Pairs`.
-    pairs = sort_pairs(jnp.array([[2, 0], [0, 1], [3, 3]], jnp.int32), 3)
+    pairs = sort_pairs(jnp.array([[2, 0], [0, 1], [3, 3]], jnp.int32), 3, platform="cpu")
     assert pairs.token_P[:4].tolist() == [0, 1, 1, 0]
     assert pairs.expert_of_pair[:4].tolist() == [0, 0, 1, 2]
     assert pairs.starts.tolist() == [0, 2, 3, 4]
@@ -33,12 +33,13 @@ def test_pairs_are_sorted_by_expert_and_padding_has_none() -> None:
     assert pairs.is_real_T.tolist() == [True, True, False]
 
 
-def test_every_pair_is_found_where_it_was_put() -> None:
-    num_experts = 7
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_every_pair_is_found_where_it_was_put(platform: str) -> None:
+    num_experts, num_tokens = 7, 256
     generator = np.random.default_rng(0)
-    expert_TX = np.stack([generator.permutation(num_experts)[:3] for _ in range(50)])
-    expert_TX[generator.integers(0, 50, 9)] = num_experts
-    pairs = sort_pairs(jnp.asarray(expert_TX, jnp.int32), num_experts)
+    expert_TX = np.stack([generator.permutation(num_experts)[:3] for _ in range(num_tokens)])
+    expert_TX[generator.integers(0, num_tokens, 9)] = num_experts
+    pairs = sort_pairs(jnp.asarray(expert_TX, jnp.int32), num_experts, platform=platform)
     starts, token_P = np.asarray(pairs.starts), np.asarray(pairs.token_P)
     found = []
     for token, (experts, places) in enumerate(zip(expert_TX, pairs.place_TX, strict=True)):
