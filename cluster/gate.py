@@ -40,12 +40,12 @@ class Gate:
         if scope["type"] == "http" and (path := _path(scope)) not in _NO_KEY_NEEDED:
             request = Request(scope)
             try:
-                service = service_of(request)
-                request.state.tenant = service.check_key(
+                entrance = service_of(request).entrance
+                request.state.tenant = entrance.check_key(
                     request.headers.get("authorization"), is_admin_needed=path in _FOR_ADMINS
                 )
                 if path in _FOR_THE_ENGINE and request.method == "POST":
-                    service.check_room()
+                    entrance.check_room()
             except QwenOnRayError as error:
                 await _send_error(request, describe_error(error))(scope, receive, send)
                 return

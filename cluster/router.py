@@ -320,7 +320,7 @@ class Router:
 
     async def _change(self, config: EngineConfig) -> None:
         keys = await asyncio.to_thread(ApiKeys.of, config.api_key_file)
-        self.service.change(config, keys)
+        self.service.entrance.change(config, keys)
 
     async def check_health(self) -> None:
         """Serve's question, asked every few seconds; it replaces a replica that raises.

@@ -3,17 +3,16 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import msgspec
 
-from cluster.admission import Admission, Ticket
-from cluster.api_keys import ApiKeys, KeyUse, KeyUses
+from cluster.entrance import Entrance, Entry
 from cluster.exposition import Exposition
 from cluster.fleet_page import FleetState, describe_fleet
 from cluster.openai.answer_form import AnswerForm
@@ -70,19 +69,6 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A request that was let in.
-
-    Attributes:
-        arrival_s: By the monotonic clock.
-    """
-
-    ticket: Ticket
-    key_use: KeyUse
-    arrival_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class Recalled:
     """A request that was begun elsewhere, as far as it has come.
 
@@ -103,6 +89,10 @@ class OpenAIService:
     Args:
         template: None for a model that knows no conversations.
         router_id: Tells this router's metrics from those of others.
+
+    Attributes:
+        engine: The way to the engine.
+        entrance: What lets requests in.
     """
 
     def __init__(
@@ -124,9 +114,7 @@ class OpenAIService:
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         )
-        self._keys = ApiKeys.of(config.api_key_file)
-        self._key_uses = KeyUses(self._keys)
-        self._admission = Admission(config.max_queued_requests, config.max_queued_tokens)
+        self.entrance = Entrance(config)
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._started_at = int(time.time())
 
@@ -137,20 +125,6 @@ class OpenAIService:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def change(self, config: EngineConfig, keys: ApiKeys) -> None:
-        """Go by other limits and keys from the next request on; those that run are left alone."""
-        self._keys = keys
-        self._key_uses.change(keys)
-        self._admission.limit(config.max_queued_requests, config.max_queued_tokens)
-
-    def check_key(self, authorization: str | None, *, is_admin_needed: bool) -> bytes:
-        """Check a request's Authorization header, and say whose it is; see `ApiKeys.check`."""
-        return self._keys.check(authorization, is_admin_needed=is_admin_needed)
-
-    def check_room(self) -> None:
-        """Raise EngineBusyError if a request would be refused whatever it asks for."""
-        self._admission.check()
 
     async def chat(
         self,
@@ -171,7 +145,7 @@ class OpenAIService:
             RequestError, EngineError: Before the first part, or amid a stream.
         """
         self._check_model(body.model)
-        with self._entered(body, 1, caller) as entry:
+        with self.entrance.enter(body, 1, caller) as entry:
             info = await self._ready_info()
             prompt = await self.in_thread(partial(self._text.encode_chat, body))
             self._stats.special_tokens_in_messages_total += prompt.has_special_tokens
@@ -193,7 +167,7 @@ class OpenAIService:
     ) -> AsyncGenerator[bytes, None]:
         """Answer a completion request, as `chat` does."""
         self._check_model(body.model)
-        with self._entered(body, len(body.prompt), caller) as entry:
+        with self.entrance.enter(body, len(body.prompt), caller) as entry:
             info = await self._ready_info()
             prompts = await self._encode_prompts(body.prompt, info, param="prompt")
             grammar = await self.in_thread(partial(self._text.grammar, body))
@@ -210,7 +184,7 @@ class OpenAIService:
         """Answer an embedding request: the whole object; raises as `chat`."""
         self._check_model(body.model)
         completion = as_completion(body)
-        with self._entered(completion, len(body.input), caller, param="input") as entry:
+        with self.entrance.enter(completion, len(body.input), caller, param="input") as entry:
             info = await self._ready_info()
             prompts = await self._encode_prompts(body.input, info, param="input")
             heading = make_heading(request_id, body.model, info.fingerprint)
@@ -259,7 +233,7 @@ class OpenAIService:
         """Go on with an answer, as `chat` would have done: what the client has is left out."""
         request = recalled.resumption.record.request
         num_prompts = len(request.choices) // num_samples(recalled.body)
-        with self._entered(recalled.body, num_prompts, caller) as entry:
+        with self.entrance.enter(recalled.body, num_prompts, caller) as entry:
             entry.ticket.add_tokens(sum(len(each.prompt_token_ids) for each in request.choices))
             answer = self._answer(
                 recalled.body, recalled.heading, request, entry, recalled.resumption, response
@@ -377,7 +351,7 @@ class OpenAIService:
         """
         if model is not None:
             self._check_model(model)
-        with self._key_uses.enter(caller.tenant), self._admission.admit(1):
+        with self.entrance.enter_briefly(caller):
             return await self.in_thread(partial(work, self._text))
 
     async def models(self) -> ModelList:
@@ -420,46 +394,6 @@ class OpenAIService:
         if name not in names:
             known = " or ".join(names)
             raise ModelNotFoundError(f"The model {name[:200]!r} does not exist; here is {known}.")
-
-    @contextmanager
-    def _entered(
-        self,
-        body: ChatCompletionRequest | CompletionRequest,
-        num_prompts: int,
-        caller: Caller,
-        *,
-        param: str = "prompt",
-    ) -> Iterator[Entry]:
-        """Count a request of a key in the waiting room while it is under way.
-
-        Args:
-            body: The request.
-            num_prompts: Each has as many choices as the request says.
-            caller: Who sends it.
-            param: Where it has its prompts.
-
-        Raises:
-            RequestError, EngineBusyError: It may not, or not yet.
-        """
-        with (
-            self._key_uses.enter(caller.tenant) as key_use,
-            self._admit(body, num_prompts, param) as ticket,
-        ):
-            yield Entry(ticket, key_use, time.monotonic())
-
-    def _admit(
-        self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int, param: str
-    ) -> Ticket:
-        if body.stream_options is not None and not body.stream:
-            raise RequestError("stream_options needs stream: true.", param="stream_options")
-        num_choices = num_prompts * num_samples(body)
-        if num_choices > self._admission.max_waiting:
-            raise RequestError(
-                f"The request asks for {num_choices} choices; at most "
-                f"{self._admission.max_waiting} may wait here. Send fewer prompts at a time.",
-                param="n" if num_prompts == 1 else param,
-            )
-        return self._admission.admit(num_choices)
 
     async def _ready_info(self) -> EngineInfo:
         info = await self.engine.engine_info()
@@ -559,7 +493,7 @@ class OpenAIService:
 
     def stats(self) -> RouterStats:
         """What this router has counted, and how it is."""
-        self._stats.num_waiting = self._admission.num_waiting
+        self._stats.num_waiting = self.entrance.num_waiting
         return self._stats
 
     async def fleet(self) -> FleetState:
