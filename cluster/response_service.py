@@ -76,8 +76,6 @@ class ResponseService:
         async with aclosing(parts):
             async for part in parts:
                 yield part
-                if body.background and not body.stream:
-                    return
 
     async def resume(self, recalled: Recalled, caller: Caller) -> AsyncGenerator[bytes, None]:
         """Go on with a response, as `respond` would have done: what the client has is left out."""
@@ -241,8 +239,11 @@ class ResponseService:
     def _detached(
         self, parts: AsyncGenerator[bytes, None], answer: ResponseAnswer
     ) -> AsyncGenerator[bytes, None]:
-        """The same parts; if it is to run in the background, it does so without their reader."""
-        return self._runs.start(parts, answer.renew) if answer.call.body.background else parts
+        """The same parts, or the first one, if it is to run in the background to its end."""
+        if not answer.call.body.background:
+            return parts
+        reader = self._runs.start(parts, answer.renew)
+        return reader if answer.is_stream else _first_of(reader)
 
     async def _take_over(
         self, response_id: str, stored: StoredResponse, caller: Caller
@@ -305,6 +306,11 @@ class ResponseService:
         content = await self._service.in_thread(stored.encode)
         store = self._service.engine.responses.store
         return await store(response_id, caller.tenant, content, is_ended=is_ended)
+
+
+async def _first_of(parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(parts):
+        yield await anext(parts)
 
 
 def _not_found(response_id: str) -> ResponseNotFoundError:

@@ -67,7 +67,7 @@ async def events_of(client: AsyncOpenAI, response_id: str, **fields: Any) -> lis
 
 
 async def test_a_response_is_answered_at_once_and_ends_by_itself(
-    sdk: AsyncOpenAI, other: AsyncOpenAI, engine: FakeEngine
+    sdk: AsyncOpenAI, other: AsyncOpenAI, engine: FakeEngine, url: str
 ) -> None:
     engine.steps = asyncio.Semaphore(0)
     response = await sdk.responses.create(**ASKED)
@@ -77,12 +77,18 @@ async def test_a_response_is_answered_at_once_and_ends_by_itself(
     with pytest.raises(openai.BadRequestError) as refused:
         await sdk.responses.create(model=MODEL, input="Go on", previous_response_id=response.id)
     assert refused.value.param == "previous_response_id"
+    # Where its events would be, if it had some.
+    async with asyncio.timeout(TIMEOUT_S):
+        async with httpx.AsyncClient(base_url=url) as plain:
+            here = await plain.get(f"/v1/streams/{response.id}")
+    assert here.json()["status"] == "queued"
     let_run(engine)
     response = await ended(other, response.id)
     assert (response.status, response.output_text) == ("completed", "Once upon a time")
     assert response.usage is not None
     assert response.usage.output_tokens > 0
-    assert engine.closed_early == []
+    # By asking where its events would be it went on in another run.
+    assert engine.closed_early == [response.id]
     follow = await other.responses.create(
         model=MODEL, input="Go on", previous_response_id=response.id
     )
