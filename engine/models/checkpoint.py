@@ -21,7 +21,12 @@ from engine.errors import CheckpointError
 from engine.kernels.host_arrays import aligned_zeros, from_device_arrays
 from engine.models.config import ModelConfig
 from engine.models.names import CheckpointTensor
-from engine.models.quantization import Quantization, is_quantized, quantize_weight
+from engine.models.quantization import (
+    Quantization,
+    is_quantized,
+    quantize_weight,
+    quantized_shapes,
+)
 from engine.models.registry import (
     MODEL_FILES,
     ParameterSpec,
@@ -32,7 +37,7 @@ from engine.models.registry import (
 from engine.models.safetensors_files import StoredTensor, find_tensors
 from engine.sharding import ShardLayout, named_sharding
 
-__all__ = ["OnBytes", "dummy_weights", "load_weights"]
+__all__ = ["OnBytes", "dummy_weights", "load_weights", "weight_shapes"]
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, from any thread, one call at a time."""
@@ -111,7 +116,7 @@ def load_weights(
     params: Params = {}
     with ThreadPoolExecutor(_NUM_READERS, "weights") as pool:
         for parameter, array in zip(parameters, pool.map(load, parameters), strict=True):
-            _put(params, parameter, array, quantization)
+            _put_weight(params, parameter, array, quantization)
     return _with_layer_list(params)
 
 
@@ -145,7 +150,25 @@ def dummy_weights(
                 sharding=sharding,
                 dtype=jnp.dtype(dtype),
             )
-        _put(params, parameter, array, quantization)
+        _put_weight(params, parameter, array, quantization)
+    return _with_layer_list(params)
+
+
+def weight_shapes(
+    model_config: ModelConfig,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    *,
+    quantization: Quantization = "none",
+) -> Params:
+    """Shapes, dtypes and shardings of what `load_weights` gives."""
+    params: Params = {}
+    for parameter in _parameters(model_config, mesh, dtype):
+        shape, sharding = parameter.spec.shape, parameter.sharding
+        if _becomes_integers(parameter, quantization):
+            _put(params, parameter, *quantized_shapes(shape, sharding))
+        else:
+            _put(params, parameter, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
     return _with_layer_list(params)
 
 
@@ -192,15 +215,26 @@ def _flatten(specs: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any
         yield from _flatten(value, (*path, key))
 
 
-def _put(
+def _becomes_integers(parameter: _Parameter, quantization: Quantization) -> bool:
+    return quantization == "int8" and is_quantized(parameter.spec.axes)
+
+
+def _put_weight(
     params: Params, parameter: _Parameter, array: jax.Array, quantization: Quantization
 ) -> None:
+    if _becomes_integers(parameter, quantization):
+        _put(params, parameter, *quantize_weight(array))
+    else:
+        _put(params, parameter, array)
+
+
+def _put(params: Params, parameter: _Parameter, weight: Any, scale: Any = None) -> None:
     path: tuple[Any, ...] = parameter.path
     for key in path[:-1]:
         params = params.setdefault(key, {})
-    if quantization == "int8" and is_quantized(parameter.spec.axes):
-        array, params["scale"] = quantize_weight(array)
-    params[path[-1]] = array
+    params[path[-1]] = weight
+    if scale is not None:
+        params["scale"] = scale
 
 
 def _with_layer_list(params: Params) -> Params:

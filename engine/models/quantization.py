@@ -56,8 +56,22 @@ def quantize_weight(weight_FD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     sharding = weight_FD.sharding
     assert isinstance(sharding, NamedSharding)
-    row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: weight_FD.ndim - 1]))
-    return _quantize_sharded(weight_FD, (sharding, row_sharding))
+    return _quantize_sharded(weight_FD, (sharding, _row_sharding(sharding, weight_FD.ndim)))
+
+
+def quantized_shapes(
+    shape: tuple[int, ...], sharding: NamedSharding
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """What `quantize_weight` makes of a weight of that shape."""
+    row_sharding = _row_sharding(sharding, len(shape))
+    return (
+        jax.ShapeDtypeStruct(shape, jnp.int8, sharding=sharding),
+        jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=row_sharding),
+    )
+
+
+def _row_sharding(sharding: NamedSharding, num_axes: int) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: num_axes - 1]))
 
 
 @partial(jax.jit, static_argnames="shardings")

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kernels.attention import Cache, make_attention
+from engine.models.checkpoint import weight_shapes
 from engine.models.config import ModelConfig
-from engine.models.registry import ParameterSpec, make_model, parameter_specs
+from engine.models.registry import make_model
 from engine.runner.batch import BatchBuilder, padding_plan
 from engine.runner.compilation import Program
 from engine.runner.kv_cache import MemoryUse, bytes_per_device, num_pages, temporary_bytes
@@ -30,7 +31,7 @@ from engine.runner.slot_state import (
 )
 from engine.runner.step_program import make_masked_sampling, make_step
 from engine.scheduling.buckets import bucket_table
-from engine.sharding import ResidualStream, named_sharding
+from engine.sharding import ResidualStream
 from engine.step import Bucket
 
 ADMISSION = "admission"
@@ -163,13 +164,8 @@ class EnginePrograms:
 
     def param_shapes(self) -> Any:
         """Parameters as a checkpoint's loader lays them out."""
-        specs = parameter_specs(self._model_config, self._mesh, self.dtype)
-        return jax.tree.map(
-            lambda spec: jax.ShapeDtypeStruct(
-                spec.shape, self.dtype, sharding=named_sharding(self._mesh, spec.axes)
-            ),
-            specs,
-            is_leaf=lambda leaf: isinstance(leaf, ParameterSpec),
+        return weight_shapes(
+            self._model_config, self._mesh, self.dtype, quantization=self._config.quantization
         )
 
     def cache_shapes(self, num_pages: int) -> Cache:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from model_harness import DATA, LoadedModel, read_json
 
+from engine.models.checkpoint import dummy_weights, weight_shapes
+from engine.models.config import load_model_config
 from engine.models.layer_stack import LayerStack, lay_out_for_cpu
-from engine.models.quantization import dequantize, quantize_rows, quantized_product
+from engine.models.quantization import Quantization, dequantize, quantize_rows, quantized_product
 from engine.sharding import make_mesh
 
 ITEMS = read_json(DATA / "smollm2_golden.json")["items"]
@@ -81,3 +83,15 @@ def test_the_demo_model_stays_close_to_float32(demo_checkpoint: Path):
     assert median < 0.3
     assert p99 < 2.5
     assert num_same > 0.85 * num_tokens
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen2-moe"])
+def test_shapes_are_told_without_a_weight(name: str, quantization: Quantization) -> None:
+    config, mesh = load_model_config(DATA / name), make_mesh(2, jax.devices()[:2])
+    weights = dummy_weights(config, mesh, "bfloat16", 0, quantization=quantization)
+    told = weight_shapes(config, mesh, "bfloat16", quantization=quantization)
+    assert jax.tree.structure(told) == jax.tree.structure(weights)
+    for shape, weight in zip(jax.tree.leaves(told), jax.tree.leaves(weights), strict=True):
+        assert (shape.shape, shape.dtype) == (weight.shape, weight.dtype)
+        assert shape.sharding.is_equivalent_to(weight.sharding, weight.ndim)
