@@ -98,19 +98,34 @@ def test_steps_compile_with_our_kernels_and_update_the_cache_in_place(
         assert program.temporary_bytes < cache_bytes / 2
 
 
-def test_experts_are_multiplied_where_they_lie(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "Qwen3MoeForCausalLM", "v6e:2x2")
+@pytest.mark.parametrize(
+    ("quantization", "expert_bytes"),
+    [
+        ("none", EXPERT_BYTES),
+        # And a scale of four bytes for each output: those of the last map are on every chip.
+        pytest.param(
+            "int8",
+            EXPERT_BYTES // 2 + 2 * 64 * 4 * (2 * 768 // 4 + 512),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_experts_are_multiplied_where_they_lie(
+    tmp_path: Path, quantization: str, expert_bytes: int
+) -> None:
+    config = make_config(tmp_path, "Qwen3MoeForCausalLM", "v6e:2x2", quantization=quantization)
     engine, (decode, mixed) = compile_some(
         config, Slice.parse("v6e:2x2"), [Bucket(16), Bucket(16, 128, 8)]
     )
-    assert engine.expert_bytes == EXPERT_BYTES
+    assert engine.expert_bytes == expert_bytes
     # Beside those of attention three a layer.
     assert decode.num_kernels == 2 + 6
     assert mixed.num_kernels == 4 + 6
     # No copy of one of a layer's three weights.
-    assert decode.temporary_bytes < EXPERT_BYTES / 6
-    # Two sums a layer and the sampler's, none for each expert.
-    assert decode.collectives["all-reduce"] < 2 * 2 + 8
+    assert decode.temporary_bytes < expert_bytes / 6
+    # Two sums a layer and the sampler's, none for each expert; and a layer's three scales that all
+    # chips agree on, where there are some.
+    assert decode.collectives["all-reduce"] < 2 * 2 + 8 + (3 * 2 if quantization == "int8" else 0)
 
 
 def test_too_little_memory_is_said_in_a_sentence_with_the_flag(tmp_path: Path) -> None:
