@@ -66,6 +66,8 @@ CLIENTS = (
     Client("qwen-agent", ["qwen-agent==0.0.34", "numpy", "tqdm", "soundfile", "python-dateutil"]),
     Client("lm-eval", ["lm-eval[api]==0.4.13", "transformers==5.23.0"]),
     Client("evalscope", ["evalscope[perf]==1.14.1"]),
+    # The last whose --eval-type has the guide's word, service.
+    Client("evalscope-service", ["evalscope==0.17.1"]),
     Client("aiperf", ["aiperf==0.13.0"]),
     Client("guidellm", ["guidellm==0.8.1"]),
 )

@@ -15,3 +15,11 @@ def write_problems(path: Path, numbers: range) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_gsm8k(folder: Path, num_problems: int) -> Path:
+    """Make a folder with gsm8k's two files: eight worked examples, and problems to solve."""
+    folder.mkdir()
+    write_problems(folder / "train.jsonl", range(2, 10))
+    write_problems(folder / "test.jsonl", range(10, 10 + num_problems))
+    return folder.resolve()

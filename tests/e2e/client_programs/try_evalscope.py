@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from checks import Checks, Server
-from problems import write_problems
+from problems import write_gsm8k
 
 check = Checks()
 LIMIT = 4
@@ -21,10 +21,7 @@ def run(*words: str) -> str:
 
 @check
 def gsm8k_is_evaluated_by_the_guides_command(server: Server) -> None:
-    folder = Path("gsm8k").resolve()
-    folder.mkdir()
-    write_problems(folder / "train.jsonl", range(2, 10))
-    write_problems(folder / "test.jsonl", range(10, 10 + LIMIT))
+    folder = write_gsm8k(Path("gsm8k"), LIMIT)
     arguments = {"gsm8k": {"local_path": str(folder), "subset_list": ["default"]}}
     run(
         *("eval", "--model", server.model, "--api-url", f"{server.url}/chat/completions"),
