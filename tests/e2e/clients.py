@@ -239,7 +239,7 @@ def install(client: Client, environment: Path) -> Path:
 
 def print_outcome(outcome: Outcome) -> None:
     num_good = len(outcome.checks) - len(outcome.failed)
-    print(f"{outcome.name:<12} {num_good} of {len(outcome.checks)} checks", flush=True)
+    print(f"{outcome.name:<17} {num_good} of {len(outcome.checks)} checks", flush=True)
     if outcome.error:
         print(f"  {outcome.error}")
     for check in outcome.failed:

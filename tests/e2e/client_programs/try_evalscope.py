@@ -20,7 +20,7 @@ def run(*words: str) -> str:
 
 
 @check
-def gsm8k_is_evaluated_by_the_guides_command(server: Server) -> None:
+def gsm8k_is_evaluated_by_all_its_problems(server: Server) -> None:
     folder = write_gsm8k(Path("gsm8k"), LIMIT)
     arguments = {"gsm8k": {"local_path": str(folder), "subset_list": ["default"]}}
     run(
@@ -29,9 +29,13 @@ def gsm8k_is_evaluated_by_the_guides_command(server: Server) -> None:
         *("--eval-batch-size", "8", "--limit", str(LIMIT), "--work-dir", "outputs"),
         *("--dataset-args", json.dumps(arguments), "--generation-config", '{"max_tokens": 200}'),
     )
-    (_report,) = Path("outputs").rglob("gsm8k.json")
+    assert list(Path("outputs").rglob("reports/**/gsm8k.json"))
     (predictions,) = Path("outputs").rglob("predictions/**/*.jsonl")
-    assert len(predictions.read_text().splitlines()) == LIMIT
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert {line["index"] for line in lines} == set(range(LIMIT))
+    for output in (line["model_output"] for line in lines):
+        assert output["error"] is None
+        assert output["choices"][0]["message"]["content"]
 
 
 @check
