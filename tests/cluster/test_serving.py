@@ -283,6 +283,48 @@ async def test_responses_are_kept_by_the_leader_and_cancelled_through_it(client)
             await asyncio.sleep(0.05)
 
 
+async def test_a_response_in_the_background_is_read_again_from_any_event(client):
+    fields = {"model": "tiny", "temperature": 0, "max_output_tokens": 100}
+    whole = await client.responses.create(input="Hello", **fields)
+    stream = await client.responses.create(input="Hello", background=True, stream=True, **fields)
+    seen = []
+    async for event in stream:
+        seen.append(event)
+        if event.type == "response.output_text.delta":
+            break
+    await stream.close()
+    response_id, number = seen[0].response.id, seen[-1].sequence_number
+    rest = await client.responses.retrieve(response_id, stream=True, starting_after=number)
+    seen += [event async for event in rest]
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    texts = [event.delta for event in seen if event.type == "response.output_text.delta"]
+    assert "".join(texts) == whole.output_text == seen[-1].response.output_text
+    kept = await client.responses.retrieve(response_id)
+    assert (kept.status, kept.output_text) == (whole.status, whole.output_text)
+
+
+@pytest.mark.long
+async def test_a_response_in_the_background_outlives_its_router(client):
+    fields = {"model": "tiny", "temperature": 0, "max_output_tokens": 150}
+    whole = await client.responses.create(input="Once", **fields)
+    response = await client.responses.create(input="Once", background=True, **fields)
+    for process in descendants():
+        if "Router" in " ".join(process.cmdline()):
+            process.kill()
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            # Until a router is there again, and the lease of the one that is gone has run out.
+            try:
+                response = await client.responses.retrieve(response.id)
+            except openai.APIError:
+                await asyncio.sleep(0.5)
+                continue
+            if response.status not in ("queued", "in_progress"):
+                break
+            await asyncio.sleep(0.5)
+    assert (response.status, response.output_text) == (whole.status, whole.output_text)
+
+
 async def test_a_client_that_goes_away_frees_its_pages(client):
     stream = await client.chat.completions.create(
         model="tiny",
