@@ -64,15 +64,7 @@ class ResponseService:
         past: list[InputItem] = []
         if body.previous_response_id is not None:
             past = await self._conversation(body.previous_response_id, caller)
-        call = ResponseCall(body=body, past=past)
-        answer = self._answer(call, caller, is_stream=body.stream)
-        if body.truncation == "auto":
-            chat = await self._service.shorten(call)
-        else:
-            # A large input takes a tenth of a second.
-            chat = await self._service.in_thread(lambda: call.chat)
-        parts = self._service.chat(chat, response_id, caller, answer)
-        parts = self._detached(self._guarded(parts, answer), answer)
+        parts = await self._begin(ResponseCall(body=body, past=past), response_id, caller)
         async with aclosing(parts):
             async for part in parts:
                 yield part
@@ -183,11 +175,12 @@ class ResponseService:
         is_stream: bool,
         last_number: int | None = None,
         is_cancelled: bool = False,
+        num_restarts: int = 0,
     ) -> ResponseAnswer:
         return ResponseAnswer(
             call,
             is_stream=is_stream,
-            store=partial(self._store, call, caller),
+            store=partial(self._store, call, caller, num_restarts),
             count_tokens=self._service.count_tokens,
             last_number=last_number,
             is_cancelled=is_cancelled,
@@ -223,6 +216,19 @@ class ResponseService:
                 param="background",
             )
 
+    async def _begin(
+        self, call: ResponseCall, response_id: str, caller: Caller, num_restarts: int = 0
+    ) -> AsyncGenerator[bytes, None]:
+        body = call.body
+        answer = self._answer(call, caller, is_stream=body.stream, num_restarts=num_restarts)
+        if body.truncation == "auto":
+            chat = await self._service.shorten(call)
+        else:
+            # A large input takes a tenth of a second.
+            chat = await self._service.in_thread(lambda: call.chat)
+        parts = self._service.chat(chat, response_id, caller, answer)
+        return self._detached(self._guarded(parts, answer), answer)
+
     def _resume(
         self, recalled: Recalled, caller: Caller, last_number: int | None
     ) -> AsyncGenerator[bytes, None]:
@@ -252,14 +258,20 @@ class ResponseService:
         try:
             recalled = await self._service.recall(response_id, None, caller)
         except StreamGoneError:
-            message = "The server that generated it was lost. Ask again."
-            stored = stored.failed(ResponseFailure(code="server_error", message=message))
-            await self._keep(response_id, caller, stored, is_ended=True)
+            # Its router was lost with it before an engine had it, or the engine was lost as well.
+            call = await self._service.in_thread(stored.call_to_restart)
+            if call is None:
+                message = "The server that generated it was lost. Ask again."
+                stored = stored.failed(ResponseFailure(code="server_error", message=message))
+                await self._keep(response_id, caller, stored, is_ended=True)
+                return stored
+            logger.info("%s was to run in the background elsewhere, and begins here", response_id)
+            parts = await self._begin(call, response_id, caller, stored.num_restarts + 1)
         else:
             logger.info("%s ran in the background elsewhere, and goes on here", response_id)
             parts = self._resume(recalled, caller, None)
-            async with aclosing(parts):
-                await anext(parts)
+        async with aclosing(parts):
+            await anext(parts)
         return stored
 
     async def _conversation(self, response_id: str, caller: Caller) -> list[InputItem]:
@@ -292,8 +304,12 @@ class ResponseService:
     async def _decode(self, kept: KeptResponse) -> StoredResponse:
         return await self._service.in_thread(partial(StoredResponse.decode, kept.content))
 
-    async def _store(self, call: ResponseCall, caller: Caller, response: Response) -> bool:
-        stored = await self._service.in_thread(partial(StoredResponse.of, call, response))
+    async def _store(
+        self, call: ResponseCall, caller: Caller, num_restarts: int, response: Response
+    ) -> bool:
+        stored = await self._service.in_thread(
+            partial(StoredResponse.of, call, response, num_restarts=num_restarts)
+        )
         is_ended = response.status in ENDED
         is_kept = await self._keep(response.id, caller, stored, is_ended=is_ended)
         if is_ended and not is_kept:

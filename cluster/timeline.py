@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any
 
 from opentelemetry import trace
@@ -125,7 +126,7 @@ class Timeline:
             request.set_status(trace.StatusCode.ERROR, type(error).__name__)
         under = trace.set_span_in_context(request)
         for index, choice in enumerate(self._choices):
-            for visit, following in zip(choice.visits, [*choice.visits[1:], None], strict=True):
+            for visit, following in zip_longest(choice.visits, choice.visits[1:]):
                 if visit.latest.attempt:
                     request.add_event("moved", {"choice": index}, self._wall_ns(visit.began_s))
                 until_s = following.began_s if following else choice.ended_s or ended_s

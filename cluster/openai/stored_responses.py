@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from cluster.openai.response_items import FunctionCallItem, InputItem, MessageItem, ReasoningItem
 from cluster.openai.response_output import item_id
 from cluster.openai.responses import ResponseCall
-from cluster.openai.responses_schema import InputItemList, Response, ResponseFailure
+from cluster.openai.responses_schema import ENDED, InputItemList, Response, ResponseFailure
 from engine.errors import RequestError
 
 MAX_PAGE_ITEMS = 100
@@ -32,20 +32,29 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
         items_json: The conversation up to it, a list of items.
         num_past: So many of those came before its own input.
         has_events: They can be asked for while it is under way.
+        call_json: Of one that is under way, the `ResponseCall`; else empty.
+        num_restarts: How often it was begun anew.
     """
 
     response_json: bytes
     items_json: bytes
     num_past: int
     has_events: bool = False
+    call_json: bytes = b""
+    num_restarts: int = 0
 
     @classmethod
-    def of(cls, call: ResponseCall, response: Response) -> "StoredResponse":
+    def of(
+        cls, call: ResponseCall, response: Response, *, num_restarts: int = 0
+    ) -> "StoredResponse":
+        is_ended = response.status in ENDED
         return cls(
             response.model_dump_json(by_alias=True).encode(),
             _Items.dump_json(call.items, exclude_none=True),
             len(call.past),
             call.body.background and call.body.stream,
+            b"" if is_ended else call.model_dump_json(exclude_unset=True, by_alias=True).encode(),
+            num_restarts,
         )
 
     def encode(self) -> bytes:
@@ -56,6 +65,17 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     def decode(cls, encoded: bytes) -> "StoredResponse":
         """What `encode` gave; not for an event loop."""
         return msgspec.msgpack.decode(zlib.decompress(encoded), type=cls)
+
+    def call_to_restart(self) -> ResponseCall | None:
+        """What to ask anew where nobody knows what came of it; None if it should not be asked.
+
+        Nothing had come of it, so that nobody has anything of another answer; and once only,
+        because it may be the request that whoever ran it has died of.
+        """
+        status = msgspec.json.decode(self.response_json)["status"]
+        if status != "queued" or self.has_events or self.num_restarts:
+            return None
+        return ResponseCall.model_validate_json(self.call_json)
 
     def failed(self, failure: ResponseFailure) -> "StoredResponse":
         """The same response, ended by a failure."""

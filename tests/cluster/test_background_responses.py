@@ -183,13 +183,43 @@ async def test_another_router_goes_on_with_what_a_lost_one_ran(
     monkeypatch.setattr("cluster.response_service.LEASE_S", 0)
     response = await ended(other, kept.id)
     assert (response.status, response.output_text) == ("completed", "Once upon a time")
-    # Nobody knows what came of the other one.
+    # Nobody knows the other one, of which nothing had come: it is begun anew.
     del engine.records[lost.id]
     response = await ended(other, lost.id)
+    assert (response.status, response.output_text) == ("completed", "Once upon a time")
+
+
+async def test_what_was_lost_with_all_that_had_come_of_it_has_failed(
+    service: OpenAIService,
+    other: AsyncOpenAI,
+    engine: FakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.background_runs.RENEW_S", 0.01)
+    engine.steps = asyncio.Semaphore(2)
+    async with serve_on_loopback(service) as url, client_of(url) as client:
+        begun = await client.responses.create(**ASKED)
+        async with asyncio.timeout(TIMEOUT_S):
+            while (await client.responses.retrieve(begun.id)).status == "queued":
+                await asyncio.sleep(0.01)
+            unbegun = await client.responses.create(**ASKED)
+            while unbegun.id not in engine.records:
+                await asyncio.sleep(0.01)
+    monkeypatch.setattr("cluster.response_service.LEASE_S", 0)
+    engine.records.clear()
+    response = await ended(other, begun.id)
     assert response.status == "failed"
     assert response.error is not None
     assert response.error.code == "server_error"
-    assert (await other.responses.retrieve(lost.id)).status == "failed"
+    assert (await other.responses.retrieve(begun.id)).status == "failed"
+    # What is lost again is not begun a third time.
+    engine.steps = asyncio.Semaphore(0)
+    async with serve_on_loopback(service) as url, client_of(url) as client:
+        async with asyncio.timeout(TIMEOUT_S):
+            while unbegun.id not in engine.records:
+                await client.responses.retrieve(unbegun.id)
+    engine.records.clear()
+    assert (await ended(other, unbegun.id)).status == "failed"
 
 
 async def test_a_run_says_again_and_again_that_it_is_under_way(

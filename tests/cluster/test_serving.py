@@ -322,6 +322,7 @@ async def test_a_response_in_the_background_outlives_its_router(client):
             if response.status not in ("queued", "in_progress"):
                 break
             await asyncio.sleep(0.5)
+    assert response.error is None
     assert (response.status, response.output_text) == (whole.status, whole.output_text)
 
 

@@ -113,6 +113,20 @@ def test_spans_lie_in_their_requests_span_one_after_the_other(spans: InMemorySpa
     assert begins_s == pytest.approx([0.25, 0.5, 1.0, 2.75, 3.0, 3.5], abs=0.001)
 
 
+@pytest.mark.parametrize("error", [None, EngineDiedError("gone")])
+def test_what_no_engine_computed_here_is_a_span_by_itself(
+    spans: InMemorySpanExporter, error: Exception | None
+) -> None:
+    # It failed before its first token, or its tokens were another router's.
+    line = Timeline(REQUEST, time.monotonic())
+    if error is None:
+        update = ChoiceUpdate(index=0, num_tokens=3, finish_reason="stop")
+        line.take(update, time.monotonic())
+    line.end(error)
+    (span,) = spans.get_finished_spans()
+    assert (span.name, span.status.is_ok) == ("request", error is None)
+
+
 def test_a_request_outside_of_the_sample_leaves_no_span(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
