@@ -49,7 +49,8 @@ DATA = Path(__file__).parents[1] / "data"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
 TIMEOUT_S = 120
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# Not slow by its mark, so that an older Python serves a whole cluster, too.
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
