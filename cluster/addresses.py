@@ -1,6 +1,10 @@
 """Addresses and ports of this machine. Knows neither Ray nor JAX nor ZMQ."""
 
+import random
 import socket
+
+# Below those that systems give to outgoing connections, above those of Ray's workers.
+_LATER_PORTS = range(20_000, 30_000)
 
 
 def family_of(address: str) -> socket.AddressFamily:
@@ -22,3 +26,18 @@ def free_port(address: str) -> int:
     with socket.socket(family_of(address), socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
+
+
+def port_for_later() -> int:
+    """A TCP port, free on all IPv4 addresses, that somebody is to listen on in some seconds.
+
+    One of `free_port` might be an outgoing connection's by then.
+    """
+    for port in random.sample(_LATER_PORTS, 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    return free_port("")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.addresses import free_port
+from cluster.addresses import port_for_later
 from engine.errors import EngineError
 
 try:
@@ -72,9 +72,9 @@ def proxy_environment(folder: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
             # All fixed by default, so that a second server on the machine would not start, or
             # would share with the first one the proxy that answers where there is no router.
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("")),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("")),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port("")),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(port_for_later()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(port_for_later()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(port_for_later()),
             # Routers get ports from here; the default begins at 30000, where we serve by default.
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "31000",
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "32000",
