@@ -69,13 +69,10 @@ class ResponseService:
             async for part in parts:
                 yield part
 
-    async def resume(self, recalled: Recalled, caller: Caller) -> AsyncGenerator[bytes, None]:
+    def resume(self, recalled: Recalled, caller: Caller) -> AsyncGenerator[bytes, None]:
         """Go on with a response, as `respond` would have done: what the client has is left out."""
         position = recalled.resumption.position
-        parts = self._resume(recalled, caller, position.number if position is not None else None)
-        async with aclosing(parts):
-            async for part in parts:
-                yield part
+        return self._resume(recalled, caller, position.number if position is not None else None)
 
     async def stream(
         self, response_id: str, starting_after: int | None, caller: Caller

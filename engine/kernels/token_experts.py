@@ -7,6 +7,8 @@ takes seconds over each, in every layer; of the other one it takes tenths.
 import jax
 import jax.numpy as jnp
 
+from engine.kernels.top_scores import top_one_by_one
+
 COUNTED_TOKENS = 128
 """Tokens that are counted by one product with a triangle of ones."""
 
@@ -29,26 +31,7 @@ def likeliest_experts(
     """
     if platform != "tpu":
         return jax.lax.top_k(probability_TE, num_chosen)
-    num_tokens, num_experts = probability_TE.shape
-    expert_TE = jax.lax.broadcasted_iota(jnp.int32, probability_TE.shape, 1)
-    number_TX = jax.lax.broadcasted_iota(jnp.int32, (num_tokens, num_chosen), 1)
-
-    def choose(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        left_TE, chosen_TX, expert_TX = carry
-        best_T1 = jnp.max(left_TE, axis=1, keepdims=True)
-        # What is no number equals nothing; a valid expert keeps it from spoiling other tokens.
-        at_T1 = jnp.min(
-            jnp.where(left_TE == best_T1, expert_TE, num_experts - 1), axis=1, keepdims=True
-        )
-        return (
-            jnp.where(expert_TE == at_T1, -jnp.inf, left_TE),
-            jnp.where(number_TX == number, best_T1, chosen_TX),
-            jnp.where(number_TX == number, at_T1, expert_TX),
-        )
-
-    nothing = jnp.zeros(number_TX.shape, probability_TE.dtype), jnp.zeros_like(number_TX)
-    _, chosen_TX, expert_TX = jax.lax.fori_loop(0, num_chosen, choose, (probability_TE, *nothing))
-    return chosen_TX, expert_TX
+    return top_one_by_one(probability_TE, num_chosen)
 
 
 def running_counts(chosen_TE: jax.Array, *, platform: str) -> jax.Array:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from engine.kernels.top_scores import top_one_by_one
+
 NUM_CANDIDATES = 256
 """Likeliest tokens that are sorted; limits beyond them are found by searching."""
 
@@ -78,33 +80,6 @@ def _top_by_sort(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]
     scores_RC, places = jax.lax.top_k(chosen.reshape(R, count * CANDIDATE_BLOCK), count)
     chosen_block = jnp.take_along_axis(block_ids, places // CANDIDATE_BLOCK, axis=1)
     return scores_RC, chosen_block * CANDIDATE_BLOCK + places % CANDIDATE_BLOCK
-
-
-def _top_one_by_one(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    R, V = score_RV.shape
-    id_RV = jax.lax.broadcasted_iota(jnp.int32, score_RV.shape, 1)
-
-    def find(place: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        last_R1, last_id_R1, found_RC, ids_RC = carry
-        is_left_RV = score_RV < last_R1
-        is_left_RV |= (score_RV == last_R1) & (id_RV > last_id_R1)
-        best_R1 = jnp.max(jnp.where(is_left_RV, score_RV, -jnp.inf), axis=1, keepdims=True)
-        is_best_RV = is_left_RV & (score_RV == best_R1)
-        id_R1 = jnp.min(jnp.where(is_best_RV, id_RV, V), axis=1, keepdims=True)
-        # Scores that are not numbers are never found; a valid id keeps them from spoiling others.
-        id_R1 = jnp.minimum(id_R1, V - 1)
-        found_RC = jax.lax.dynamic_update_slice_in_dim(found_RC, best_R1, place, axis=1)
-        ids_RC = jax.lax.dynamic_update_slice_in_dim(ids_RC, id_R1, place, axis=1)
-        return best_R1, id_R1, found_RC, ids_RC
-
-    nothing = (
-        jnp.full((R, 1), jnp.inf, score_RV.dtype),
-        jnp.full((R, 1), -1, jnp.int32),
-        jnp.zeros((R, count), score_RV.dtype),
-        jnp.zeros((R, count), jnp.int32),
-    )
-    _, _, found_RC, ids_RC = jax.lax.fori_loop(0, count, find, nothing)
-    return found_RC, ids_RC
 
 
 def _lowest_by_sort(score_RV: jax.Array, limits: Limits) -> jax.Array:
@@ -204,4 +179,4 @@ def _search(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> j
 
 
 BY_SORT = Likeliest(top_scores=_top_by_sort, lowest_score=_lowest_by_sort)
-BY_SEARCH = Likeliest(top_scores=_top_one_by_one, lowest_score=_lowest_by_search)
+BY_SEARCH = Likeliest(top_scores=top_one_by_one, lowest_score=_lowest_by_search)
