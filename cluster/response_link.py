@@ -18,6 +18,7 @@ from cluster.response_shelf import (
     FindCall,
     ForgetCall,
     KeptResponse,
+    RenewCall,
     ShelfCall,
     ShelfReply,
     StoreCall,
@@ -57,12 +58,16 @@ class ResponseLink:
         if not self._may_store:
             return False
 
-        def rank(engine_id: str) -> bytes:
-            return hashlib.sha256(f"{response_id}/{engine_id}".encode()).digest()
-
-        keepers = sorted(self._running(), key=rank)[:NUM_COPIES]
+        keepers = self._keepers(response_id)
         replies = await self._ask(keepers, StoreCall(response_id, tenant, content, is_ended))
         return any(reply.is_done for reply in replies)
+
+    async def renew(self, response_id: str, tenant: bytes) -> bool:
+        # An engine that is no keeper any more may have an older word, which is to grow old.
+        keepers = self._keepers(response_id)
+        replies = await self._ask(keepers, RenewCall(response_id, tenant))
+        num_renewed = sum(reply.is_done for reply in replies)
+        return 0 < num_renewed == len(keepers)
 
     async def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         asked = self._running()
@@ -79,6 +84,12 @@ class ResponseLink:
         replies = await self._ask(asked, ForgetCall(response_id, tenant))
         self._check_all(asked, replies)
         return any(reply.is_done for reply in replies)
+
+    def _keepers(self, response_id: str) -> list[str]:
+        def rank(engine_id: str) -> bytes:
+            return hashlib.sha256(f"{response_id}/{engine_id}".encode()).digest()
+
+        return sorted(self._running(), key=rank)[:NUM_COPIES]
 
     def _running(self) -> list[str]:
         running = self._list_running()

@@ -178,6 +178,7 @@ class ResponseService:
             call,
             is_stream=is_stream,
             store=partial(self._store, call, caller, num_restarts),
+            renew=partial(self._service.engine.responses.renew, tenant=caller.tenant),
             count_tokens=self._service.count_tokens,
             last_number=last_number,
             is_cancelled=is_cancelled,

@@ -26,6 +26,13 @@ class StoreCall(msgspec.Struct, frozen=True, tag=True):
     is_ended: bool
 
 
+class RenewCall(msgspec.Struct, frozen=True, tag=True):
+    """A response is still under way."""
+
+    response_id: str
+    tenant: bytes
+
+
 class FindCall(msgspec.Struct, frozen=True, tag=True):
     """Give a response."""
 
@@ -40,7 +47,7 @@ class ForgetCall(msgspec.Struct, frozen=True, tag=True):
     tenant: bytes
 
 
-ShelfCall = StoreCall | FindCall | ForgetCall
+ShelfCall = StoreCall | RenewCall | FindCall | ForgetCall
 
 
 class KeptResponse(msgspec.Struct, frozen=True):
@@ -48,7 +55,7 @@ class KeptResponse(msgspec.Struct, frozen=True):
 
     Attributes:
         is_ended: Or it was under way then.
-        age_s: Seconds since.
+        age_s: Seconds since then, or since it was last said to be under way.
     """
 
     content: bytes
@@ -61,7 +68,7 @@ class ShelfReply(msgspec.Struct, frozen=True):
 
     Attributes:
         engine_id: Whose shelf it is: Serve may have called another engine than was meant.
-        is_done: It was stored, found or forgotten.
+        is_done: It was stored, renewed, found or forgotten.
         found: What was found.
     """
 
@@ -123,6 +130,8 @@ class ResponseShelf:
                 call.response_id, call.tenant, call.content, is_ended=call.is_ended
             )
             reply = ShelfReply(engine_id, is_stored)
+        elif isinstance(call, RenewCall):
+            reply = ShelfReply(engine_id, self.renew(call.response_id, call.tenant))
         elif isinstance(call, FindCall):
             found = self.find(call.response_id, call.tenant)
             reply = ShelfReply(engine_id, found is not None, found)
@@ -151,15 +160,19 @@ class ResponseShelf:
             self.forget(next(iter(self._tenants[most].entries)), most)
         return response_id in owner.entries
 
+    def renew(self, response_id: str, tenant: bytes) -> bool:
+        """Remember when a tenant's response was under way; False if it is not here."""
+        entry = self._use(response_id, tenant)
+        if entry is None:
+            return False
+        entry.stored_s = entry.used_s
+        return True
+
     def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         """A tenant's response, which is used by it; None if it is not here."""
-        self._forget_old()
-        owner = self._tenants.get(tenant)
-        if owner is None or response_id not in owner.entries:
+        entry = self._use(response_id, tenant)
+        if entry is None:
             return None
-        owner.entries.move_to_end(response_id)
-        entry = owner.entries[response_id]
-        entry.used_s = self._clock()
         return KeptResponse(entry.content, entry.is_ended, entry.used_s - entry.stored_s)
 
     def forget(self, response_id: str, tenant: bytes) -> bool:
@@ -172,6 +185,16 @@ class ResponseShelf:
         if not owner.entries:
             del self._tenants[tenant]
         return True
+
+    def _use(self, response_id: str, tenant: bytes) -> _Entry | None:
+        self._forget_old()
+        owner = self._tenants.get(tenant)
+        if owner is None or response_id not in owner.entries:
+            return None
+        owner.entries.move_to_end(response_id)
+        entry = owner.entries[response_id]
+        entry.used_s = self._clock()
+        return entry
 
     def _share(self, owner: _Tenant) -> float:
         return max(

@@ -232,6 +232,14 @@ class ResponseStore(Protocol):
         """
         ...
 
+    async def renew(self, response_id: str, tenant: bytes) -> bool:
+        """Say that a tenant's response is still under way.
+
+        Returns:
+            Whether all have it that would keep it now; else it should be stored again.
+        """
+        ...
+
     async def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         """A tenant's response; None if nobody keeps it.
 

@@ -30,7 +30,10 @@ from engine.errors import EngineNotReadyError
 from engine.text.tokenizer import Tokenizer
 
 Store = Callable[[Response], Awaitable[bool]]
-"""Keeps a response that has ended, if it can, and says whether it did; never raises."""
+"""Keeps a response, if it can, and says whether it did; never raises."""
+
+Renew = Callable[[str], Awaitable[bool]]
+"""Says that the response of this id is still under way; False if it should be stored again."""
 
 CountTokens = Callable[[str], Awaitable[int]]
 
@@ -49,7 +52,8 @@ class ResponseAnswer:
         call: What was asked.
         is_stream: Whether events are wanted, or the whole object.
         store: Called with the response when it has ended, if the client wants it kept; with one in
-            the background before, too, from its beginning on.
+            the background before, too, when it begins and when its status changes.
+        renew: Called while it runs in the background and its status does not change.
         count_tokens: How many tokens a text has.
         last_number: Of the last event that the client has, where it has some. What runs in the
             background has the same events from whoever tells them, from the first on.
@@ -62,6 +66,7 @@ class ResponseAnswer:
         *,
         is_stream: bool,
         store: Store,
+        renew: Renew,
         count_tokens: CountTokens,
         last_number: int | None = None,
         is_cancelled: bool = False,
@@ -69,6 +74,7 @@ class ResponseAnswer:
         self.call = call
         self.is_stream = is_stream
         self._store = store
+        self._renew = renew
         self._count_tokens = count_tokens
         self._last_number = last_number
         self._is_cancelled = is_cancelled
@@ -78,6 +84,7 @@ class ResponseAnswer:
         )
         self._begun: tuple[Generation, Response, ResponseOutput] | None = None
         self._status: ResponseStatus = "queued" if call.body.background else "in_progress"
+        self._stored_status: ResponseStatus | None = None
 
     async def parts(
         self, generation: Generation, heading: Heading, tokenizer: Tokenizer, form: AnswerForm
@@ -122,7 +129,14 @@ class ResponseAnswer:
         """Have it kept that the response is under way; False if nobody keeps it."""
         assert self._begun is not None, "it was begun"
         _, response, _ = self._begun
-        return await self._store(response.model_copy(update={"status": self._status}))
+        status = self._status
+        # A word that comes late does not bring back what its client has had deleted.
+        if status == self._stored_status and await self._renew(response.id):
+            return True
+        if not await self._store(response.model_copy(update={"status": status})):
+            return False
+        self._stored_status = status
+        return True
 
     async def fail(self, reply: ErrorReply) -> bytes:
         """The events that end a stream after an error."""

@@ -29,7 +29,8 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         response_json: The `Response`.
-        items_json: The conversation up to it, a list of items.
+        items_json: The conversation up to it, a list of items; of one that is under way it is in
+            the call.
         num_past: So many of those came before its own input.
         has_events: They can be asked for while it is under way.
         call_json: Of one that is under way, the `ResponseCall`; else empty.
@@ -50,7 +51,7 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
         is_ended = response.status in ENDED
         return cls(
             response.model_dump_json(by_alias=True).encode(),
-            _Items.dump_json(call.items, exclude_none=True),
+            _Items.dump_json(call.items, exclude_none=True) if is_ended else b"",
             len(call.past),
             call.body.background and call.body.stream,
             b"" if is_ended else call.model_dump_json(exclude_unset=True, by_alias=True).encode(),
@@ -88,13 +89,18 @@ class StoredResponse(msgspec.Struct, frozen=True, array_like=True):
     def conversation(self) -> list[InputItem]:
         """All that a response which goes on with this one has before its own input."""
         output = msgspec.json.decode(self.response_json)["output"]
-        return [*_Items.validate_json(self.items_json), *_Items.validate_python(output)]
+        return [*self._items(), *_Items.validate_python(output)]
 
     def input_items(self) -> list[dict[str, Any]]:
         """The response's own input as clients are shown it, in its order."""
         response_id = msgspec.json.decode(self.response_json)["id"]
-        own = _Items.validate_json(self.items_json)[self.num_past :]
+        own = self._items()[self.num_past :]
         return [_shown(item, response_id, index) for index, item in enumerate(own)]
+
+    def _items(self) -> list[InputItem]:
+        if self.call_json:
+            return ResponseCall.model_validate_json(self.call_json).items
+        return _Items.validate_json(self.items_json)
 
 
 def _shown(item: InputItem, response_id: str, index: int) -> dict[str, Any]:

@@ -82,75 +82,66 @@ def _top_by_sort(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]
     return scores_RC, chosen_block * CANDIDATE_BLOCK + places % CANDIDATE_BLOCK
 
 
+Find = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+"""(weights of scores, wanted_R) → the highest score at and above which weights sum to it, [R]."""
+
+
 def _lowest_by_sort(score_RV: jax.Array, limits: Limits) -> jax.Array:
-    vocab_size = score_RV.shape[-1]
-    num_candidates = min(NUM_CANDIDATES, vocab_size)
-    top_k_R, floor_R = _bounds(limits, vocab_size)
-
+    num_candidates = min(NUM_CANDIDATES, score_RV.shape[-1])
     candidate_RC, _ = _top_by_sort(score_RV, num_candidates)
-    kth_R = jnp.take_along_axis(
-        candidate_RC, jnp.minimum(top_k_R, num_candidates)[:, None] - 1, axis=1
-    )[:, 0]
-    has_kth_R = top_k_R <= num_candidates
-    is_searching_k_R = ~has_kth_R & (top_k_R < vocab_size)
-    kth_R = jnp.where(has_kth_R, kth_R, NEVER)
-    kth_R = _search_where(
-        is_searching_k_R, kth_R, score_RV, jnp.ones_like(score_RV), top_k_R.astype(jnp.float32)
-    )
-    floor_R = jnp.maximum(floor_R, kth_R)
 
-    weight_RV = jnp.where(score_RV >= floor_R[:, None], jnp.exp(score_RV), 0.0)
-    wanted_R = limits.top_p * jnp.sum(weight_RV, axis=-1)
-    candidate_weight_RC = jnp.where(candidate_RC >= floor_R[:, None], jnp.exp(candidate_RC), 0.0)
-    sum_RC = jnp.cumsum(candidate_weight_RC, axis=-1)
-    is_enough_RC = sum_RC >= wanted_R[:, None]
-    has_top_p_R = limits.top_p < 1
-    is_within_R = is_enough_RC[:, -1] | (num_candidates == vocab_size)
-    # Rounding may keep the sum of all just below what is wanted.
-    last_R = jnp.minimum(jnp.sum(~is_enough_RC, axis=-1), num_candidates - 1)
-    nucleus_R = jnp.take_along_axis(candidate_RC, last_R[:, None], axis=1)[:, 0]
-    is_searching_p_R = has_top_p_R & ~is_within_R
-    nucleus_R = _search_where(is_searching_p_R, nucleus_R, score_RV, weight_RV, wanted_R)
-    return jnp.where(has_top_p_R, jnp.maximum(floor_R, nucleus_R), floor_R)
+    def find(weigh: Callable[[jax.Array], jax.Array], wanted_R: jax.Array) -> jax.Array:
+        weight_RC = weigh(candidate_RC)
+        is_enough_RC = jnp.cumsum(weight_RC, axis=-1) >= wanted_R[:, None]
+        # Without weight in the last candidate there is none behind it, either; rounding may keep
+        # the sum of all just below what is wanted.
+        is_among_R = is_enough_RC[:, -1] | (weight_RC[:, -1] == 0)
+        is_among_R |= num_candidates == score_RV.shape[-1]
+        last_R = jnp.minimum(jnp.sum(~is_enough_RC, axis=-1), num_candidates - 1)
+        found_R = jnp.take_along_axis(candidate_RC, last_R[:, None], axis=1)[:, 0]
+        return jax.lax.cond(
+            jnp.all(is_among_R),
+            lambda: found_R,
+            lambda: jnp.where(is_among_R, found_R, _search(score_RV, weigh(score_RV), wanted_R)),
+        )
+
+    return _narrow(score_RV, limits, find)
 
 
 def _lowest_by_search(score_RV: jax.Array, limits: Limits) -> jax.Array:
+    return _narrow(
+        score_RV, limits, lambda weigh, wanted_R: _search(score_RV, weigh(score_RV), wanted_R)
+    )
+
+
+def _narrow(score_RV: jax.Array, limits: Limits, find: Find) -> jax.Array:
+    """The lowest score that min_p lets through, then top_k, then top_p.
+
+    The latter two are the same search, for a number of tokens and for a sum of probabilities, and
+    one piece of a program that runs twice.
+    """
     vocab_size = score_RV.shape[-1]
-    top_k_R, floor_R = _bounds(limits, vocab_size)
-    kth_R = _search_where(
-        top_k_R < vocab_size,
-        floor_R,
-        score_RV,
-        jnp.ones_like(score_RV),
-        top_k_R.astype(jnp.float32),
-    )
-    floor_R = jnp.maximum(floor_R, kth_R)
-    weight_RV = jnp.where(score_RV >= floor_R[:, None], jnp.exp(score_RV), 0.0)
-    wanted_R = limits.top_p * jnp.sum(weight_RV, axis=-1)
-    nucleus_R = _search_where(limits.top_p < 1, floor_R, score_RV, weight_RV, wanted_R)
-    return jnp.maximum(floor_R, nucleus_R)
-
-
-def _bounds(limits: Limits, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """How many tokens top_k leaves, and the lowest score that min_p does."""
     top_k_R = jnp.where(limits.top_k > 0, jnp.minimum(limits.top_k, vocab_size), vocab_size)
+
+    def narrow(turn: jax.Array, floor_R: jax.Array) -> jax.Array:
+        is_top_k = turn == 0
+
+        def weigh(score: jax.Array) -> jax.Array:
+            weight = jnp.where(is_top_k, 1.0, jnp.exp(score))
+            return jnp.where(score >= floor_R[:, None], weight, 0.0)
+
+        def apply() -> jax.Array:
+            some_R = limits.top_p * jnp.sum(weigh(score_RV), axis=-1)
+            wanted_R = jnp.where(is_top_k, top_k_R.astype(jnp.float32), some_R)
+            found_R = find(weigh, jnp.where(is_limited_R, wanted_R, 0.0))
+            return jnp.where(is_limited_R, jnp.maximum(floor_R, found_R), floor_R)
+
+        is_limited_R = jnp.where(is_top_k, top_k_R < vocab_size, limits.top_p < 1)
+        # No row wants it, no row pays for it.
+        return jax.lax.cond(jnp.any(is_limited_R), apply, lambda: floor_R)
+
     floor_R = jnp.where(limits.min_p > 0, jnp.log(jnp.maximum(limits.min_p, 1e-30)), NEVER)
-    return top_k_R, floor_R
-
-
-def _search_where(
-    is_wanted_R: jax.Array,
-    other_R: jax.Array,
-    score_RV: jax.Array,
-    weight_RV: jax.Array,
-    wanted_R: jax.Array,
-) -> jax.Array:
-    """`_search` where it is wanted, else others; no row wants it, no row pays for it."""
-    return jax.lax.cond(
-        jnp.any(is_wanted_R),
-        lambda: jnp.where(is_wanted_R, _search(score_RV, weight_RV, wanted_R), other_R),
-        lambda: other_R,
-    )
+    return jax.lax.fori_loop(0, 2, narrow, floor_R)
 
 
 def _search(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> jax.Array:
@@ -163,7 +154,8 @@ def _search(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> j
 
     def divide(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_R, high_R = bounds
-        size_R = (high_R - low_R) // SEARCH_WAYS + 1
+        # Neither is negative; `//` would be a dozen operations that see to it.
+        size_R = jax.lax.div(high_R - low_R, SEARCH_WAYS) + 1
         num_short_R = jnp.zeros_like(low_R)
         for part in range(1, SEARCH_WAYS):
             last_R = low_R + part * size_R - 1

@@ -99,27 +99,30 @@ def sample(
         int32 [R]; and log probabilities, which are zeros unless asked for.
     """
     with jax.named_scope("sample"):
+        is_drawn = jnp.any(inputs.temperature > 0)
         is_adjusted = jnp.any(inputs.has_penalties | inputs.has_logit_bias | inputs.bans_end_tokens)
-        if masks is not None:
-            is_adjusted = jnp.bool_(True)
 
-        def adjust() -> jax.Array:
-            changed_RV = _adjust(logits_RV, inputs, state)
-            return changed_RV if masks is None else _mask(changed_RV, masks)
-
-        # Adjusted in each branch anew: what a branch returns is copied, and where nothing is
-        # adjusted the likeliest token is to be had without a copy of all logits.
-        likeliest_R = jax.lax.cond(
-            is_adjusted, lambda: _argmax(adjust()), lambda: _argmax(logits_RV)
-        )
-
-        def draw() -> jax.Array:
-            changed_RV = jax.lax.cond(is_adjusted, adjust, lambda: logits_RV)
-            return jnp.where(
-                inputs.temperature > 0, _draw(changed_RV, inputs, likeliest), likeliest_R
+        def choose() -> jax.Array:
+            changed_RV = jax.lax.cond(
+                is_adjusted, lambda: _adjust(logits_RV, inputs, state), lambda: logits_RV
+            )
+            if masks is not None:
+                changed_RV = _mask(changed_RV, masks)
+            likeliest_R = _argmax(changed_RV)
+            return jax.lax.cond(
+                is_drawn,
+                lambda: jnp.where(
+                    inputs.temperature > 0, _draw(changed_RV, inputs, likeliest), likeliest_R
+                ),
+                lambda: likeliest_R,
             )
 
-        token_R = jax.lax.cond(jnp.any(inputs.temperature > 0), draw, lambda: likeliest_R)
+        if masks is None:
+            # What a branch returns is copied: where nothing is adjusted or drawn, the likeliest
+            # token is to be had without a copy of all logits.
+            token_R = jax.lax.cond(is_adjusted | is_drawn, choose, lambda: _argmax(logits_RV))
+        else:
+            token_R = choose()
     with jax.named_scope("logprobs"):
         logprobs = jax.lax.cond(
             inputs.has_logprobs,

@@ -43,16 +43,23 @@ class FakeResponses:
     Attributes:
         shelf: Where responses are.
         is_there: Whether the leader can be asked.
+        renewed: Ids of responses that were said to be under way, each time.
     """
 
     def __init__(self) -> None:
         self.shelf = ResponseShelf(max_responses=100)
         self.is_there = True
+        self.renewed: list[str] = []
 
     async def store(
         self, response_id: str, tenant: bytes, content: bytes, *, is_ended: bool
     ) -> bool:
         return self.is_there and self.shelf.store(response_id, tenant, content, is_ended=is_ended)
+
+    async def renew(self, response_id: str, tenant: bytes) -> bool:
+        is_renewed = self.is_there and self.shelf.renew(response_id, tenant)
+        self.renewed += [response_id] * is_renewed
+        return is_renewed
 
     async def find(self, response_id: str, tenant: bytes) -> KeptResponse | None:
         self._check()

@@ -231,6 +231,11 @@ async def test_a_run_says_again_and_again_that_it_is_under_way(
     async with asyncio.timeout(TIMEOUT_S):
         while (await sdk.responses.retrieve(response.id)).status != "in_progress":
             await asyncio.sleep(0.01)
+        # Its status changes no more, and yet it is said.
+        engine.responses.renewed.clear()
+        while len(engine.responses.renewed) < 2:
+            await asyncio.sleep(0.01)
+    assert set(engine.responses.renewed) == {response.id}
     assert len(engine.requests) == 1
     let_run(engine)
     assert (await ended(sdk, response.id)).status == "completed"

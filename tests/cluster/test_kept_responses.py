@@ -219,10 +219,16 @@ def test_what_has_ended_stays_whoever_says_that_it_is_under_way() -> None:
         now_s += 3
         # Whether anybody asks does not make it younger.
         assert shelf.find("a", b"") == shelf.find("a", b"") == KeptResponse(content, False, 3)
+    assert shelf.renew("a", b"")
+    assert shelf.find("a", b"") == KeptResponse(b"later", False, 0)
     assert shelf.store("a", b"", b"whole", is_ended=True)
     assert shelf.store("a", b"", b"late", is_ended=False)
     assert shelf.find("a", b"") == KeptResponse(b"whole", True, 0)
     assert (shelf.num_responses, shelf.num_bytes) == (1, 5)
+    # What was deleted meanwhile is not there again.
+    assert shelf.forget("a", b"")
+    assert not shelf.renew("a", b"")
+    assert shelf.find("a", b"") is None
 
 
 class Leaders:
@@ -319,6 +325,24 @@ async def test_the_latest_word_of_all_leaders_counts() -> None:
     now_s += 1
     one.store("a", b"", b"third", is_ended=False)
     assert content_of(await link.find("a", b"")) == b"whole"
+
+
+async def test_only_all_who_would_keep_a_response_renew_it() -> None:
+    now_s = 100.0
+    leaders = Leaders()
+    leaders.shelves = {name: ResponseShelf(100, clock=lambda: now_s) for name in ("one", "two")}
+    assert not await leaders.link().renew("a", b"")
+    assert await leaders.link().store("a", b"", b"queued", is_ended=False)
+    now_s += 1
+    assert await leaders.link().renew("a", b"")
+    assert await leaders.link().find("a", b"") == KeptResponse(b"queued", False, 0)
+    # Another fleet: who keeps it no longer is not asked, who is to keep it does not have it.
+    now_s += 1
+    leaders.shelves["three"] = ResponseShelf(100, clock=lambda: now_s)
+    assert not await leaders.link({"one", "three"}).renew("a", b"")
+    assert leaders.shelves["one"].find("a", b"") == KeptResponse(b"queued", False, 0)
+    assert leaders.shelves["two"].find("a", b"") == KeptResponse(b"queued", False, 1)
+    assert not await leaders.link(set()).renew("a", b"")
 
 
 async def test_nothing_is_asked_where_no_engine_runs_or_none_keeps_any() -> None:

@@ -201,4 +201,4 @@ async def test_log_probabilities_of_qwen1_are_those_of_the_original(
     for length in inner:
         own = choice["prompt_logprobs"][length][str(ids[length])]
         assert own["logprob"] == pytest.approx(expected[length][ids[length]], abs=TOLERANCE)
-        assert own["rank"] is None
+        assert own["rank"] == 1 + np.sum(expected[length] > expected[length][ids[length]])
