@@ -80,7 +80,7 @@ def main() -> int:
             with redirect_output(log):
                 base_url = start(config, folder, lines)
                 print(file=terminal)
-                ask(base_url, model_name(config), arguments.prompt, terminal)
+                ask(base_url, model_name(config), arguments, terminal)
             has_answer = True
             if not arguments.exit:
                 print_addresses(base_url, terminal)
@@ -119,6 +119,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description=__doc__)
     parser.add_argument("--prompt", default=PROMPT, help="the question to ask")
     parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest answer, in tokens; default: 256",
+    )
+    parser.add_argument(
         "--port", type=int, help="HTTP port; default: 8000, or a free one where that is taken"
     )
     parser.add_argument(
@@ -132,6 +139,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 1 <= arguments.hosts <= 16:
         parser.error(f"--hosts={arguments.hosts} is out of range: 1 to 16 share a machine.")
+    if arguments.max_tokens < 1:
+        parser.error(f"--max-tokens={arguments.max_tokens} is too small: an answer has at least 1.")
     return arguments
 
 
@@ -261,16 +270,17 @@ def describe(status: Mapping[str, Any]) -> str:
     return f"{words}, {status['note']}" if status["note"] else words
 
 
-def ask(base_url: str, model: str, prompt: str, terminal: TextIO) -> None:
+def ask(base_url: str, model: str, arguments: argparse.Namespace, terminal: TextIO) -> None:
     """Stream one chat answer to the terminal.
 
     Raises:
         QuickstartError: The server refused, or the answer is empty.
     """
+    prompt = arguments.prompt
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": 256,
+        "max_tokens": arguments.max_tokens,
         "seed": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

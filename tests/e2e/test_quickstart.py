@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -29,8 +30,10 @@ def short_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def start_quickstart(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """The script under way; a test that fails leaves nothing of it behind, either."""
+    process = subprocess.Popen(
         [sys.executable, "-u", str(QUICKSTART), *words],
         # The token as the launcher makes it.
         env=os.environ
@@ -43,6 +46,12 @@ def start_quickstart(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=120)
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -61,10 +70,10 @@ def processes_of(folder: Path) -> list[str]:
 def test_quickstart_prints_an_answer_and_leaves_no_process(
     demo_checkpoint: Path, short_folder: Path
 ):
-    quickstart = start_quickstart(
+    with started(
         short_folder, "--exit", "--prompt", "What is the capital of France?"
-    )
-    output, _ = quickstart.communicate(timeout=800)
+    ) as quickstart:
+        output, _ = quickstart.communicate(timeout=800)
 
     assert quickstart.returncode == 0, output
     assert "Paris" in output.partition("What is the capital of France?")[2], output
@@ -75,21 +84,21 @@ def test_quickstart_prints_an_answer_and_leaves_no_process(
 def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
     demo_checkpoint: Path, short_folder: Path
 ):
-    quickstart = start_quickstart(
-        short_folder, "--hosts", "2", "--prompt", "What is the capital of France?"
-    )
-    assert quickstart.stdout is not None
-    output = ""
-    for line in quickstart.stdout:
-        output += line
-        if "Serving until Ctrl-C" in line:
-            break
-    else:
-        pytest.fail(output)
-    started = psutil.Process(quickstart.pid)
-    opened = open_ports([started, *started.children(recursive=True)])
-    quickstart.send_signal(signal.SIGINT)
-    output += quickstart.communicate(timeout=60)[0]
+    # Two processes that wait for each other on a busy machine make a token a second.
+    words = ("--hosts", "2", "--max-tokens", "12", "--prompt", "What is the capital of France?")
+    with started(short_folder, *words) as quickstart:
+        assert quickstart.stdout is not None
+        output = ""
+        for line in quickstart.stdout:
+            output += line
+            if "Serving until Ctrl-C" in line:
+                break
+        else:
+            pytest.fail(output)
+        root = psutil.Process(quickstart.pid)
+        opened = open_ports([root, *root.children(recursive=True)])
+        quickstart.send_signal(signal.SIGINT)
+        output += quickstart.communicate(timeout=60)[0]
 
     assert quickstart.returncode == 0, output
     assert "Paris" in output.partition("What is the capital of France?")[2], output
@@ -105,17 +114,16 @@ def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
 
 
 def test_interrupted_start_leaves_no_process_and_fails(demo_checkpoint: Path, short_folder: Path):
-    quickstart = start_quickstart(short_folder)
-    assert quickstart.stdout is not None
-    output = ""
-    for line in quickstart.stdout:
-        output += line
-        if "dashboard on" in line:
-            break
-    assert processes_of(short_folder), output
-
-    quickstart.send_signal(signal.SIGINT)
-    rest, _ = quickstart.communicate(timeout=60)
+    with started(short_folder) as quickstart:
+        assert quickstart.stdout is not None
+        output = ""
+        for line in quickstart.stdout:
+            output += line
+            if "dashboard on" in line:
+                break
+        assert processes_of(short_folder), output
+        quickstart.send_signal(signal.SIGINT)
+        rest, _ = quickstart.communicate(timeout=60)
 
     assert quickstart.returncode == 1, output + rest
     assert "interrupted before the answer came" in rest
@@ -127,8 +135,8 @@ def test_port_that_is_taken_is_named(short_folder: Path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        quickstart = start_quickstart(short_folder, "--port", str(port))
-        output, _ = quickstart.communicate(timeout=120)
+        with started(short_folder, "--port", str(port)) as quickstart:
+            output, _ = quickstart.communicate(timeout=120)
 
     assert quickstart.returncode == 1
     assert f"--port={port} cannot be used" in output
