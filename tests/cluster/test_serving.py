@@ -304,7 +304,6 @@ async def test_a_response_in_the_background_is_read_again_from_any_event(client)
     assert (kept.status, kept.output_text) == (whole.status, whole.output_text)
 
 
-@pytest.mark.long
 async def test_a_response_in_the_background_outlives_its_router(client):
     fields = {"model": "tiny", "temperature": 0, "max_output_tokens": 150}
     whole = await client.responses.create(input="Once", **fields)
