@@ -433,9 +433,12 @@ def timelines(logs: Path) -> dict[str, dict[str, Any]]:
 
 
 def router_spans(logs: Path) -> list[dict[str, Any]]:
-    """The spans that this application's router has written so far, the last one perhaps not yet."""
-    (path,) = logs.glob("serve/spans/*Router*_tracing.json")
-    return [json.loads(span) for span in re.findall(r"^\{.*?^\}", path.read_text(), re.M | re.S)]
+    """The spans that this application's routers have written so far, the last perhaps not yet."""
+    return [
+        json.loads(span)
+        for path in logs.glob("serve/spans/*Router*_tracing.json")
+        for span in re.findall(r"^\{.*?^\}", path.read_text(), re.M | re.S)
+    ]
 
 
 def _response_id(span: dict[str, Any]) -> str | None:
