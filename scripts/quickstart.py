@@ -41,6 +41,9 @@ RAY_START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20
 """Arrays never pass through Ray's object store, whose default is a third of the memory."""
 
+FEW_PROGRAMS = {"max_running_requests": 4, "chunked_prefill_size": 64}
+"""For several processes, each of which compiles every program on this machine's cores."""
+
 STEP_NAMES = {
     "placement": "placement",
     "rendezvous": "hosts",
@@ -133,7 +136,8 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="share the model between N processes, as between N hosts; default: 1",
+        help="share the model between N processes, as between N hosts, for few requests at a time; "
+        "default: 1",
     )
     parser.add_argument("--exit", action="store_true", help="stop after the answer")
     arguments = parser.parse_args()
@@ -149,11 +153,10 @@ def prepare(arguments: argparse.Namespace, lines: StepLines) -> dict[str, Any]:
     config = yaml.safe_load(CONFIG.read_text())
     config["http_options"] = {"host": HOST, "port": choose_port(arguments.port)}
     (application,) = config["applications"]
-    application["args"] |= {
-        "model_path": str(demo_model_directory()),
-        "nnodes": arguments.hosts,
-        "tp_size": arguments.hosts,
-    }
+    application["args"] |= {"model_path": str(demo_model_directory())}
+    if arguments.hosts > 1:
+        hosts = {"nnodes": arguments.hosts, "tp_size": arguments.hosts}
+        application["args"] |= hosts | FEW_PROGRAMS
     if not demo_model_directory().is_dir():
         ensure_demo_model(report=lambda line: print(f"  {line}"))
     lines.show("model", model_name(config))
@@ -178,7 +181,7 @@ def start(config: Mapping[str, Any], folder: Path, lines: StepLines) -> str:
     # Ray's start is mostly waiting, and what serves takes seconds to import.
     importing = threading.Thread(target=importlib.import_module, args=("serve_app",), daemon=True)
     importing.start()
-    start_ray(folder, num_cpus=max(os.cpu_count() or 1, 2 + args["nnodes"]))
+    start_ray(folder, num_cpus=max(os.cpu_count() or 1, 2 + args.get("nnodes", 1)))
     importing.join()
     from ray import serve
 
