@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from ray_environment import SAME_NICENESS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,6 +176,7 @@ def ray_environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **SAME_NICENESS,
     }
 
 
