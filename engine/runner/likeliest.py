@@ -8,6 +8,7 @@ scores. Both give the same results, up to the rounding of sums.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,10 @@ def _top_by_sort(score_RV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]
     return scores_RC, chosen_block * CANDIDATE_BLOCK + places % CANDIDATE_BLOCK
 
 
-Find = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+Weigh = Callable[[jax.Array], jax.Array]
+"""Scores, [R, any] → what each counts in the sum that a limit sets."""
+
+Find = Callable[[Weigh, jax.Array], jax.Array]
 """(weights of scores, wanted_R) → the highest score at and above which weights sum to it, [R]."""
 
 
@@ -90,7 +94,7 @@ def _lowest_by_sort(score_RV: jax.Array, limits: Limits) -> jax.Array:
     num_candidates = min(NUM_CANDIDATES, score_RV.shape[-1])
     candidate_RC, _ = _top_by_sort(score_RV, num_candidates)
 
-    def find(weigh: Callable[[jax.Array], jax.Array], wanted_R: jax.Array) -> jax.Array:
+    def find(weigh: Weigh, wanted_R: jax.Array) -> jax.Array:
         weight_RC = weigh(candidate_RC)
         is_enough_RC = jnp.cumsum(weight_RC, axis=-1) >= wanted_R[:, None]
         # Without weight in the last candidate there is none behind it, either; rounding may keep
@@ -102,16 +106,14 @@ def _lowest_by_sort(score_RV: jax.Array, limits: Limits) -> jax.Array:
         return jax.lax.cond(
             jnp.all(is_among_R),
             lambda: found_R,
-            lambda: jnp.where(is_among_R, found_R, _search(score_RV, weigh(score_RV), wanted_R)),
+            lambda: jnp.where(is_among_R, found_R, _search(score_RV, weigh, wanted_R)),
         )
 
     return _narrow(score_RV, limits, find)
 
 
 def _lowest_by_search(score_RV: jax.Array, limits: Limits) -> jax.Array:
-    return _narrow(
-        score_RV, limits, lambda weigh, wanted_R: _search(score_RV, weigh(score_RV), wanted_R)
-    )
+    return _narrow(score_RV, limits, partial(_search, score_RV))
 
 
 def _narrow(score_RV: jax.Array, limits: Limits, find: Find) -> jax.Array:
@@ -144,12 +146,13 @@ def _narrow(score_RV: jax.Array, limits: Limits, find: Find) -> jax.Array:
     return jax.lax.fori_loop(0, 2, narrow, floor_R)
 
 
-def _search(score_RV: jax.Array, weight_RV: jax.Array, wanted_R: jax.Array) -> jax.Array:
+def _search(score_RV: jax.Array, weigh: Weigh, wanted_R: jax.Array) -> jax.Array:
     """The highest score at and above which the weights sum to `wanted_R`, per row.
 
     Scores are not positive, and the bits of positive floats, read as integers, are in the order of
     the floats: sixteen divisions of that range by four find the score exactly.
     """
+    weight_RV = weigh(score_RV)
     depth_RV = jax.lax.bitcast_convert_type(jnp.abs(score_RV), jnp.int32)
 
     def divide(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

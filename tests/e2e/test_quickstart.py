@@ -54,6 +54,17 @@ def started(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
             process.communicate(timeout=120)
 
 
+def read_until(words: str, process: subprocess.Popen[str]) -> str:
+    """What it prints up to the line with these words."""
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if words in line:
+            return output
+    pytest.fail(output)
+
+
 def processes_of(folder: Path) -> list[str]:
     """Every process of that Ray: each has the folder in its arguments or environment."""
     found = []
@@ -84,17 +95,10 @@ def test_quickstart_prints_an_answer_and_leaves_no_process(
 def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
     demo_checkpoint: Path, short_folder: Path
 ):
-    # Two processes that wait for each other on a busy machine make a token a second.
+    # Two processes on one small machine make some five tokens a second.
     words = ("--hosts", "2", "--max-tokens", "12", "--prompt", "What is the capital of France?")
     with started(short_folder, *words) as quickstart:
-        assert quickstart.stdout is not None
-        output = ""
-        for line in quickstart.stdout:
-            output += line
-            if "Serving until Ctrl-C" in line:
-                break
-        else:
-            pytest.fail(output)
+        output = read_until("Serving until Ctrl-C", quickstart)
         root = psutil.Process(quickstart.pid)
         opened = open_ports([root, *root.children(recursive=True)])
         quickstart.send_signal(signal.SIGINT)
@@ -115,12 +119,7 @@ def test_quickstart_over_two_hosts_opens_no_port_that_the_security_page_lacks(
 
 def test_interrupted_start_leaves_no_process_and_fails(demo_checkpoint: Path, short_folder: Path):
     with started(short_folder) as quickstart:
-        assert quickstart.stdout is not None
-        output = ""
-        for line in quickstart.stdout:
-            output += line
-            if "dashboard on" in line:
-                break
+        output = read_until("dashboard on", quickstart)
         assert processes_of(short_folder), output
         quickstart.send_signal(signal.SIGINT)
         rest, _ = quickstart.communicate(timeout=60)
